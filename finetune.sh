@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Fine-tune on one GPU, or on the CPU where there is none.
+#
+#   ./finetune.sh                                     a GPU: Qwen2-VL-2B on train_data/; none: the demonstration
+#   ./finetune.sh --data my_data/data.json            your own data (python finetune.py --help lists all flags)
+#   ./finetune.sh --data my_data/data.json --freeze vision --activation_checkpointing full
+#   CUDA_VISIBLE_DEVICES=1 ./finetune.sh              another GPU
+set -euo pipefail
+cd "$(dirname "$0")"
+source util/setup.sh requirements.txt
+
+run() {
+    echo "\$ $*"
+    "$@"
+}
+
+if [[ " $* " != *" --device cpu "* ]] && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || stop \
+        "nvidia-smi sees a GPU, but torch cannot use it: $("$python" -c 'import torch; print(f"torch {torch.__version__} is built for CUDA {torch.version.cuda}")')," \
+        "and the driver is $(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1). Update the driver, or install a torch built for it (pytorch.org)." \
+        "To train on the CPU all the same: ./finetune.sh --device cpu --model tiny"
+elif [ $# -eq 0 ]; then
+    echo "No GPU here: running the demonstration. A small Qwen2-VL with random weights learns to see, in minutes on 2 cores."
+    run "$python" train_data/make_data.py --demonstration
+    run "$python" finetune.py --model tiny --data train_data/demonstration/data.jsonl --min_pixels 3136 \
+        --epochs 20 --max_steps 1000 --global_batch_size 32 --learning_rate 2e-3
+    run "$python" test_on_trained_model.py --data test_data/demonstration/data.jsonl --at_least 0.9
+    exit
+fi
+run "$python" finetune.py "$@"
+[ $# -gt 0 ] || run "$python" test_on_trained_model.py

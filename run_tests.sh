@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Lint and test. The first use makes .venv.
+#
+#   ./run_tests.sh                     everything that takes seconds, and the demonstration (under 15 minutes on 2 cores)
+#   ./run_tests.sh --slow              the long tests too
+#   ./run_tests.sh -k positions -x     arguments of pytest
+set -euo pipefail
+cd "$(dirname "$0")"
+source util/setup.sh requirements-dev.txt
+
+export HF_HUB_OFFLINE=1
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m pytest --cov=util --cov=finetune --cov-report=term "$@"

@@ -1,0 +1,20 @@
+"""Before: what the untuned model answers to every question of test_data/, with scores. Or one question of your own.
+
+    python test_on_official_model.py
+    python test_on_official_model.py --image a.jpg --question "What is this?"
+"""
+
+from util.answer import answer_one, parse_arguments, print_answers, run_before
+from util.config import run_command
+
+
+def main() -> None:
+    settings = parse_arguments(__doc__, trained=False)
+    if settings.question:
+        answer_one(settings, settings.base)
+    else:
+        print_answers(run_before(settings))
+
+
+if __name__ == "__main__":
+    run_command(main)

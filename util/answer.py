@@ -1,0 +1,199 @@
+"""What the two test scripts share: settings, answering, printing before and after side by side."""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from util.config import Config, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET_FLAGS = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_tokens")
+
+
+@dataclass
+class Settings:
+    """The command line of a test script, and what a run directory says about how it was trained."""
+
+    base: str | None  # the untuned model; None: the default of finetune.py
+    run: str | None
+    data: list[str]
+    image: list[str]
+    video: list[str]
+    question: str | None
+    device: str
+    dtype: str
+    batch_size: int
+    max_new_tokens: int
+    at_least: float | None
+    output_dir: Path
+    budget: dict = field(default_factory=dict)
+
+
+def parse_arguments(description: str, trained: bool) -> Settings:
+    summary, _, examples = description.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    if trained:
+        parser.add_argument("run", nargs="?", help="run directory, checkpoint folder or hub name; default: the newest run")
+        parser.add_argument("--at_least", type=float, help="exit 1 where fewer answers than this share match exactly")
+    parser.add_argument("--model", dest="base", help="the untuned model; default: the one the run started from")
+    parser.add_argument("--data", nargs="+", default=[str(ROOT / "test_data" / "data.json")], help="test data")
+    parser.add_argument("--image", nargs="+", default=[], help="image(s) for one question of your own")
+    parser.add_argument("--video", nargs="+", default=[], help="video(s) for one question of your own")
+    parser.add_argument("--question", help="one question of your own")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu; default: the GPU where there is one")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="precision")
+    parser.add_argument("--batch_size", type=int, default=32, help="questions answered at a time")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "test_output", help="where the answers are written")
+    for name in BUDGET_FLAGS:
+        kind = float if name == "video_fps" else int
+        parser.add_argument(f"--{name}", type=kind, help="as in finetune.py; default: what the run was trained with")
+    values = vars(parser.parse_args())
+    given = {name: value for name in BUDGET_FLAGS if (value := values.pop(name)) is not None}
+    if (values["image"] or values["video"]) and not values["question"]:
+        parser.error("--image and --video go with --question")
+    if values["batch_size"] < 1 or values["max_new_tokens"] < 1:
+        parser.error("--batch_size and --max_new_tokens must be at least 1")
+    settings = Settings(**{"run": None, "at_least": None, **values})
+    if trained:
+        settings.run = find_run(settings.run)
+    trained_with = settings_of_run(settings.run)
+    settings.base = settings.base or trained_with.get("model")
+    known = {name: trained_with[name] for name in BUDGET_FLAGS if name in trained_with}
+    settings.budget = {**known, **given}
+    Config(**settings.budget)  # names what cannot be
+    return settings
+
+
+def find_run(run: str | None) -> str:
+    """The run to test: as given, else the newest one."""
+    if run is not None:
+        if Path(run).is_dir() and not (Path(run) / "config.json").exists():
+            raise UserError(f"{run}: no model in it; a finished run has config.json and model.safetensors")
+        return run
+    latest = ROOT / "train_output" / "latest"
+    if not (latest / "config.json").exists():
+        raise UserError("no finished run in train_output/; train one with ./finetune.sh, or name a run directory")
+    return str(latest.resolve())
+
+
+def settings_of_run(run: str | None) -> dict:
+    """The training_config.json of a run directory; empty for a model that was not trained here."""
+    path = Path(run or "") / "training_config.json"
+    return json.loads(path.read_text()) if run and path.exists() else {}
+
+
+def run_before(settings: Settings) -> list:
+    """The untuned model's answers: read from before.jsonl where it was made from the same, else made."""
+    return answers_of(settings, settings.base, "before", reuse=True)
+
+
+def run_after(settings: Settings) -> list:
+    return answers_of(settings, settings.run, "after", reuse=False)
+
+
+def load_answerer(settings: Settings, model: str | None):
+    """The model, ready to answer, and the path it was loaded from."""
+    from util.evaluate import Answerer
+    from util.model import choose_device, choose_dtype, find_model, load_config, load_processor
+
+    device = choose_device(settings.device)
+    path = find_model(model, device)
+    load_config(path)
+    return Answerer(path, load_processor(path), device, choose_dtype(settings.dtype, device))
+
+
+def answers_of(settings: Settings, model: str | None, name: str, reuse: bool) -> list:
+    """Answer all test questions with a model, and write `test_output/NAME.jsonl`."""
+    from util import evaluate
+    from util.dataset import load_examples
+    from util.model import choose_device, choose_dtype, find_model, load_processor
+    from util.vision import Budget
+
+    device = choose_device(settings.device)
+    path = find_model(model, device)
+    budget = Budget(**settings.budget)
+    precision = str(choose_dtype(settings.dtype, device))
+    made_from = {**evaluate.fingerprint(path, settings.data, budget, settings.max_new_tokens), "dtype": precision}
+    file = settings.output_dir / f"{name}.jsonl"
+    if reuse and (known := evaluate.read_answers(file, made_from)):
+        print(f"{name}: {len(known)} answers of {path}, from {file}")
+        return known
+    questions = evaluate.questions_of(load_examples(settings.data, load_processor(path)))
+    answerer = load_answerer(settings, path)
+    answers = evaluate.answer_all(
+        answerer, questions, budget, settings.batch_size, settings.max_new_tokens, f"{name}: {Path(path).name}"
+    )
+    evaluate.write_answers(file, made_from, answers)
+    return answers
+
+
+def answer_one(settings: Settings, model: str | None) -> None:
+    """Print the answer to one question about the images and videos of the command line."""
+    from util.dataset import check_item, resolve_path
+    from util.evaluate import ask
+    from util.vision import Budget
+
+    answerer = load_answerer(settings, model)
+    where = "the question: "
+    media = [("image", path) for path in settings.image] + [("video", path) for path in settings.video]
+    items = [{"type": kind, kind: resolve_path(path, Path.cwd(), where)} for kind, path in media]
+    from util.conversation import control_tokens
+
+    text = {"type": "text", "text": settings.question}
+    items = [check_item(i, "user", control_tokens(answerer.processor), Path.cwd(), where) for i in [*items, text]]
+    messages = [{"role": "user", "content": items}]
+    print(ask(answerer, messages, Budget(**settings.budget), settings.max_new_tokens).strip())
+
+
+def print_answers(answers: list) -> None:
+    """Question, reference and answer of each, then the scores."""
+    for answer in answers:
+        print_question(answer)
+        print(f"     answer  {'✓' if answer.exact_match else '✗'} {answer.answer!r}\n")
+    print_scores({"before": answers})
+
+
+def print_question(answer) -> None:
+    media = f"  [{', '.join(map(str, answer.media))}]" if answer.media else ""
+    print(f"{answer.where}{media}\n   question  {answer.question!r}\n  reference    {answer.reference!r}")
+
+
+def compare(before: list, after: list, at_least: float | None) -> None:
+    """Print both answers to each question, the scores, and what changed; exit 1 below `at_least`."""
+    for old, new in zip(before, after, strict=True):
+        print_question(new)
+        print(f"     before  {'✓' if old.exact_match else '✗'} {old.answer!r}")
+        print(f"      after  {'✓' if new.exact_match else '✗'} {new.answer!r}\n")
+    pairs = list(zip(before, after, strict=True))
+    better = sum(new.exact_match and not old.exact_match for old, new in pairs)
+    worse = sum(old.exact_match and not new.exact_match for old, new in pairs)
+    print_scores({"before": before, "after": after})
+    print(f"\n{better} answers became right, {worse} became wrong, {len(pairs) - better - worse} stayed as they were")
+    score = sum(new.exact_match for new in after) / len(after)
+    if at_least is not None:
+        print(f"exact match {score:.1%}, asked for at least {at_least:.1%}: {'reached' if score >= at_least else 'MISSED'}")
+        if score < at_least:
+            sys.exit(1)
+
+
+def print_scores(columns: dict[str, list]) -> None:
+    """A table: scores by column, and exact match by kind of sample where the data names kinds."""
+    from util.evaluate import summarise
+
+    rows = {name: summarise(answers) for name, answers in columns.items()}
+    kinds = sorted({a.kind for a in next(iter(columns.values())) if a.kind})
+    print(f"{'':>24}" + "".join(f"{name:>12}" for name in columns))
+    for label, key, shape in (("exact match", "exact_match", ".1%"), ("token F1", "token_f1", ".1%"), ("loss", "loss", ".3f")):
+        print(f"{label:>24}" + "".join(f"{row[key]:>12{shape}}" for row in rows.values()))
+    for kind in kinds if len(kinds) > 1 else []:
+        cells = []
+        for answers in columns.values():
+            matches = [a.exact_match for a in answers if a.kind == kind]
+            cells.append(f"{sum(matches)} / {len(matches)}")
+        print(f"{kind:>24}" + "".join(f"{cell:>12}" for cell in cells))
+    print(f"{'questions':>24}" + "".join(f"{row['questions']:>12}" for row in rows.values()))

@@ -1,0 +1,136 @@
+"""Samples -> one packed batch: no padding, and every index that the forward pass needs, made on the CPU.
+
+Letters in shapes: B samples in the batch, T tokens in the packed row, P patches, V visual tokens (= P / 4),
+S supervised tokens, N images and videos.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from util.attention import Segments
+from util.dataset import Sample
+from util.vision import MERGE, PATCH, TEMPORAL, Grid
+
+
+@dataclass
+class Batch:
+    """One micro-batch. Visual things stand images first, then videos, each in the order of the samples."""
+
+    input_ids: torch.Tensor  # (T,) int64; a visual token is its placeholder's id
+    position_ids: torch.Tensor  # (3, T) int64: temporal, height, width
+    segments: Segments  # where each of the B samples begins and ends in the row
+    supervised_index: torch.Tensor  # (S,) int64: rows of the hidden states whose next token is supervised
+    target_ids: torch.Tensor  # (S,) int64: those next tokens
+    visual_index: torch.Tensor  # (V,) int64: rows that are visual tokens
+    image_patches: torch.Tensor  # (P of images, 588) uint8
+    video_patches: torch.Tensor  # (P of videos, 1176) uint8
+    grid_thw: torch.Tensor  # (N, 3) int64
+    vision_position_ids: torch.Tensor  # (P, 2) int64: row and column of each patch
+    vision_segments: Segments  # each image, each pair of video frames attends within itself
+    where: list[str]  # the samples' names, for error messages
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the log counts."""
+        return {
+            "samples": len(self.where),
+            "tokens": len(self.input_ids),
+            "visual_tokens": len(self.visual_index),
+            "supervised_tokens": len(self.target_ids),
+        }
+
+    def _map(self, method: str, *args, **kwargs) -> "Batch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: getattr(v, method)(*args, **kwargs) if hasattr(v, method) else v for k, v in values.items()})
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._map("to", device, non_blocking=True)
+
+    def pin_memory(self) -> "Batch":
+        return self._map("pin_memory")
+
+
+class Collator:
+    """Packs samples into one row. Nothing is padded and nothing is truncated."""
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        ids, positions, supervised_index, targets = [], [], [], []
+        visual = {False: ([], [], [], []), True: ([], [], [], [])}  # images, videos: rows, patches, grids, positions
+        lengths, start = [], 0
+        for sample in samples:
+            grids = [medium.grid for medium in sample.media]
+            row_ids, row_supervised, spans = expand(sample.encoded, grids)
+            ids.append(row_ids)
+            positions.append(mrope_positions(len(row_ids), spans, grids))
+            # Shift once, here: row i predicts token i + 1. A sample's first token is nobody's target.
+            predicts = torch.nonzero(row_supervised[1:]).flatten()
+            supervised_index.append(predicts + start)
+            targets.append(row_ids[1:][predicts])
+            for medium, (begin, end) in zip(sample.media, spans, strict=True):
+                rows, patches, medium_grids, medium_positions = visual[medium.is_video]
+                rows.append(torch.arange(begin, end) + start)
+                patches.append(medium.patches)
+                medium_grids.append(medium.grid)
+                medium_positions.append(patch_positions(medium.grid))
+            lengths.append(len(row_ids))
+            start += len(row_ids)
+        (image_rows, image_patches, *image_rest), (video_rows, video_patches, *video_rest) = visual[False], visual[True]
+        grids, patch_rows_and_columns = (images + videos for images, videos in zip(image_rest, video_rest, strict=True))
+        return Batch(
+            input_ids=torch.cat(ids),
+            position_ids=torch.cat(positions, dim=1),
+            segments=Segments.of(lengths),
+            supervised_index=torch.cat(supervised_index),
+            target_ids=torch.cat(targets),
+            visual_index=torch.cat(image_rows + video_rows + [torch.zeros(0, dtype=torch.int64)]),
+            image_patches=torch.cat(image_patches + [torch.zeros(0, 3 * PATCH**2, dtype=torch.uint8)]),
+            video_patches=torch.cat(video_patches + [torch.zeros(0, 3 * TEMPORAL * PATCH**2, dtype=torch.uint8)]),
+            grid_thw=torch.tensor([grid[:3] for grid in grids], dtype=torch.int64).reshape(-1, 3),
+            vision_position_ids=torch.cat(patch_rows_and_columns + [torch.zeros(0, 2, dtype=torch.int64)]),
+            vision_segments=Segments.of([grid.h * grid.w for grid in grids for _ in range(grid.t)]),
+            where=[sample.where for sample in samples],
+        )
+
+
+def expand(encoded, grids: list[Grid]) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
+    """Repeat each placeholder as often as its medium has tokens.
+
+    Returns ids (T,), supervised (T,) bool, and for each medium the [begin, end) of its visual tokens.
+    """
+    ids = torch.tensor(encoded.input_ids)
+    repeats = torch.ones(len(ids), dtype=torch.int64)
+    for placeholder, grid in zip(encoded.placeholders, grids, strict=True):
+        repeats[placeholder] = grid.tokens
+    ends = repeats.cumsum(0)
+    spans = [(int(ends[p]) - int(repeats[p]), int(ends[p])) for p in encoded.placeholders]
+    supervised = torch.tensor(encoded.supervised)
+    return ids.repeat_interleave(repeats), supervised.repeat_interleave(repeats), spans
+
+
+def mrope_positions(length: int, spans: list[tuple[int, int]], grids: list[Grid]) -> torch.Tensor:
+    """Positions (3, T) of one sample: temporal, height, width (Qwen2-VL report, arXiv 2409.12191, section 2.1).
+
+    Text counts up on all three axes; a medium spreads over its merged grid; what follows it continues at 1 + the
+    largest position so far on any axis. That is the released model's rule (transformers 4.57); transformers 5.3 to
+    5.23 leave out the temporal axis and go back in time after a long video.
+    """
+    positions = torch.empty(3, length, dtype=torch.int64)
+    token, position = 0, 0
+    for (begin, end), grid in zip(spans, grids, strict=True):
+        positions[:, token:begin] = torch.arange(position, position + begin - token)
+        position += begin - token
+        axes = [torch.arange(size) for size in (grid.t, grid.h // MERGE, grid.w // MERGE)]
+        positions[:, begin:end] = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + position
+        position += max(len(axis) for axis in axes)
+        token = end
+    positions[:, token:] = torch.arange(position, position + length - token)
+    return positions
+
+
+def patch_positions(grid: Grid) -> torch.Tensor:
+    """Row and column (P, 2) of each patch, in the order of `vision.patchify`, the same for every pair of frames."""
+    shape = (grid.h // MERGE, MERGE, grid.w // MERGE, MERGE)
+    row = torch.arange(grid.h)[:, None].expand(grid.h, grid.w).reshape(shape).transpose(1, 2).flatten()
+    column = torch.arange(grid.w).expand(grid.h, grid.w).reshape(shape).transpose(1, 2).flatten()
+    return torch.stack([row, column], dim=1).repeat(grid.t, 1)

@@ -1,0 +1,191 @@
+"""Every setting of a training run: one dataclass, and the command line made from it.
+
+Only the standard library is imported here, so that `--help` and a wrong flag answer at once.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, get_args, get_origin
+
+OFFICIAL_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
+
+
+class UserError(ValueError):
+    """A mistake in settings or data. Its message says what, where, the rule and the fix; no traceback is shown."""
+
+    def __init__(self, message: str) -> None:
+        # A data worker's exception arrives with the worker's traceback before its message.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2])
+
+
+def setting(default, description: str):
+    """A dataclass field with its one-line description, which `--help` shows."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": description})
+    return field(default=default, metadata={"help": description})
+
+
+@dataclass
+class Config:
+    # fmt: off
+    model: str | None = setting(None, f"checkpoint directory, hub name or `tiny`; default: {OFFICIAL_MODEL} on a GPU, tiny without one")
+    data: list[str] = setting(["train_data/data.json"], "training data, .json or .jsonl, one or several files")
+    output_dir: str | None = setting(None, "run directory; default: train_output/<date-time>")
+    epochs: int = setting(3, "passes over the data")
+    max_steps: int | None = setting(None, "stop after this many optimizer steps (the schedule ends there too)")
+    global_batch_size: int = setting(8, "samples per optimizer step: the only dial that changes the mathematics")
+    micro_batch_size: int | None = setting(None, "at most this many samples per forward pass (memory only)")
+    max_tokens: int = setting(20480, "at most this many tokens per forward pass (memory only)")
+    learning_rate: float = setting(1e-5, "peak learning rate of the language model, and of what has none of its own")
+    vision_learning_rate: float | None = setting(None, "peak learning rate of the vision tower")
+    merger_learning_rate: float | None = setting(None, "peak learning rate of the merger between tower and language model")
+    weight_decay: float = setting(0.01, "decoupled weight decay; norms and biases have none")
+    warmup_ratio: float = setting(0.03, "share of the steps in which the learning rate rises linearly")
+    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "how the learning rate falls after the warm-up")
+    max_grad_norm: float = setting(1.0, "clip the gradient to this norm; 0 does not clip")
+    freeze: list[Literal["vision", "merger", "language_model"]] = setting([], "parts that are not trained")
+    min_pixels: int | None = setting(None, "fewest pixels of an image or video frame; default: 3136 (image), 100352 (frame)")
+    max_pixels: int | None = setting(None, "most pixels of an image or video frame; default: 1003520 (image), 602112 (frame)")
+    video_fps: float = setting(2.0, "frames sampled per second of video")
+    video_max_frames: int = setting(768, "most frames sampled from a video")
+    video_max_tokens: int = setting(16384, "most tokens a video may cost; beats every other video setting")
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = setting("auto", "precision of compute; auto: bfloat16 on a GPU that has it, else float32")
+    device: str = setting("auto", "cuda, cuda:1, cpu; auto: the GPU where there is one")
+    attention: Literal["auto", "varlen", "sdpa", "flash_attn"] = setting("auto", "packed attention; auto: varlen on a GPU, sdpa without one")
+    activation_checkpointing: Literal["none", "full"] = setting("none", "full: recompute each layer in the backward pass (less memory, a third more compute)")
+    optimizer: Literal["adamw", "adamw_8bit"] = setting("adamw", "adamw_8bit: moments in 8 bits (needs a GPU and bitsandbytes)")
+    compile: bool = setting(False, "torch.compile each layer")
+    check_memory: bool = setting(True, "stop before loading weights when the forecast does not fit the device")
+    eval_data: list[str] = setting([], "held-out data for the evaluation loss")
+    eval_every: int = setting(100, "steps between evaluations, when there is --eval_data; 0: only at the end")
+    save_every: int = setting(0, "steps between checkpoints; 0: only the final model")
+    keep: int = setting(2, "newest checkpoints kept")
+    resume: str = setting("none", "none, auto (newest checkpoint of --output_dir or of the latest run) or a checkpoint directory")
+    seed: int = setting(0, "seed of the data order and of every random choice")
+    num_workers: int | None = setting(None, "data worker processes; default: up to 8 with a GPU, 1 without one")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        problems = self.problems()
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def problems(self) -> list[str]:
+        """Every setting that cannot be, each with the rule it breaks."""
+        found = []
+        at_least_one = ("epochs", "max_steps", "global_batch_size", "micro_batch_size", "max_tokens", "min_pixels",
+                        "max_pixels", "video_max_tokens", "keep")  # fmt: skip
+        not_negative = ("learning_rate", "vision_learning_rate", "merger_learning_rate", "weight_decay",
+                        "max_grad_norm", "eval_every", "save_every", "num_workers")  # fmt: skip
+        for names, least in ((at_least_one, 1), (not_negative, 0)):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not value >= least:
+                    found.append(f"--{name} {value}: must be at least {least}")
+        if not self.data:
+            found.append("--data: name at least one file")
+        if not 0 <= self.warmup_ratio <= 1:
+            found.append(f"--warmup_ratio {self.warmup_ratio}: must be between 0 and 1")
+        if not self.video_fps > 0:
+            found.append(f"--video_fps {self.video_fps}: must be above 0")
+        if self.video_max_frames < 4:
+            found.append(f"--video_max_frames {self.video_max_frames}: must be at least 4")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            found.append(f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}")
+        if self.micro_batch_size and self.micro_batch_size > self.global_batch_size:
+            found.append(
+                f"--micro_batch_size {self.micro_batch_size} is above --global_batch_size {self.global_batch_size}"
+            )
+        if {"vision", "merger", "language_model"} <= set(self.freeze):
+            found.append("--freeze vision merger language_model: nothing is left to train")
+        for part in ("vision", "merger"):
+            if part in self.freeze and getattr(self, f"{part}_learning_rate") is not None:
+                found.append(f"--{part}_learning_rate is given, but --freeze {part} trains none of it")
+        on_cpu = self.device == "cpu"
+        if self.attention in ("varlen", "flash_attn") and (on_cpu or self.dtype in ("float32", "float64")):
+            found.append(f"--attention {self.attention} needs a GPU and --dtype bfloat16; use --attention sdpa")
+        if self.optimizer == "adamw_8bit" and on_cpu:
+            found.append("--optimizer adamw_8bit needs a GPU; use --optimizer adamw")
+        return found
+
+
+def parse_arguments(description: str, arguments: list[str] | None = None) -> Config:
+    """The command line as a Config. A wrong one ends with exit code 2 and every problem in one message."""
+    parser = CollectingParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    fields = dataclasses.fields(Config)
+    for item in fields:
+        add_flag(parser, item)
+    values, unknown = parser.parse_known_args(arguments)
+    for previous, word in zip([None, *unknown], unknown, strict=False):
+        if word.startswith("--"):
+            parser.problems.append(f"unknown flag {word.split('=')[0]}; --help lists them all")
+        elif previous is None or not previous.startswith("--"):  # else it is the value of an unknown flag
+            parser.problems.append(f"{word!r} belongs to no flag")
+    good = {item.name: getattr(values, item.name) for item in fields if item.name not in parser.wrong}
+    try:
+        config = Config(**good)
+    except UserError as error:
+        parser.problems += str(error).splitlines()
+    if parser.problems:
+        parser.exit(2, "".join(f"{parser.prog}: {problem}\n" for problem in parser.problems))
+    return config
+
+
+def add_flag(parser: "CollectingParser", item: dataclasses.Field) -> None:
+    """Add the flag of one Config field. A value of a wrong type is noted and parsing goes on."""
+    options = [option for option in get_args(item.type) if option is not type(None)]
+    many = get_origin(item.type) is list
+    kind = options[0] if options and get_origin(item.type) is not Literal else item.type
+    choices = get_args(kind) if get_origin(kind) is Literal else None
+    choices = get_args(item.type) if get_origin(item.type) is Literal else choices
+    default = item.default_factory() if many else item.default
+    help_text = item.metadata["help"].replace("%", "%%")
+    if item.type is bool:
+        parser.add_argument(f"--{item.name}", action=argparse.BooleanOptionalAction, default=default, help=help_text)
+        return
+
+    def convert(text: str):
+        if choices and text not in choices:
+            return parser.note(item.name, f"--{item.name} {text}: must be one of {', '.join(choices)}")
+        try:
+            return text if choices else kind(text)
+        except ValueError:
+            what = {int: "a whole number", float: "a number"}[kind]
+            return parser.note(item.name, f"--{item.name} {text}: must be {what}")
+
+    shown = "{" + ",".join(choices) + "}" if choices else item.name.rsplit("_", 1)[-1].upper()
+    parser.add_argument(
+        f"--{item.name}", type=convert, nargs="*" if many else None, default=default, metavar=shown, help=help_text
+    )
+
+
+class CollectingParser(argparse.ArgumentParser):
+    """An argparse parser that collects problems, so that one run names them all."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.problems: list[str] = []
+        self.wrong: set[str] = set()
+
+    def note(self, name: str, problem: str) -> None:
+        self.problems.append(problem)
+        self.wrong.add(name)
+
+    def error(self, message: str) -> None:
+        """What argparse itself cannot read (a flag without its value) ends parsing: say it with what was found."""
+        lines = [*self.problems, message]
+        self.exit(2, "".join(f"{self.prog}: {line}\n" for line in lines))
+
+
+def run_command(command: Callable, *arguments) -> None:
+    """Run a script's main function; a user's mistake ends it with its message and exit code 2."""
+    try:
+        command(*arguments)
+    except UserError as error:
+        print(f"{sys.argv[0].rpartition('/')[2]}: {error}", file=sys.stderr)
+        sys.exit(2)

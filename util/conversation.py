@@ -1,0 +1,82 @@
+"""Messages -> token ids, and which of them are supervised.
+
+The labels are written while the tokens are written: the conversation is rendered once by the processor's own chat
+template and cut only where supervision begins or ends. Nothing searches for token ids afterwards.
+"""
+
+from dataclasses import dataclass
+
+END_OF_TURN = "<|im_end|>\n"
+# Qwen2-VL's grounding marks are text that a user may write; every other special token controls the conversation.
+GROUNDING_PREFIXES = ("<|object_ref_", "<|box_", "<|quad_")
+# Stands for an assistant's content while the template runs. Private-use characters, refused in a user's text.
+MARK = "\ue000\uf8ff"
+
+
+@dataclass
+class Piece:
+    """A stretch of rendered text that is supervised as a whole or not at all."""
+
+    text: str
+    supervised: bool
+
+
+@dataclass
+class Encoded:
+    """Token ids of one conversation, each image or video still one placeholder token."""
+
+    input_ids: list[int]
+    supervised: list[bool]  # one per id: is this token something the assistant has to write?
+    placeholders: list[int]  # indices into input_ids, in the order of the media
+
+
+def render(messages: list[dict], processor) -> list[Piece]:
+    """Cut a conversation into pieces at supervision boundaries.
+
+    A supervised piece is an assistant's content, `<|im_end|>` and the newline after it. What precedes it is exactly
+    the prompt that generation sees.
+    """
+    masked = [{**m, "content": MARK} if m["role"] == "assistant" else m for m in messages]
+    rendered = processor.tokenizer.apply_chat_template(masked, chat_template=processor.chat_template, tokenize=False)
+    prompt, *rest = rendered.split(MARK)
+    answers = [text_of(m["content"]) for m in messages if m["role"] == "assistant"]
+    if len(rest) != len(answers) or not all(text.startswith(END_OF_TURN) for text in rest):
+        raise ValueError("the processor's chat template does not end every assistant turn with <|im_end|> and newline")
+    pieces = [Piece(prompt, False)]
+    for answer, following in zip(answers, rest, strict=True):
+        pieces.append(Piece(answer + END_OF_TURN, True))
+        if following != END_OF_TURN:
+            pieces.append(Piece(following[len(END_OF_TURN) :], False))
+    return pieces
+
+
+def render_prompt(messages: list[dict], processor) -> list[Piece]:
+    """The pieces of a conversation that waits for its next answer, as the model saw them in training."""
+    return render([*messages, {"role": "assistant", "content": ""}], processor)[:-1]
+
+
+def encode(pieces: list[Piece], processor) -> Encoded:
+    """Tokenise each piece by itself and mark its tokens.
+
+    Returns ids with one placeholder token for each image or video. Length is counted in tokens.
+    """
+    media_ids = (processor.image_token_id, processor.video_token_id)
+    encoded = Encoded([], [], [])
+    for piece in pieces:
+        ids = processor.tokenizer(piece.text, add_special_tokens=False)["input_ids"]
+        start = len(encoded.input_ids)
+        encoded.placeholders += [start + offset for offset, token in enumerate(ids) if token in media_ids]
+        encoded.input_ids += ids
+        encoded.supervised += [piece.supervised] * len(ids)
+    return encoded
+
+
+def text_of(content: str | list[dict]) -> str:
+    """The text of a message's content, its text items joined."""
+    return content if isinstance(content, str) else "".join(item.get("text", "") for item in content)
+
+
+def control_tokens(processor) -> list[str]:
+    """The special tokens that no user text may contain."""
+    special = [token.content for token in processor.tokenizer.added_tokens_decoder.values()]
+    return [MARK] + [token for token in special if not token.startswith(GROUNDING_PREFIXES)]

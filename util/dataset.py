@@ -1,0 +1,263 @@
+"""data.json or data.jsonl -> checked examples; the order of an epoch; samples grouped into packed batches.
+
+A data file holds conversations: `{"messages": [{"role": ..., "content": "text" or [item, ...]}, ...]}` with items
+`{"type": "image", "image": PATH}`, `{"type": "video", "video": PATH or [FRAME, ...]}`, `{"type": "text", "text": ...}`.
+Samples and messages are counted from 0.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from util import conversation, vision
+from util.config import UserError
+
+ROLES = ("system", "user", "assistant")
+MOST_PROBLEMS_SHOWN = 20
+
+
+class DataError(UserError):
+    """Data that cannot be trained on; the message names file, sample, rule and fix."""
+
+
+@dataclass
+class Example:
+    """One checked conversation: every content is a list of items, every media path exists."""
+
+    messages: list[dict]
+    where: str  # "train_data/data.json, sample 3"
+    kind: str | None = None  # free-form name of the kind of sample, if the file gives one
+
+    @property
+    def media(self) -> list[dict]:
+        items = [item for message in self.messages for item in message["content"]]
+        return [item for item in items if item["type"] in ("image", "video")]
+
+
+@dataclass
+class Sample:
+    """One example ready for the collator: ids with one placeholder per medium, and the media's pixels."""
+
+    encoded: conversation.Encoded
+    media: list[vision.Medium]
+    where: str
+
+
+@dataclass
+class Size:
+    """What a sample costs, known from file headers alone."""
+
+    tokens: int  # after every placeholder is expanded
+    supervised: int
+    grids: list[vision.Grid]
+
+
+def load_examples(files: list[str], processor) -> list[Example]:
+    """Read and check data files. Raises DataError that names every bad sample (the first 20 in full)."""
+    forbidden = conversation.control_tokens(processor)
+    examples, problems = [], []
+    for file in files:
+        for number, entry in enumerate(read_entries(file)):
+            where = f"{file}, sample {number}"
+            try:
+                messages = check_messages(entry, forbidden, Path(file).parent)
+                examples.append(Example(messages, where, entry.get("kind")))
+            except DataError as error:
+                problems.append(f"{where}{error}")
+    stop_on(problems)
+    if not examples:
+        raise DataError(f"{', '.join(files)}: no samples. A data file is a JSON list of {{'messages': [...]}}.")
+    return examples
+
+
+def read_entries(file: str) -> list:
+    """The raw entries of one data file: a JSON list, or one JSON object per line in `.jsonl`."""
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{file}: no such data file (looked in {os.getcwd()})") from None
+    except IsADirectoryError:
+        raise DataError(f"{file}: a folder; name the .json or .jsonl file in it") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    lines = [text] if not file.endswith(".jsonl") else text.split("\n")
+    entries = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entries.append(json.loads(line))
+        except (json.JSONDecodeError, RecursionError) as error:
+            line_number = number if file.endswith(".jsonl") else getattr(error, "lineno", 1)
+            reason = getattr(error, "msg", "nested too deeply")
+            raise DataError(f"{file}, line {line_number}: not valid JSON ({reason})") from None
+    if file.endswith(".jsonl"):
+        return entries
+    if entries and not isinstance(entries[0], list):
+        raise DataError(
+            f"{file}: must hold a list of samples, holds {type(entries[0]).__name__}; one sample per line is .jsonl"
+        )
+    return entries[0] if entries else []
+
+
+def check_messages(entry: object, forbidden: list[str], folder: Path) -> list[dict]:
+    """The messages of one entry in one form (content a list of items, media paths resolved), or DataError."""
+    messages = entry.get("messages") if isinstance(entry, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise DataError(": a sample is {'messages': [...]} with at least one message")
+    checked = []
+    for number, message in enumerate(messages):
+        where = f", message {number}: "
+        if not isinstance(message, dict) or message.get("role") not in ROLES or "content" not in message:
+            raise DataError(f"{where}a message is {{'role': one of {', '.join(ROLES)}, 'content': ...}}")
+        role, content = message["role"], message["content"]
+        before = checked[-1]["role"] if checked else None
+        if role == "system" and before is not None:
+            raise DataError(f"{where}a system message can only be the first one")
+        if role == "assistant" and before != "user":
+            raise DataError(f"{where}an assistant message must follow a user message, follows {before or 'nothing'}")
+        if role == "user" and before == "user":
+            raise DataError(f"{where}two user messages in a row; join them or put the answer between them")
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise DataError(f"{where}content must be text or a list of items, is {type(content).__name__}")
+        checked.append({"role": role, "content": [check_item(i, role, forbidden, folder, where) for i in items]})
+    if checked[-1]["role"] != "assistant":
+        raise DataError(f": ends with a {checked[-1]['role']} message, so nothing is supervised; add the answer")
+    return checked
+
+
+def check_item(item: dict, role: str, forbidden: list[str], folder: Path, where: str) -> dict:
+    """One content item without its empty keys, its media path resolved, or DataError."""
+    item = {key: value for key, value in item.items() if value is not None}
+    kind = item.setdefault("type", next((k for k in ("image", "video", "text") if k in item), None))
+    if kind not in ("image", "video", "text") or kind not in item:
+        raise DataError(f"{where}an item has a type image, video or text and a key of that name, has {sorted(item)}")
+    if kind == "text":
+        if not isinstance(item["text"], str):
+            raise DataError(f"{where}text must be a string, is {type(item['text']).__name__}")
+        if any("\ud800" <= character <= "\udfff" for character in item["text"]):
+            raise DataError(f"{where}text holds half of a surrogate pair, which is no character; repair the file")
+        for token in forbidden:
+            if token in item["text"]:
+                raise DataError(f"{where}text contains the control token {token!r}; take it out")
+        return {"type": "text", "text": item["text"]}
+    if role != "user":
+        raise DataError(f"{where}a {role} message cannot hold an {kind}; move it into a user message")
+    try:
+        vision.check_keys(item)
+    except ValueError as error:
+        raise DataError(f"{where}{error}") from None
+    paths = item[kind] if isinstance(item[kind], list) else [item[kind]]
+    resolved = [resolve_path(path, folder, where) for path in paths]
+    return {**item, kind: resolved if isinstance(item[kind], list) else resolved[0]}
+
+
+def resolve_path(path: object, folder: Path, where: str) -> str:
+    """A media path as written if absolute, else under the data file's folder, else under the current folder."""
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise DataError(f"{where}a media path must be a non-empty string, is {path!r}")
+    path = path.removeprefix("file://")
+    tried = [Path(path)] if os.path.isabs(path) else [folder / path, Path.cwd() / path]
+    for candidate in tried:
+        if candidate.is_file():
+            return str(candidate)
+    raise DataError(f"{where}no such file {path!r} (tried {', '.join(str(p) for p in dict.fromkeys(tried))})")
+
+
+def stop_on(problems: list[str]) -> None:
+    """Raise one DataError that shows the problems, if there are any."""
+    if problems:
+        more = len(problems) - MOST_PROBLEMS_SHOWN
+        shown = problems[:MOST_PROBLEMS_SHOWN] + ([f"... and {more} more"] if more > 0 else [])
+        raise DataError("\n".join(shown))
+
+
+class Samples(Dataset):
+    """Examples by index, encoded and with their pixels: what a data worker does for one sample."""
+
+    def __init__(self, examples: list[Example], processor, budget: vision.Budget) -> None:
+        self.examples, self.processor, self.budget = examples, processor, budget
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Sample:
+        example = self.examples[index]
+        encoded = conversation.encode(conversation.render(example.messages, self.processor), self.processor)
+        try:
+            media = [vision.load(item, self.budget) for item in example.media]
+        except (ValueError, OSError) as error:
+            raise DataError(f"{example.where}: {error}") from None
+        return Sample(encoded, media, example.where)
+
+    def size(self, index: int) -> Size:
+        """The cost of one sample from its text and its media's headers, without decoding a pixel."""
+        example = self.examples[index]
+        encoded = conversation.encode(conversation.render(example.messages, self.processor), self.processor)
+        try:
+            grids = [vision.read_grid(item, self.budget) for item in example.media]
+        except (ValueError, OSError) as error:
+            raise DataError(f"{example.where}: {error}") from None
+        tokens = len(encoded.input_ids) + sum(grid.tokens - 1 for grid in grids)
+        return Size(tokens, sum(encoded.supervised), grids)
+
+
+def measure(samples: Samples, max_tokens: int) -> list[Size]:
+    """The size of every sample; DataError names those whose media cannot be read or that exceed `max_tokens`."""
+    sizes, problems = [], []
+    for index in tqdm(range(len(samples)), desc="reading headers", unit=" samples", leave=False, delay=1):
+        try:
+            size = samples.size(index)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        sizes.append(size)
+        if size.tokens > max_tokens:
+            problems.append(
+                f"{samples.examples[index].where}: {size.tokens:,} tokens, above --max_tokens {max_tokens:,}; "
+                "raise it, or lower --max_pixels or --video_max_tokens"
+            )
+    stop_on(problems)
+    return sizes
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of the samples in an epoch: a function of (seed, epoch) alone, so that resuming needs no replay."""
+    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def plan_step(sizes: list[Size], indices: list[int], max_tokens: int, micro_batch_size: int | None) -> list[list[int]]:
+    """Group one global batch into packed micro-batches: first-fit, longest first.
+
+    Which samples share a forward pass changes memory and speed, never the mathematics.
+    """
+    rows: list[tuple[int, list[int]]] = []  # (tokens, samples)
+    for index in sorted(indices, key=lambda i: (-sizes[i].tokens, i)):
+        tokens = sizes[index].tokens
+        for number, (used, members) in enumerate(rows):
+            if used + tokens <= max_tokens and len(members) < (micro_batch_size or math.inf):
+                rows[number] = (used + tokens, [*members, index])
+                break
+        else:
+            rows.append((tokens, [index]))
+    return [members for _, members in rows]
+
+
+def plan_epoch(sizes: list[Size], seed: int, epoch: int, config) -> list[list[list[int]]]:
+    """The optimizer steps of an epoch: each a list of micro-batches, each a list of sample indices.
+
+    The last, shorter global batch is a step like the others.
+    """
+    order = epoch_order(len(sizes), seed, epoch)
+    batches = [order[i : i + config.global_batch_size] for i in range(0, len(order), config.global_batch_size)]
+    return [plan_step(sizes, batch, config.max_tokens, config.micro_batch_size) for batch in batches]

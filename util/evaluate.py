@@ -1,0 +1,257 @@
+"""Loss on held-out data; answers generated in batches and scored."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from util import conversation, vision
+from util.collator import Batch, Collator
+from util.dataset import Example, Sample, Samples
+from util.loss import PackedLoss
+from util.model import choose_attention, load_weights, set_attention
+
+
+@torch.no_grad()
+def evaluate_loss(model: nn.Module, loader: DataLoader, device: torch.device) -> float:
+    """Mean cross-entropy over all supervised tokens of the loader's batches."""
+    model.eval()
+    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    for batch in loader:
+        total += model(batch.to(device))
+        tokens += len(batch.target_ids)
+    model.train()
+    return total.item() / tokens
+
+
+# ---- questions and answers ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """One question of the test data, what the model answered, and its scores."""
+
+    where: str
+    kind: str | None
+    question: str
+    media: list[str]
+    reference: str
+    answer: str
+    exact_match: bool
+    token_f1: float
+    loss: float  # mean cross-entropy of the reference's tokens
+
+
+def questions_of(examples: list[Example]) -> list[Example]:
+    """Every assistant message is a question: the conversation up to and with it, earlier answers as given."""
+    questions = []
+    for example in examples:
+        turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        for number, turn in enumerate(turns):
+            where = example.where + (f", turn {number}" if len(turns) > 1 else "")
+            questions.append(Example(example.messages[: turn + 1], where, example.kind))
+    return questions
+
+
+class Answerer:
+    """A model that answers: loaded once, its vision tower and its loss in packed form, generation under sdpa."""
+
+    def __init__(self, path: str, processor, device: torch.device, dtype: torch.dtype) -> None:
+        model = load_weights(path, dtype, device)
+        self.processor, self.device = processor, device
+        self.backend = choose_attention("auto", device, dtype)
+        self.packed = PackedLoss(model, processor, dtype).to(device).eval()
+        set_attention(model, self.backend)
+        stop = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+        self.generation = GenerationConfig(do_sample=False, eos_token_id=stop, pad_token_id=stop[1])
+
+    @torch.no_grad()
+    def losses(self, samples: list[Sample]) -> list[float]:
+        """Mean cross-entropy of the supervised tokens of each sample."""
+        batch = Collator()(samples)
+        losses = self.packed(batch.to(self.device), reduction="none").cpu()
+        owner = torch.bucketize(batch.supervised_index, batch.segments.cu_seqlens[1:], right=True)
+        return [losses[owner == number].mean().item() for number in range(len(samples))]
+
+    @torch.no_grad()
+    def answers(self, prompts: list[Sample], max_new_tokens: int) -> list[str]:
+        """Greedy answers to a batch of prompts, one per prompt, cut at the end token."""
+        model, text = self.packed.model, self.packed.model.config.text_config
+        embeddings, mask, positions = self.prefill(prompts)
+        packed_name, text._attn_implementation = text._attn_implementation, "sdpa"  # packed attention knows no padding
+        try:
+            self.generation.max_new_tokens = max_new_tokens
+            generated = model.generate(
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                position_ids=positions,
+                generation_config=self.generation,
+                use_cache=True,
+            )
+        finally:
+            text._attn_implementation = packed_name
+        stop = set(self.generation.eos_token_id)
+        rows = [
+            [*ids, stop_id]
+            for ids, stop_id in zip(generated.tolist(), [self.generation.eos_token_id[0]] * len(prompts), strict=True)
+        ]
+        cut = [row[: next(i for i, token in enumerate(row) if token in stop)] for row in rows]
+        # special tokens stay: the boxes of a grounded answer are written with them
+        return self.processor.tokenizer.batch_decode(cut, skip_special_tokens=False)
+
+    def prefill(self, prompts: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Left-padded embeddings (B, L, D), mask (B, L) and the released model's positions (4, B, L)."""
+        batch: Batch = Collator()(prompts).to(self.device)
+        embeddings = self.packed.model.get_input_embeddings()(batch.input_ids)
+        if len(batch.visual_index):
+            visual = self.packed.visual_tokens(batch).to(embeddings.dtype)
+            embeddings = embeddings.index_copy(0, batch.visual_index, visual)
+        lengths = batch.segments.cu_seqlens.diff().tolist()
+        longest = max(lengths)
+        padded = embeddings.new_zeros(len(lengths), longest, embeddings.shape[1])
+        mask = torch.zeros(len(lengths), longest, dtype=torch.int64, device=self.device)
+        positions = torch.zeros(4, len(lengths), longest, dtype=torch.int64, device=self.device)
+        row = 0
+        for number, length in enumerate(lengths):
+            padded[number, longest - length :] = embeddings[row : row + length]
+            mask[number, longest - length :] = 1
+            positions[0, number, longest - length :] = torch.arange(length, device=self.device)
+            positions[1:, number, longest - length :] = batch.position_ids[:, row : row + length]
+            row += length
+        return padded, mask, positions
+
+
+class QuestionSamples(Samples):
+    """Questions by index: (prompt, prompt with its reference supervised)."""
+
+    def __getitem__(self, index: int) -> tuple[Sample, Sample]:
+        example = self.examples[index]
+        pieces = conversation.render(example.messages, self.processor)
+        for piece in pieces[:-1]:
+            piece.supervised = False  # earlier answers are given, not asked
+        media = super().__getitem__(index).media
+        prompt = conversation.encode(pieces[:-1], self.processor)
+        whole = conversation.encode(pieces, self.processor)
+        return Sample(prompt, media, example.where), Sample(whole, media, example.where)
+
+
+def answer_all(
+    answerer: Answerer,
+    questions: list[Example],
+    budget: vision.Budget,
+    batch_size: int,
+    max_new_tokens: int,
+    title: str,
+) -> list[Answer]:
+    """Answer and score every question, in batches of like length, returned in the order asked."""
+    samples = QuestionSamples(questions, answerer.processor, budget)
+    sizes = [samples.size(index).tokens for index in range(len(samples))]
+    order = sorted(range(len(samples)), key=lambda index: -sizes[index])
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    loader = DataLoader(samples, batch_sampler=batches, collate_fn=list)
+    answers: dict[int, Answer] = {}
+    with tqdm(total=len(samples), desc=title, unit=" answers", dynamic_ncols=True) as bar:
+        for indices, pairs in zip(batches, loader, strict=True):
+            texts = answerer.answers([prompt for prompt, _ in pairs], max_new_tokens)
+            losses = answerer.losses([whole for _, whole in pairs])
+            for index, text, loss in zip(indices, texts, losses, strict=True):
+                answers[index] = score(questions[index], text, loss)
+            bar.update(len(indices))
+    return [answers[index] for index in range(len(samples))]
+
+
+def ask(answerer: Answerer, messages: list[dict], budget: vision.Budget, max_new_tokens: int) -> str:
+    """The answer to one conversation that ends with a user message (content as items, as in a data file)."""
+    encoded = conversation.encode(conversation.render_prompt(messages, answerer.processor), answerer.processor)
+    media = [vision.load(item, budget) for item in Example(messages, "").media]
+    return answerer.answers([Sample(encoded, media, "the question")], max_new_tokens)[0]
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------
+
+
+def score(question: Example, text: str, loss: float) -> Answer:
+    reference = conversation.text_of(question.messages[-1]["content"])
+    media = [item[item["type"]] for item in question.media]
+    asked = conversation.text_of(question.messages[-2]["content"])
+    matches, overlap = exact_match(text, reference), token_f1(text, reference)
+    return Answer(question.where, question.kind, asked, media, reference, text, matches, overlap, loss)
+
+
+def exact_match(answer: str, reference: str) -> bool:
+    """Equal up to white space at the ends."""
+    return answer.strip() == reference.strip()
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of precision and recall over words (as SQuAD, arXiv 1606.05250); a CJK character is a word."""
+    got, wanted = words(answer), words(reference)
+    if not got or not wanted:
+        return float(got == wanted)
+    common = sum((Counter(got) & Counter(wanted)).values())
+    return 2 * common / (len(got) + len(wanted))
+
+
+def words(text: str) -> list[str]:
+    return re.findall(
+        r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+", text.lower()
+    )
+
+
+def summarise(answers: list[Answer]) -> dict[str, float]:
+    """Means over all answers; the loss weighs every question alike."""
+    count = len(answers)
+    return {
+        "questions": count,
+        "exact_match": sum(a.exact_match for a in answers) / count,
+        "token_f1": sum(a.token_f1 for a in answers) / count,
+        "loss": sum(a.loss for a in answers) / count,
+    }
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(base: str, data_files: list[str], budget: vision.Budget, max_new_tokens: int) -> dict:
+    """What a file of answers was made from; another fingerprint means that it is made anew."""
+    data = hashlib.sha256(b"".join(Path(file).read_bytes() for file in data_files)).hexdigest()[:16]
+    return {
+        "model": base,
+        "weights": weights_mark(base),
+        "data": data,
+        "budget": asdict(budget),
+        "max_new_tokens": max_new_tokens,
+    }
+
+
+def weights_mark(base: str) -> str | None:
+    """Size and time of a local checkpoint's weights, so that one trained again under the same name is another one."""
+    files = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
+    return " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files) or None
+
+
+def write_answers(path: Path, made_from: dict, answers: list[Answer]) -> None:
+    """First line: what the answers were made from; then one answer per line. Complete or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        for line in [{"made_from": made_from}, *map(asdict, answers)]:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    unfinished.replace(path)
+
+
+def read_answers(path: Path, made_from: dict) -> list[Answer] | None:
+    """The answers in a file, or None where there is none or it was made from something else."""
+    try:
+        first, *rest = path.read_text(encoding="utf-8").splitlines()
+        return [Answer(**json.loads(line)) for line in rest] if json.loads(first)["made_from"] == made_from else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

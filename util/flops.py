@@ -1,0 +1,47 @@
+"""Counting the work of a step: exact floating-point operations from the model's config, recompute not counted."""
+
+import torch
+
+from util.dataset import Size
+
+# Dense bf16 peak by datasheet, TFLOP/s, matched against torch.cuda.get_device_name.
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "H800": 989, "B200": 2250, "A100": 312, "A800": 312, "L40S": 362}
+
+
+def forward_flops(config, size: Size) -> dict[str, float]:
+    """Floating-point operations of one sample's forward pass, by part (a multiply-add counts two)."""
+    text, tower = config.text_config, config.vision_config
+    width, layers = text.hidden_size, text.num_hidden_layers
+    key_value = width // text.num_attention_heads * text.num_key_value_heads
+    layer_weights = 2 * width * width + 2 * width * key_value + 3 * width * text.intermediate_size
+    language = 2 * layer_weights * layers * size.tokens
+    language += 2 * width * layers * size.tokens**2  # causal: half of 4 s^2 D
+    language += 2 * width * text.vocab_size * size.supervised
+    patch_weights = 3 * tower.temporal_patch_size * tower.patch_size**2 * tower.embed_dim
+    block_weights = (4 + 2 * tower.mlp_ratio) * tower.embed_dim**2
+    vision = merger = 0.0
+    for grid in size.grids:
+        vision += 2 * (patch_weights + block_weights * tower.depth) * grid.patches
+        vision += 4 * tower.embed_dim * tower.depth * grid.t * (grid.h * grid.w) ** 2
+        merged = tower.embed_dim * tower.spatial_merge_size**2
+        merger += 2 * (merged * merged + merged * width) * grid.tokens
+    return {"vision": vision, "merger": merger, "language_model": language}
+
+
+def training_flops(config, sizes: list[Size], frozen: list[str]) -> float:
+    """Forward and backward. A trained part counts 3 times its forward pass; a frozen one once, or twice where
+    something before it trains and gradients pass through."""
+    total, trains_before = 0.0, False
+    for part in ("vision", "merger", "language_model"):
+        factor = 3 if part not in frozen else 2 if trains_before else 1
+        total += factor * sum(forward_flops(config, size)[part] for size in sizes)
+        trains_before |= part not in frozen
+    return total
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), None)

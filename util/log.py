@@ -1,0 +1,177 @@
+"""What a run says: the plan before, a line per step, metrics.jsonl, the summary and the loss curve after."""
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from util import flops, memory
+from util.config import Config, UserError
+from util.memory import GIB
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "train_output"
+
+
+class Run:
+    """A run directory and the clock of its steps."""
+
+    def __init__(self, config: Config, device: torch.device, resumed: Path | None = None) -> None:
+        self.config, self.device = config, device
+        self.directory = self.choose_directory(config, resumed)
+        self.peak_flops = flops.peak_flops(device)
+        self.bar: tqdm | None = None
+        self.began = self.last = time.perf_counter()
+        self.data_seconds = 0.0
+        self.trained_seconds = 0.0
+
+    @staticmethod
+    def choose_directory(config: Config, resumed: Path | None) -> Path:
+        if config.output_dir:
+            return Path(config.output_dir)
+        if resumed:
+            return resumed.parent.parent
+        name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        taken = [RUNS / name, *(RUNS / f"{name}_{number}" for number in range(2, 100))]
+        return next(path for path in taken if not path.exists())
+
+    def open(self, first_step: int, total_steps: int, resolved: dict) -> None:
+        """Create the directory, write the settings, and start the progress bar."""
+        checkpoints = self.directory / "checkpoints"
+        try:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {self.directory}: cannot be written ({error.strerror})") from None
+        settings = {**dataclasses.asdict(self.config), **resolved, "output_dir": str(self.directory)}
+        settings["versions"] = versions()
+        (self.directory / "training_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        self.keep_metrics_before(first_step)
+        self.metrics = open(self.directory / "metrics.jsonl", "a", buffering=1)
+        if self.directory.resolve().parent == RUNS:
+            point_latest_at(self.directory)
+        self.bar = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
+        self.last = time.perf_counter()
+
+    def keep_metrics_before(self, first_step: int) -> None:
+        """A run resumed at a checkpoint repeats the steps after it: drop their lines. A fresh run starts empty."""
+        path = self.directory / "metrics.jsonl"
+        lines = path.read_text().splitlines() if first_step and path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def waited_for_data(self, seconds: float) -> None:
+        self.data_seconds += seconds
+
+    def log_step(self, values: dict, step_flops: float) -> None:
+        """One optimizer step: a line in metrics.jsonl, and the bar."""
+        now = time.perf_counter()
+        seconds = now - self.last
+        self.trained_seconds += seconds
+        line = {
+            **values,
+            "step_seconds": round(seconds, 4),
+            "data_seconds": round(self.data_seconds, 4),
+            "tokens_per_second": round(values["tokens"] / seconds, 1),
+            "peak_memory_gib": round(memory.peak_bytes(self.device) / GIB, 3),
+        }
+        if self.peak_flops:
+            line["mfu"] = round(step_flops / seconds / self.peak_flops, 4)
+        self.write(line)
+        shown = {
+            "loss": f"{values['loss']:.4f}",
+            "lr": f"{values['learning_rate']:.1e}",
+            "tok/s": f"{line['tokens_per_second']:.0f}",
+        }
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        self.restart_clock()
+
+    def write(self, line: dict) -> None:
+        self.metrics.write(json.dumps(line) + "\n")
+
+    def say(self, text: str) -> None:
+        """A line that does not break the progress bar."""
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            self.bar.write(text)
+
+    def restart_clock(self) -> None:
+        """Begin the next step's time now; what lies between (evaluation, saving) is nobody's step."""
+        self.last, self.data_seconds = time.perf_counter(), 0.0
+
+    def finish(self, steps: int) -> None:
+        """Close the files, draw loss.png, and say what was done and how to try it."""
+        self.bar.close()
+        self.metrics.close()
+        draw_loss(self.directory)
+        total = time.perf_counter() - self.began
+        print(
+            f"\ndone: {steps} steps in {clock(self.trained_seconds)} of training, {clock(total)} altogether; "
+            f"peak memory {memory.peak_bytes(self.device) / GIB:.2f} GiB\n"
+            f"  {relative(self.directory)}: model, processor, metrics.jsonl, loss.png\n"
+            f"try it: python test_on_trained_model.py {relative(self.directory)}"
+        )
+
+
+def point_latest_at(directory: Path) -> None:
+    """train_output/latest -> this run, switched in one step."""
+    new = directory.parent / f".latest_{os.getpid()}"
+    new.symlink_to(directory.name, target_is_directory=True)
+    os.replace(new, directory.parent / "latest")
+
+
+def draw_loss(directory: Path) -> None:
+    """loss.png from metrics.jsonl: every step, their running mean, and the evaluation loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps, losses = (
+        [line["step"] for line in lines if "loss" in line],
+        [line["loss"] for line in lines if "loss" in line],
+    )
+    evaluated = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    window = max(1, len(losses) // 50)
+    means = [sum(losses[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(losses))]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
+    axes.plot(steps, means, color="tab:blue", label=f"mean of {window} steps")
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="held-out data")
+    axes.set(xlabel="optimizer step", ylabel="loss per supervised token", title=directory.name)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(directory / "loss.png", dpi=120)
+    plt.close(figure)
+
+
+def versions() -> dict[str, str]:
+    import torchvision
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def relative(path: Path) -> str:
+    """A path as a user would type it here."""
+    return os.path.relpath(path) if Path(path).resolve().is_relative_to(Path.cwd()) else str(path)
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,96 @@
+"""The forward pass, written out by hand on transformers' modules, and the loss on supervised tokens only.
+
+Letters in shapes: B samples, T tokens in the packed row, P patches, V visual tokens (= P / 4), S supervised tokens,
+D hidden size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from util.collator import Batch
+
+LOGIT_ROWS = 4096  # rows of logits that exist at a time; 4096 x 151,936 in fp32 are 2.3 GiB
+
+
+class PackedLoss(nn.Module):
+    """A Qwen2VLForConditionalGeneration whose forward is: packed batch -> sum of cross-entropies.
+
+    One module's forward and not a function, because under FSDP2 every weight must be used within the root's forward.
+    """
+
+    def __init__(self, model: nn.Module, processor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype  # of compute; the weights may be kept in a wider one
+        wide = torch.promote_types(dtype, torch.float32)
+        mean = torch.tensor(processor.image_processor.image_mean, dtype=wide)
+        std = torch.tensor(processor.image_processor.image_std, dtype=wide)
+        # (pixel / 255 - mean) / std as one multiplication and one addition
+        self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("pixel_shift", -mean / std, persistent=False)
+
+    def forward(self, batch: Batch, reduction: str = "sum") -> torch.Tensor:
+        """Cross-entropy of the supervised tokens in fp32 (fp64 where weights are): their sum, or with "none" (S,)."""
+        language_model = self.model.model.language_model
+        hidden = F.embedding(batch.input_ids, language_model.embed_tokens.weight)  # (T, D)
+        if len(batch.visual_index):
+            hidden = hidden.index_copy(0, batch.visual_index, self.visual_tokens(batch).to(hidden.dtype))
+        hidden = hidden[None]  # (1, T, D)
+        position_embeddings = language_model.rotary_emb(hidden, batch.position_ids[:, None])
+        for layer in language_model.layers:
+            hidden = layer(hidden, position_embeddings=position_embeddings, segments=batch.segments)
+        supervised = hidden[0].index_select(0, batch.supervised_index)  # (S, D): the head sees no other row
+        return self.cross_entropy(language_model.norm(supervised), batch.target_ids, reduction)
+
+    def visual_tokens(self, batch: Batch) -> torch.Tensor:
+        """The vision tower on all patches of the batch at once: (V, D), images first."""
+        visual = self.model.model.visual
+        hidden = self.embed_patches(batch.image_patches, batch.video_patches)  # (P, tower's width)
+        # 2D rotary embedding: half of the angles from the patch's row, half from its column
+        angles = batch.vision_position_ids[:, :, None] * visual.rotary_pos_emb.inv_freq.float()  # (P, 2, width / 4)
+        angles = angles.flatten(1).repeat(1, 2)
+        position_embeddings = (angles.cos(), angles.sin())
+        segments = batch.vision_segments
+        for block in visual.blocks:
+            hidden = block(
+                hidden,
+                cu_seqlens=segments.cu_seqlens,
+                max_seqlen=segments.max_seqlen,
+                position_embeddings=position_embeddings,
+                segments=segments,
+            )
+        return visual.merger(hidden)
+
+    def embed_patches(self, image_patches: torch.Tensor, video_patches: torch.Tensor) -> torch.Tensor:
+        """uint8 patches -> (P, width). The convolution's kernel is its stride, so it is a matrix product.
+
+        An image is a video of one frame shown twice: adding up the kernel over its two frames saves half of it.
+        """
+        kernel = self.model.model.visual.patch_embed.proj.weight  # (width, channels, frames, 14, 14)
+        images = F.linear(self.normalise(image_patches), kernel.sum(2).flatten(1))
+        if not len(video_patches):
+            return images
+        return torch.cat([images, F.linear(self.normalise(video_patches), kernel.flatten(1))])
+
+    def normalise(self, patches: torch.Tensor) -> torch.Tensor:
+        """uint8 (P, 3 * n) -> (P, 3 * n) in the dtype of compute, normalised by channel."""
+        pixels = patches.unflatten(1, (3, -1)).to(self.pixel_scale.dtype)
+        pixels = pixels * self.pixel_scale[:, None] + self.pixel_shift[:, None]
+        return pixels.flatten(1).to(self.dtype)
+
+    def cross_entropy(self, hidden: torch.Tensor, target_ids: torch.Tensor, reduction: str) -> torch.Tensor:
+        """(S, D), (S,) -> (S,) or its sum, in few large chunks whose logits are recomputed in the backward pass."""
+        if len(target_ids) <= LOGIT_ROWS:
+            losses = self.token_losses(hidden, target_ids)
+        else:
+            chunks = zip(hidden.split(LOGIT_ROWS), target_ids.split(LOGIT_ROWS), strict=True)
+            losses = torch.cat([checkpoint(self.token_losses, *chunk, use_reentrant=False) for chunk in chunks])
+        return losses.sum() if reduction == "sum" else losses
+
+    def token_losses(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(hidden, self.model.lm_head.weight)
+        return F.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), target_ids, reduction="none"
+        )

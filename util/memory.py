@@ -1,0 +1,133 @@
+"""The memory a run will need, part by part, before any weight is loaded."""
+
+import dataclasses
+import os
+import resource
+
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from util.config import Config, UserError
+from util.dataset import Size
+from util.loss import LOGIT_ROWS
+from util.model import layers, part_of
+
+GIB = 2**30
+
+
+def count_parameters(model_config) -> dict[str, int]:
+    """Parameters by part, from the config alone."""
+    with torch.device("meta"):
+        model = Qwen2VLForConditionalGeneration(model_config)
+    counts = {"vision": 0, "merger": 0, "language_model": 0, "largest_layer": 0}
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    per_layer = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers(model)]
+    counts["largest_layer"], counts["all_layers"] = max(per_layer), sum(per_layer)
+    return counts
+
+
+def forecast(model_config, counts: dict[str, int], config: Config, dtype: torch.dtype, micro_batches: list[list[Size]]):
+    """Bytes by part: a dict whose values add up to the peak within a training step.
+
+    Activations are what each layer of transformers' modules keeps for its backward pass, for the micro-batch that
+    needs most.
+    """
+    total = sum(counts[part] for part in ("vision", "merger", "language_model"))
+    trained = sum(counts[part] for part in ("vision", "merger", "language_model") if part not in config.freeze)
+    width = 8 if dtype == torch.float64 else 4
+    parts = {
+        "weights": width * total,
+        "gradients": width * trained,
+        "moments": trained * (2 if config.optimizer == "adamw_8bit" else 2 * width),
+    }
+    if dtype == torch.bfloat16:  # the root's copies stay for the whole step, a layer's while it or its neighbour works
+        parts["bf16 copies"] = 2 * (total - counts["all_layers"]) + 2 * 2 * counts["largest_layer"]
+    needs = [activations(model_config, config, dtype, sizes) for sizes in micro_batches]
+    parts["activations"], parts["logits"] = max(needs, key=sum, default=(0, 0))
+    return parts
+
+
+def activations(model_config, config: Config, dtype: torch.dtype, sizes: list[Size]) -> tuple[float, float]:
+    """Bytes of activations and of logits that one packed micro-batch keeps for its backward pass."""
+    text, tower = model_config.text_config, model_config.vision_config
+    compute, wide = dtype.itemsize, max(4, dtype.itemsize)
+    tokens, patches = sum(s.tokens for s in sizes), sum(grid.patches for s in sizes for grid in s.grids)
+    supervised = min(sum(s.supervised for s in sizes), LOGIT_ROWS)
+    width, inner = text.hidden_size, text.intermediate_size
+    key_value = width // text.num_attention_heads * text.num_key_value_heads
+    # two RMSNorms (an fp32 copy of the input and the normalised one), q, k, v and the attention's output, the MLP
+    norms = 2 * (width * (wide if dtype != torch.float32 else 0) + 2 * compute * width)
+    layer = norms + compute * (4 * width + 3 * key_value + 4 * inner)
+    # two LayerNorms, q, k, v, output, the MLP with its gate
+    block = compute * tower.embed_dim * (8 + 3 * tower.mlp_ratio)
+    depth, blocks = text.num_hidden_layers, tower.depth
+    trains_tower = "vision" not in config.freeze
+    needs_gradient = set(config.freeze) < {"vision", "merger", "language_model"}
+    if not needs_gradient:
+        return 0.0, 0.0
+    if config.activation_checkpointing == "full":
+        language = compute * width * depth + layer
+        vision = (compute * tower.embed_dim * blocks if trains_tower else 0) + block
+    else:
+        language, vision = layer * depth, block * (blocks if trains_tower else 1)
+    return language * tokens + vision * patches, supervised * text.vocab_size * (compute + 2 * wide)
+
+
+def check(model_config, config: Config, dtype: torch.dtype, device: torch.device, micro_batches, parts: dict) -> None:
+    """Raise UserError where the forecast does not fit the device, naming the settings with which it would."""
+    needed, free = sum(parts.values()), free_bytes(device)
+    if needed <= free or not config.check_memory:
+        return
+    counts = count_parameters(model_config)
+    ways = []
+    for changes in (
+        {"activation_checkpointing": "full"},
+        {"optimizer": "adamw_8bit"},
+        {"freeze": ["vision"]},
+        {"activation_checkpointing": "full", "optimizer": "adamw_8bit"},
+        {"activation_checkpointing": "full", "freeze": ["vision"]},
+        {"activation_checkpointing": "full", "optimizer": "adamw_8bit", "freeze": ["vision"]},
+        {"activation_checkpointing": "full", "optimizer": "adamw_8bit", "freeze": ["language_model"]},
+    ):
+        if device.type == "cpu" and "optimizer" in changes:
+            continue
+        unused = {f"{part}_learning_rate": None for part in ("vision", "merger") if part in changes.get("freeze", [])}
+        changed = dataclasses.replace(config, **changes, **unused)
+        # one sample at a time, the longest there is, is the least a step can be
+        for note, batches in (("", micro_batches), (" --micro_batch_size 1", [[s] for b in micro_batches for s in b])):
+            total = sum(forecast(model_config, counts, changed, dtype, batches).values())
+            if total <= free:
+                flags = " ".join(f"--{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in changes.items())
+                ways.append(f"  {flags}{note}: {total / GIB:.1f} GiB")
+                break
+    remedy = (
+        "\nSettings that fit:\n" + "\n".join(ways) if ways else "\nNo setting fits; use a smaller model or several GPUs"
+    )
+    raise UserError(
+        f"not enough memory on {device}: the run needs {needed / GIB:.1f} GiB ({describe(parts)}), "
+        f"{free / GIB:.1f} GiB are free.{remedy}\nSmaller images help too (--max_pixels). "
+        "--no-check_memory goes ahead all the same."
+    )
+
+
+def describe(parts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process can still allocate on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except OSError:  # not Linux: all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has held: on a GPU by torch's count, on a CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

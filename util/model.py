@@ -1,0 +1,202 @@
+"""Load model and processor, choose device and precision, freeze parts, set attention and checkpointing."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoProcessor, Qwen2VLForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+
+from util import attention, vision
+from util.config import OFFICIAL_MODEL, Config, UserError
+from util.loss import PackedLoss
+from util.tiny_model import make_tiny_model
+
+PARTS = ("vision", "merger", "language_model")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a run. Raises UserError where the chosen one is not there."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: not a device; use cuda, cuda:1 or cpu") from None
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"--device {name}: not tested here; use cuda or cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch {torch.__version__} sees no GPU (`nvidia-smi` shows the driver)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision of compute: `auto` is bfloat16 on a GPU that has it, else float32."""
+    if name == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    return getattr(torch, name)
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The packed attention backend: `auto` is varlen on a GPU in 16 bits, else sdpa. Raises UserError."""
+    fits = device.type == "cuda" and dtype == torch.bfloat16
+    if name == "auto":
+        name = "varlen" if fits else "sdpa"
+    elif name != "sdpa" and not fits:
+        raise UserError(f"--attention {name} needs a GPU and --dtype bfloat16; use --attention sdpa")
+    attention.check_backend(name)
+    return name
+
+
+def find_model(name: str | None, device: torch.device) -> str:
+    """The checkpoint directory or hub name that `--model` means."""
+    if name is None:
+        name = OFFICIAL_MODEL if device.type == "cuda" else "tiny"
+    return str(make_tiny_model()) if name == "tiny" else name
+
+
+def load_config(path: str):
+    """A Qwen2-VL config; another family, or nothing there, is refused by name."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        where = "no such checkpoint" if Path(path).exists() else "no such folder, and the hub did not answer for it"
+        raise UserError(f"--model {path}: {where} ({first_line})") from None
+    if config.model_type != "qwen2_vl":
+        raise UserError(f"--model {path} is a {config.model_type} model; this project trains Qwen2-VL (qwen2_vl) only")
+    tower = config.vision_config
+    sizes = (tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size)
+    if sizes != (vision.PATCH, vision.MERGE, vision.TEMPORAL):
+        raise UserError(f"--model {path}: its vision tower has patch, merge and temporal sizes {sizes}, not (14, 2, 2)")
+    return config
+
+
+def load_processor(path: str):
+    """The processor of a checkpoint directory or hub name."""
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"--model {path}: its processor cannot be loaded ({first_line})") from None
+
+
+def load_weights(path: str, dtype: torch.dtype, device: torch.device) -> Qwen2VLForConditionalGeneration:
+    """The model in `dtype` on `device`, under sdpa. Weights that are missing or left over are an error."""
+    transformers_logging.disable_progress_bar()
+    try:
+        model, report = Qwen2VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+    except OSError as error:
+        raise UserError(f"--model {path}: {str(error).strip().splitlines()[0]}") from None
+    wrong = {
+        key: sorted(report[key])[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]
+    }
+    if wrong:
+        raise UserError(f"--model {path}: its weights are not those of its config: {wrong}")
+    return model.to(device)
+
+
+def build_model(config: Config, path: str, processor, device: torch.device) -> PackedLoss:
+    """The model ready to train: `loss_sum = model(batch)`.
+
+    Weights, gradients and moments are kept once, in fp32 (fp64 on request). For bfloat16 compute, PyTorch's
+    `fully_shard` on a mesh of this one process makes each layer's bf16 copy while the layer works, then frees it.
+    """
+    dtype = choose_dtype(config.dtype, device)
+    model = load_weights(path, torch.float64 if dtype == torch.float64 else torch.float32, device)
+    model.config.use_cache = False
+    set_attention(model, choose_attention(config.attention, device, dtype))
+    freeze(model, config.freeze)
+    if config.activation_checkpointing == "full":
+        for layer in layers(model):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if config.compile:
+        for layer in layers(model):
+            layer.compile()
+    packed = PackedLoss(model, processor, dtype).to(device)
+    if dtype == torch.bfloat16:
+        compute_in_bfloat16(packed, device)
+    return packed.train()
+
+
+def compute_in_bfloat16(packed: PackedLoss, device: torch.device) -> None:
+    """fp32 weights, gradients and reduction; bf16 copies of a layer's weights only while the layer works."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = one_process_mesh(device)
+    # Casting inputs is left to the modules: the rotary angles must stay in fp32.
+    policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers(packed.model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(packed, mesh=mesh, mp_policy=policy)
+
+
+def one_process_mesh(device: torch.device):
+    """A device mesh of this process alone, without torchrun."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device.type, (1,))
+
+
+def layers(model: Qwen2VLForConditionalGeneration) -> list[nn.Module]:
+    """The repeated layers: the tower's blocks, then the language model's."""
+    return [*model.model.visual.blocks, *model.model.language_model.layers]
+
+
+def set_attention(model: Qwen2VLForConditionalGeneration, backend: str) -> None:
+    """Use a packed backend in all layers. For training; generation runs under sdpa."""
+    name = attention.register(backend)
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        config._attn_implementation = name
+
+
+def part_of(name: str) -> str:
+    """The part a parameter belongs to, by its name: vision, merger or language_model (with embedding and head)."""
+    if ".visual.merger." in f".{name}":
+        return "merger"
+    return "vision" if ".visual." in f".{name}" else "language_model"
+
+
+def freeze(model: nn.Module, parts: list[str]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) not in parts)
+
+
+def save_model(
+    packed: PackedLoss, processor, budget: vision.Budget, directory: Path, state: dict | None = None
+) -> None:
+    """Write weights, config and processor in the published format, which plain transformers opens.
+
+    bf16 compute saves bf16 weights, as the official checkpoints are.
+    """
+    model = packed.model
+    weights = {}
+    for name, tensor in (state or model.state_dict()).items():
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        weights[name] = tensor.detach().to("cpu", packed.dtype)
+    model.config.dtype = packed.dtype
+    model.save_pretrained(directory, state_dict=weights)
+    budget.apply_to(processor)
+    processor.save_pretrained(directory)
+    # transformers before 5, vLLM and others read these two instead of processor_config.json and chat_template.jinja
+    image = json.loads(processor.image_processor.to_json_string())
+    size = image["size"]
+    older = {**image, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    older["processor_class"] = "Qwen2VLProcessor"
+    (directory / "preprocessor_config.json").write_text(json.dumps(older, indent=2) + "\n")
+    template = {"chat_template": processor.chat_template}
+    (directory / "chat_template.json").write_text(json.dumps(template, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,63 @@
+"""The plan of a run, printed before any weight is loaded: nothing that follows should surprise."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from util.config import Config
+from util.dataset import Size
+from util.log import relative
+from util.memory import GIB, describe, free_bytes
+from util.model import PARTS, choose_attention
+
+
+def worker_count(config: Config, device: torch.device) -> int:
+    """Data worker processes: as asked, else up to 8 with a GPU, and 1 beside a CPU that is busy training."""
+    if config.num_workers is not None:
+        return config.num_workers
+    return min(8, usable_cpus()) if device.type == "cuda" else 1
+
+
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def print_plan(
+    config: Config, directory: Path, path: str, device: torch.device, dtype: torch.dtype, counts: dict[str, int],
+    needs: dict[str, float], sizes: list[Size], steps: list[tuple[int, list[list[int]]]], workers: int,
+) -> None:  # fmt: skip
+    """Print device, precision, parts, data, steps as arithmetic, memory and output path, a line each."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    precision = str(dtype).removeprefix("torch.")
+    if dtype == torch.bfloat16:
+        precision += " compute, weights, gradients and moments in float32"
+    elif config.dtype == "auto":
+        precision += " (no bfloat16 on this device)" if device.type == "cuda" else " (no GPU)"
+    parts = [f"{part} {counts[part] / 1e6:,.2f} M{' (frozen)' if part in config.freeze else ''}" for part in PARTS]
+    total = sum(counts[part] for part in PARTS)
+    epochs = len({epoch for epoch, _ in steps})
+    micro = [len(step) for _, step in steps]
+    kept = f"{config.epochs} x {-(-len(sizes) // config.global_batch_size)}"
+    stopped = f", stopped by --max_steps {config.max_steps}" if config.max_steps == len(steps) else ""
+    tokens = [size.tokens for size in sizes]
+    patches = [grid.patches for size in sizes for grid in size.grids]
+    capped = sum(grid.capped for size in sizes for grid in size.grids)
+    facts = {
+        "model": f"{relative(Path(path)) if Path(path).exists() else path}, {total / 1e6:,.2f} M parameters: {', '.join(parts)}",
+        "device": f"{name}, {free_bytes(device) / GIB:.1f} GiB free",
+        "precision": f"{precision}; attention {choose_attention(config.attention, device, dtype)}",
+        "data": f"{len(sizes):,} samples of {', '.join(config.data)}; {workers} data worker(s)",
+        "tokens": f"{sum(tokens):,} an epoch, {min(tokens):,} to {max(tokens):,} a sample, "
+        f"{sum(size.supervised for size in sizes):,} supervised; {len(patches):,} images and videos, {sum(patches):,} patches",
+        "steps": f"{len(steps):,} = {kept} steps of {config.global_batch_size} samples ({epochs} epochs begun{stopped}); "
+        f"each {min(micro)} to {max(micro)} packed micro-batches of at most {config.max_tokens:,} tokens",
+        "memory": f"{sum(needs.values()) / GIB:.2f} GiB forecast: {describe(needs)}",
+        "output": str(relative(directory)),
+    }
+    if capped:
+        facts["videos"] = (
+            f"{capped:,} made smaller or shorter to cost at most --video_max_tokens {config.video_max_tokens:,}"
+        )
+    width = max(map(len, facts))
+    print("\n".join(f"{name:>{width}}  {fact}" for name, fact in facts.items()), flush=True)

@@ -1,0 +1,309 @@
+"""`VideoReader`: decodes only the frames that are wanted, bit-identical to decoding everything and picking.
+
+Opening reads every packet without decoding it, which tells the number of frames, their times and the key frames. For
+the wanted frames the reader seeks once per needed group of pictures, and inside a group FFmpeg drops the frames that
+nobody asked for and no other frame refers to. Where a seek does not bring the wanted frame, decoding starts over from
+further back, at last from the start of the file.
+"""
+
+import os
+from bisect import bisect_left, bisect_right
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from itertools import chain
+from typing import Literal
+
+import av
+import numpy as np
+import torch
+from av.stream import Discard, Disposition
+from av.video.frame import PictureType, VideoFrame
+from av.video.reformatter import VideoReformatter
+
+# In these codecs a frame that none refers to can be dropped without a trace; in others every frame may leave state.
+CODECS_THAT_MAY_SKIP = {"h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"}
+
+
+class VideoError(ValueError):
+    """A video that cannot be read; the message names the file and the reason."""
+
+
+class VideoReader:
+    """Frames of the best video stream (FFmpeg's choice) of a local file, upright, decoded on one thread.
+
+    `pts` are seconds on the file's own clock, which need not start at 0. Non-square pixels are left as stored. The file
+    is open only while frames are being read, so several iterators may run side by side.
+
+    Attributes: `average_fps` (frames per second), `duration` (seconds), `height` and `width` (pixels, upright),
+    `warnings` (what was wrong but did not stop reading), `frames_decoded` (so far; a measure of work, for tests).
+    """
+
+    def __init__(self, path: str | os.PathLike, stream: Literal["video"] = "video"):
+        if stream != "video":
+            raise ValueError(f"VideoReader reads the stream 'video', not {stream!r}")
+        self.path = os.fspath(path)
+        self.warnings: list[str] = []
+        self.frames_decoded = 0
+        self._next_index = 0
+        self._iterator: Iterator | None = None
+        self._read_index()
+
+    def __len__(self) -> int:
+        return len(self._pts)
+
+    def index_at(self, seconds: float) -> int:
+        """Index of the frame on screen `seconds` after the first frame appeared (first or last frame where outside)."""
+        tick = self._pts[0] + round(seconds / self._time_base)  # rounded: a clock of milliseconds writes 2/30 s as 67
+        return max(bisect_right(self._pts, tick) - 1, 0)
+
+    def frames_at(self, indices: Iterable[int], on_missing: Literal["error", "nearest"] = "error") -> Iterator:
+        """Iterate over the frames with these non-decreasing indices, decoding each when it is asked for.
+
+        Yields uint8 RGB tensors of shape (3, H, W) in channels-last memory, that is (H, W, 3). A frame that cannot be
+        decoded or lies past the end raises VideoError; with `on_missing="nearest"` the last frame decoded before it
+        takes its place and `warnings` says so. ValueError: negative or decreasing indices.
+        """
+        indices = [int(index) for index in indices]
+        if indices != sorted(indices) or min(indices, default=0) < 0:
+            raise ValueError(f"{self.path}: frame indices must be non-negative and non-decreasing, got {indices}")
+        if on_missing not in ("error", "nearest"):
+            raise ValueError(f"on_missing must be 'error' or 'nearest', not {on_missing!r}")
+        if indices and indices[-1] >= len(self):
+            self._miss(indices[-1], f"does not exist, there are {len(self)}", on_missing)
+        return self._images([min(index, len(self) - 1) for index in indices], on_missing)
+
+    # The iterator interface of torchvision's former VideoReader.
+
+    def __iter__(self) -> "VideoReader":
+        return self
+
+    def __next__(self) -> dict:
+        """The next frame: {"data": uint8 tensor (3, H, W), "pts": seconds}."""
+        if self._iterator is None:
+            indices = range(self._next_index, len(self))
+            self._iterator = zip(self._pts[self._next_index :], self.frames_at(indices), strict=True)
+        pts, image = next(self._iterator)
+        return {"data": image, "pts": float(pts * self._time_base)}
+
+    def seek(self, seconds: float, keyframes_only: bool = False) -> "VideoReader":
+        """Go on at the first frame with pts >= `seconds`, or at the key frame from which that one is decoded."""
+        self.close()
+        self._next_index = bisect_left(self._pts, round(seconds / self._time_base))
+        if keyframes_only and self._next_index < len(self):
+            self._next_index = bisect_left(self._pts, self._packet_pts[self._key_packet(self._next_index)])
+        return self
+
+    def get_metadata(self) -> dict:
+        """{"video": {"duration": [seconds], "fps": [frames per second]}}."""
+        return {"video": {"duration": [self.duration], "fps": [self.average_fps]}}
+
+    def close(self) -> None:
+        """End a running iteration, which closes the file."""
+        self._iterator = None
+
+    def __enter__(self) -> "VideoReader":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    # Index, plan and decoding. Packets are numbered as they stand in the file, frames as they are shown (the indices);
+    # the presentation timestamp (pts, in ticks of the time base) connects the two.
+
+    @contextmanager
+    def _open(self):
+        """Yield (container, video stream), ready to decode on one thread."""
+        if not os.path.isfile(self.path):
+            raise VideoError(f"{self.path}: no such file")
+        try:
+            container = av.open(f"file:{self.path}", metadata_errors="ignore")
+        except av.FFmpegError as error:
+            raise VideoError(f"{self.path}: not a video, or damaged beyond use ({error.strerror})") from error
+        with container:
+            stream = container.streams.best("video")
+            if stream is None or stream.disposition & Disposition.attached_pic or stream.codec_context is None:
+                raise VideoError(f"{self.path}: no video stream in it that FFmpeg can decode")
+            for other in container.streams:
+                if other.index != stream.index:
+                    other.discard = Discard.all
+            stream.codec_context.thread_count = 1
+            yield container, stream
+
+    def _read_index(self) -> None:
+        """Read all packets; decode the first two frames, which tell the size and whether packets match frames."""
+        packets, frames = [], []  # packets: (pts, duration, is key, is shown)
+        with self._open() as (container, stream):
+            codec = stream.codec_context.name
+            for packet in chain(self._demux(container, stream), [None]):
+                if packet is not None:
+                    # Edit lists hide packets; so does VP8 (bit unset: a frame only to refer to, RFC 6386, 9.1).
+                    hidden = packet.is_discard or (codec == "vp8" and not memoryview(packet)[0] & 0x10)
+                    packets.append((packet.pts, packet.duration, packet.is_keyframe, not hidden))
+                if len(frames) < 2:
+                    frames += self._decode(stream, packet)
+            if not frames:
+                raise VideoError(f"{self.path}: not one frame can be decoded from {len(packets)} packets of video")
+            self.height, self.width = to_image(frames[0], VideoReformatter()).shape[1:]
+            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+            self._time_base = stream.time_base
+            if stream.frames > len(packets):
+                self._warn(f"the header promises {stream.frames} frames, the file holds {len(packets)}")
+            # H.265 with temporal layers: a frame "without references" may have some from a higher layer. Their number
+            # less one stands in the second byte of the video parameter set (7.3.2.1), after its header 0x40 0x01.
+            _, _, parameters = (stream.codec_context.extradata or b"").partition(b"\x40\x01")
+            has_layers = codec == "hevc" and parameters[1:2] > b"\x01"
+            self._skip = "NONREF" if codec in CODECS_THAT_MAY_SKIP and not has_layers else "DEFAULT"
+        self._packet_pts = [packet[0] for packet in packets]
+        self._key_packets = [number for number, packet in enumerate(packets) if packet[2]]
+        self._packet_number = {pts: number for number, pts in enumerate(self._packet_pts)}
+        first_pts = [frame.pts for frame in frames[:2]]
+        self._pts = []
+        if None not in self._packet_number and None not in first_pts and len(self._packet_number) == len(packets):
+            # What comes before the first frame lacks its references, as in a recording cut from a broadcast.
+            self._pts = sorted(pts for pts, _, _, is_shown in packets if is_shown and pts >= first_pts[0])
+        self._can_seek = self._pts[:2] == first_pts
+        if self._can_seek:
+            span = self._pts[-1] - self._pts[0]
+            mean_gap = Fraction(span, len(self) - 1) if span else 1 / (rate * self._time_base)
+            last_gap = packets[self._packet_number[self._pts[-1]]][1] or mean_gap
+        else:  # timestamps are absent, repeated or misleading: count what comes out and trust the frame rate
+            self._pts = [number for number, _ in self._decode_everything()]
+            self._time_base, span, last_gap = 1 / rate, len(self) - 1, 1
+        self.duration = float((span + last_gap) * self._time_base)
+        self.average_fps = len(self) / self.duration
+
+    def _images(self, indices: list[int], on_missing: str) -> Iterator[torch.Tensor]:
+        repeats = Counter(indices)
+        reformatter = VideoReformatter()
+        for index, frame, is_found in self._find(deque(repeats)):
+            if not is_found:
+                self._miss(index, "cannot be decoded", on_missing if frame else "error")
+            image = to_image(frame, reformatter)
+            for _ in range(repeats[index] - 1):
+                yield image.clone()
+            yield image
+
+    def _find(self, wanted: deque[int]) -> Iterator[tuple[int, VideoFrame | None, bool]]:
+        """Per wanted index, ascending: (index, its frame, True), or (index, the last frame decoded before it, False)."""
+        wanted_pts = {self._pts[index] for index in wanted}
+        retreat = 0 if self._can_seek else 2  # 0: decode from the nearest key frame; 1: from the one before it; 2: all
+        with self._open() as (container, stream):
+            while wanted and retreat < 2:
+                count = len(wanted)
+                start, end = self._plan_run(wanted, retreat)
+                for frame in self._decode_run(container, stream, start, end, wanted_pts):
+                    if frame.pts == self._pts[wanted[0]]:
+                        yield wanted.popleft(), frame, True
+                    if not wanted or frame.pts > self._pts[wanted[0]]:
+                        break
+                retreat = 0 if len(wanted) < count else retreat + 1
+        last = None
+        for pts, frame in self._decode_everything() if wanted else ():
+            while wanted and self._pts[wanted[0]] < pts:
+                yield wanted.popleft(), last, False
+            last = frame
+            if wanted and self._pts[wanted[0]] == pts:
+                yield wanted.popleft(), frame, True
+            if not wanted:
+                return
+        yield from ((index, last, False) for index in wanted)
+
+    def _key_packet(self, index: int, retreat: int = 0) -> int:
+        """Number of the key packet from which a frame can be decoded, or of the one `retreat` key packets before."""
+        pts = self._pts[index]
+        key = bisect_right(self._key_packets, self._packet_number.get(pts, 0)) - 1
+        # Open group: what stands after the key frame but is shown before it also refers to the group before.
+        while key >= 0 and self._packet_pts[self._key_packets[key]] > pts:
+            key -= 1
+        return self._key_packets[key - retreat] if key >= retreat else 0
+
+    def _plan_run(self, wanted: Iterable[int], retreat: int) -> tuple[int, int]:
+        """First and last packet of the next run: the wanted frames up to where a seek can leave packets out."""
+        start = end = None
+        for index in wanted:
+            key = self._key_packet(index, retreat if start is None else 0)
+            if start is None:
+                start = end = key
+            if key > end + 1:
+                break
+            end = max(end, self._packet_number[self._pts[index]])
+        return start, end
+
+    def _decode_run(self, container, stream, start: int, end: int, wanted_pts: set[int]) -> Iterator[VideoFrame]:
+        """Frames of the packets from `start` to `end`, less those that FFmpeg could drop; none where the seek failed."""
+        start_pts = self._packet_pts[start]
+        try:
+            container.seek(start_pts, stream=stream)
+        except av.FFmpegError:
+            return
+        is_started, is_confirmed = False, start == 0
+        for packet in chain(self._demux(container, stream), [None]):
+            number = end + 1 if packet is None else self._packet_number.get(packet.pts, end + 1)
+            if number < start:
+                continue
+            if number > start and not is_started:
+                return
+            is_started = True
+            is_wanted = number > end or number == start or packet.pts in wanted_pts
+            stream.codec_context.skip_frame = "DEFAULT" if is_wanted else self._skip
+            for frame in self._decode(stream, packet if number <= end else None):
+                if not is_confirmed and frame.pts >= start_pts:
+                    # Key flags can lie (MP4 without their table, H.264 with gradual refresh): believe the picture.
+                    if frame.pts != start_pts or frame.pict_type != PictureType.I or frame.is_corrupt:
+                        return
+                    is_confirmed = True
+                if is_confirmed:
+                    yield frame
+            if number > end:
+                return
+
+    def _decode_everything(self) -> Iterator[tuple[int, VideoFrame]]:
+        """(pts, frame) of every frame from the start of the file; (0, 1, ..., frame) where pts are of no use."""
+        count = 0
+        with self._open() as (container, stream):
+            for packet in chain(self._demux(container, stream), [None]):
+                for frame in self._decode(stream, packet):
+                    yield (frame.pts if self._can_seek else count), frame
+                    count += 1
+
+    def _demux(self, container, stream) -> Iterator[av.Packet]:
+        """Packets that carry data, as far as the file can be read."""
+        try:
+            for packet in container.demux(stream):
+                if packet.size:  # an empty one would tell the decoder that the stream has ended
+                    yield packet
+        except av.FFmpegError as error:
+            self._warn(f"reading stops early ({error.strerror})")
+
+    def _decode(self, stream, packet: av.Packet | None) -> list[VideoFrame]:
+        """Frames that come out when a packet goes in (None: all that the decoder still holds back)."""
+        try:
+            frames = stream.codec_context.decode(packet)
+        except av.FFmpegError:  # a damaged packet: its frame will be missed where it is wanted
+            return []
+        self.frames_decoded += len(frames)
+        return frames
+
+    def _miss(self, index: int, reason: str, on_missing: str) -> None:
+        if on_missing == "error":
+            raise VideoError(f"{self.path}: frame {index} {reason}")
+        self._warn(f"frame {index} {reason}; the last one decoded before it takes its place")
+
+    def _warn(self, reason: str) -> None:
+        message = f"{self.path}: {reason}"
+        if message not in self.warnings:
+            self.warnings.append(message)
+
+
+def to_image(frame: VideoFrame, reformatter: VideoReformatter) -> torch.Tensor:
+    """A decoded frame as an upright uint8 RGB tensor (3, H, W) in channels-last memory."""
+    rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:  # x' = a x + c y, y' = b x + d y: which axis goes where, and which way round
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+        if abs(b) > abs(a):
+            rgb, a, d = rgb.transpose(1, 0, 2), c, b
+        rgb = rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)

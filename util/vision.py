@@ -1,0 +1,303 @@
+"""An image or a video -> uint8 patches within its pixel and token budget, and the grid they lie on.
+
+Sizes and frame choices follow qwen-vl-utils (vision_process.py: smart_resize, smart_nframes, fetch_video), so that
+training sees what inference sees. Each frame is resized once and stays uint8 until it is on the device.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional as transforms
+
+from util.video_reader import VideoReader
+
+PATCH = 14  # pixels, the side of a patch
+MERGE = 2  # MERGE x MERGE patches become one token
+TEMPORAL = 2  # frames per temporal patch
+FACTOR = PATCH * MERGE  # image sides are multiples of this
+TOKEN_PIXELS = FACTOR * FACTOR
+IMAGE_PIXELS = (4 * TOKEN_PIXELS, 1280 * TOKEN_PIXELS)  # default budget of an image
+FRAME_PIXELS = (128 * TOKEN_PIXELS, 768 * TOKEN_PIXELS)  # default budget of a video frame
+TOTAL_PIXELS = 0.9 * 128000 * TOKEN_PIXELS  # default budget of a video, before video_max_tokens
+MOST_ASPECT = 200
+
+NUMBER_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+VIDEO_KEYS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end", "total_pixels")
+
+
+class Grid(NamedTuple):
+    """Patches along time, height and width; time counts pairs of frames, and is 1 for an image."""
+
+    t: int
+    h: int
+    w: int
+    capped: bool = False  # a video that --video_max_tokens made smaller or shorter
+
+    @property
+    def patches(self) -> int:
+        return self.t * self.h * self.w
+
+    @property
+    def tokens(self) -> int:
+        return self.patches // MERGE**2
+
+
+@dataclass
+class Medium:
+    """The pixels of one image or video."""
+
+    patches: torch.Tensor  # uint8, (P, 588) of an image or (P, 1176) of a video: channel, (frame,) row, column
+    grid: Grid
+
+    @property
+    def is_video(self) -> bool:
+        return self.patches.shape[1] == 3 * TEMPORAL * PATCH**2
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many pixels, frames and tokens a medium may cost; an item's own keys come before these."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    video_fps: float = 2.0
+    video_max_frames: int = 768
+    video_max_tokens: int = 16384
+
+    @classmethod
+    def of(cls, config) -> "Budget":
+        """The budget in a Config or in the training_config.json of a run."""
+        values = config if isinstance(config, dict) else vars(config)
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+
+    def pixels(self, default: tuple[int, int]) -> tuple[int, int]:
+        """(fewest, most) pixels of an image or frame. One that is given moves the other's default out of its way."""
+        least, most = self.min_pixels or default[0], self.max_pixels or default[1]
+        return (least, max(least, most)) if self.max_pixels is None else (min(least, most), most)
+
+    def apply_to(self, processor) -> None:
+        """Write the budget into a processor, so that who loads the saved model gets the pixels it was trained on."""
+        for part, default in ((processor.image_processor, IMAGE_PIXELS), (processor.video_processor, FRAME_PIXELS)):
+            least, most = self.pixels(default)
+            part.size = {"shortest_edge": least, "longest_edge": most}
+
+
+def check_keys(item: dict) -> None:
+    """Refuse keys of an image or video item that are unknown or not numbers above 0."""
+    kind = item["type"]
+    numbers = NUMBER_KEYS + (VIDEO_KEYS if kind == "video" else ())
+    known = {"type", kind, "text", *numbers}
+    if unknown := sorted(set(item) - known):
+        raise ValueError(f"unknown key {unknown[0]!r} of an {kind} item; known are {', '.join(sorted(known))}")
+    for key in set(item) & set(numbers):
+        value, zero_is_fine = item[key], key in ("video_start", "video_end")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{key} must be a number, is {value!r}")
+        if value < 0 or (value == 0 and not zero_is_fine):
+            raise ValueError(f"{key} must be above 0, is {value!r}")
+    if ("resized_height" in item) != ("resized_width" in item):
+        raise ValueError("resized_height and resized_width come together")
+    if kind == "image" and isinstance(item["image"], list):
+        raise ValueError("an image item holds one path; use several items for several images")
+    if kind == "video" and isinstance(item["video"], list) and not item["video"]:
+        raise ValueError("a video given as a list of frames needs at least one frame")
+
+
+def load(item: dict, budget: Budget) -> Medium:
+    """Decode, resize and cut into patches one image or video item. Raises ValueError that names the file."""
+    if item["type"] == "image":
+        image = open_image(item["image"])
+        size = image_size(item, image.height, image.width, budget)
+        frames = resize(to_tensor(image, item["image"]), size)[None]
+        return patchify(frames, frames_per_patch=1)
+    with open_video(item) as video:
+        indices, size, capped = plan_video(item, video, budget)
+        frames = torch.stack([resize(frame, size) for frame in video.frames_at(indices)])
+    return patchify(frames, frames_per_patch=TEMPORAL, capped=capped)
+
+
+def read_grid(item: dict, budget: Budget) -> Grid:
+    """The grid that `load` will give, from the file's header alone."""
+    if item["type"] == "image":
+        image = open_image(item["image"])
+        height, width = image_size(item, image.height, image.width, budget)
+        return Grid(1, height // PATCH, width // PATCH)
+    with open_video(item) as video:
+        indices, (height, width), capped = plan_video(item, video, budget)
+    return Grid(len(indices) // TEMPORAL, height // PATCH, width // PATCH, capped)
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def smart_resize(height: float, width: float, least: float, most: float) -> tuple[int, int]:
+    """Height and width in multiples of 28, the product within [least, most] pixels, the aspect ratio kept.
+
+    The rule of qwen-vl-utils, and two cases where it breaks: a side never rounds to nothing, and `most` holds then too.
+    """
+    if max(height, width) > MOST_ASPECT * min(height, width):
+        raise ValueError(f"{width}x{height} pixels: one side is more than {MOST_ASPECT} times the other; crop it")
+    new_height = max(FACTOR, round(height / FACTOR) * FACTOR)
+    new_width = max(FACTOR, round(width / FACTOR) * FACTOR)
+    if new_height * new_width > most:
+        scale = math.sqrt(height * width / most)
+        new_height = max(FACTOR, math.floor(height / scale / FACTOR) * FACTOR)
+        new_width = max(FACTOR, math.floor(width / scale / FACTOR) * FACTOR)
+        longest = max(FACTOR, math.floor(most / FACTOR / FACTOR) * FACTOR)
+        if new_height * new_width > most:
+            new_height, new_width = min(new_height, longest), min(new_width, longest)
+    elif new_height * new_width < least:
+        scale = math.sqrt(least / (height * width))
+        new_height = math.ceil(height * scale / FACTOR) * FACTOR
+        new_width = math.ceil(width * scale / FACTOR) * FACTOR
+    return new_height, new_width
+
+
+def image_size(item: dict, height: int, width: int, budget: Budget) -> tuple[int, int]:
+    """The size an image is resized to: its own `resized_*`, else its own or the budget's pixel limits."""
+    if "resized_height" in item:
+        return smart_resize(item["resized_height"], item["resized_width"], 4 * TOKEN_PIXELS, 16384 * TOKEN_PIXELS)
+    least, most = budget.pixels(IMAGE_PIXELS)
+    most = item.get("max_pixels", max(most, item.get("min_pixels", 0)))
+    return smart_resize(height, width, min(item.get("min_pixels", least), most), most)
+
+
+def frame_size(item: dict, height: int, width: int, frames: int, budget: Budget) -> tuple[tuple[int, int], bool]:
+    """The size of a video's frames, and whether --video_max_tokens made it smaller. `frames` is even."""
+    least, most = budget.pixels(FRAME_PIXELS)
+    least = item.get("min_pixels", least)
+    share = item.get("total_pixels", TOTAL_PIXELS) / frames * TEMPORAL
+    limit = max(min(FRAME_PIXELS[1], share), int(least * 1.05))
+    most = min(item.get("max_pixels", most), limit)
+    if "resized_height" in item:
+        wanted = smart_resize(item["resized_height"], item["resized_width"], 4 * TOKEN_PIXELS, 16384 * TOKEN_PIXELS)
+    else:
+        wanted = smart_resize(height, width, min(least, most), most)
+    cap = budget.video_max_tokens * TOKEN_PIXELS * TEMPORAL // frames
+    if wanted[0] * wanted[1] <= cap:
+        return wanted, False
+    return smart_resize(height, width, 0, cap), True
+
+
+def plan_video(item: dict, video, budget: Budget) -> tuple[list[int], tuple[int, int], bool]:
+    """Which frames of a video are read, their size (height, width), and whether --video_max_tokens cut it down."""
+    first, last = frame_range(item, len(video), video.average_fps)
+    if isinstance(item["video"], list):
+        frames = math.ceil(len(video) / TEMPORAL) * TEMPORAL  # chosen by hand: every one is wanted
+    else:
+        frames = frame_count(item, last - first + 1, video.average_fps, budget)
+    most_frames = max(1, budget.video_max_tokens) * TEMPORAL  # a pair of frames costs a token at least
+    size, capped = frame_size(item, video.height, video.width, min(frames, most_frames), budget)
+    if isinstance(item["video"], list) and frames <= most_frames:
+        indices = list(range(len(video))) + [len(video) - 1] * (frames - len(video))
+    else:
+        indices = torch.linspace(first, last, min(frames, most_frames)).round().long().tolist()
+    return indices, size, capped or frames > most_frames
+
+
+def frame_range(item: dict, total: int, fps: float) -> tuple[int, int]:
+    """First and last frame between `video_start` and `video_end` (seconds), both included."""
+    first, last = 0, total - 1
+    if "video_start" in item:
+        first = math.ceil(min(item["video_start"], total / fps) * fps)
+    if "video_end" in item:
+        last = min(math.floor(item["video_end"] * fps), last)
+    if first > last or (first == last and total > 1):
+        raise ValueError(
+            f"{item['video']}: video_start {item.get('video_start', 0)} to video_end {item.get('video_end', 'end')} "
+            f"holds no two frames of its {total / fps:.2f} seconds"
+        )
+    return first, last
+
+
+def frame_count(item: dict, total: int, fps: float, budget: Budget) -> int:
+    """How many of `total` frames are sampled: an even number. `nframes` comes before `fps`; one frame counts twice."""
+    if total == 1:
+        return TEMPORAL
+    if "nframes" in item:
+        wanted = round(item["nframes"] / TEMPORAL) * TEMPORAL
+    else:
+        least = math.ceil(item.get("min_frames", 4) / TEMPORAL) * TEMPORAL
+        most = math.floor(item.get("max_frames", min(budget.video_max_frames, total)) / TEMPORAL) * TEMPORAL
+        wanted = min(max(total / fps * item.get("fps", budget.video_fps), least), most)
+    return max(TEMPORAL, math.floor(min(wanted, total) / TEMPORAL) * TEMPORAL)
+
+
+# ---- pixels ---------------------------------------------------------------------------------------------------------
+
+
+def open_image(path: str) -> Image.Image:
+    """An image whose header is read and whose EXIF orientation is applied (its pixels are decoded when needed)."""
+    try:
+        image = Image.open(path)
+        if image.getexif().get(0x0112, 1) != 1:  # 0x0112: orientation; the rare case pays for decoding here
+            image = ImageOps.exif_transpose(image)
+        return image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+
+
+def to_tensor(image: Image.Image, path: str) -> torch.Tensor:
+    """RGB pixels, uint8 (3, H, W) in channels-last memory; transparency is laid on white."""
+    try:
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        elif image.mode.startswith("I"):  # 16 bits per pixel; convert("RGB") would clip them to 255
+            image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        pixels = np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def open_video(item: dict):
+    """A VideoReader for a file, or the same face for a list of frame images."""
+    return FrameList(item["video"]) if isinstance(item["video"], list) else VideoReader(item["video"], "video")
+
+
+class FrameList:
+    """A video given as a list of images; frames are as large as the first one."""
+
+    average_fps = 2.0
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+        first = open_image(paths[0])
+        self.height, self.width = first.height, first.width
+
+    def __enter__(self) -> "FrameList":
+        return self
+
+    def __exit__(self, *exception) -> None: ...
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def frames_at(self, indices: list[int]) -> Iterator[torch.Tensor]:
+        for index in indices:
+            yield to_tensor(open_image(self.paths[index]), self.paths[index])
+
+
+def resize(frame: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bicubic, antialiased, on uint8 (3, H, W): at most 1 level from PIL's, and many times faster."""
+    if tuple(frame.shape[1:]) == size:
+        return frame
+    return transforms.resize(frame, list(size), transforms.InterpolationMode.BICUBIC, antialias=True)
+
+
+def patchify(frames: torch.Tensor, frames_per_patch: int, capped: bool = False) -> Medium:
+    """Frames (F, 3, H, W) -> patches (P, 3 * frames_per_patch * 14 * 14), the four patches of a token together.
+
+    The order is the official processor's (image_processing_qwen2_vl.py: patchify).
+    """
+    count, channels, height, width = frames.shape
+    t, h, w = count // frames_per_patch, height // PATCH, width // PATCH
+    patches = frames.reshape(t, frames_per_patch, channels, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
+    patches = patches.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, block row, block column, row, column, c, frame, y, x
+    return Medium(patches.reshape(t * h * w, -1), Grid(t, h, w, capped))
