@@ -18,7 +18,8 @@ from util.config import UserError
 
 ADMITTED = {
     ("torch", "Size"),
-    ("torch._utils", "_rebuild_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # where Python 3.13 keeps it
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
 }
@@ -144,7 +145,9 @@ class TensorReader(FileSystemReader):
 
 class MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
-        plain = module == "torch.distributed.checkpoint.metadata" and "." not in name
-        if plain or (module, name) in ADMITTED:
+        own = getattr(dcp.metadata, name, None) if module == dcp.metadata.__name__ else None
+        is_own_class = isinstance(own, type) and own.__module__ == module
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_own_class or is_dtype or (module, name) in ADMITTED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"a checkpoint's metadata must not name {module}.{name}; the file is not ours")

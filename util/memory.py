@@ -1,6 +1,7 @@
 """The memory a run will need, part by part, before any weight is loaded."""
 
 import dataclasses
+import itertools
 import os
 import resource
 
@@ -80,27 +81,23 @@ def check(model_config, config: Config, dtype: torch.dtype, device: torch.device
     if needed <= free or not config.check_memory:
         return
     counts = count_parameters(model_config)
+    choices = itertools.product(([], ["vision"], ["language_model"]), ("adamw", "adamw_8bit"), ("none", "full"))
     ways = []
-    for changes in (
-        {"activation_checkpointing": "full"},
-        {"optimizer": "adamw_8bit"},
-        {"freeze": ["vision"]},
-        {"activation_checkpointing": "full", "optimizer": "adamw_8bit"},
-        {"activation_checkpointing": "full", "freeze": ["vision"]},
-        {"activation_checkpointing": "full", "optimizer": "adamw_8bit", "freeze": ["vision"]},
-        {"activation_checkpointing": "full", "optimizer": "adamw_8bit", "freeze": ["language_model"]},
-    ):
-        if device.type == "cpu" and "optimizer" in changes:
+    for freeze, optimizer, checkpointing in sorted(choices, key=lambda choice: bool(choice[0]) + sum(map(len, choice[1:]))):
+        if device.type == "cpu" and optimizer == "adamw_8bit":
             continue
-        unused = {f"{part}_learning_rate": None for part in ("vision", "merger") if part in changes.get("freeze", [])}
+        changes = {"freeze": freeze, "optimizer": optimizer, "activation_checkpointing": checkpointing}
+        changes = {name: value for name, value in changes.items() if value and value != getattr(config, name)}
+        unused = {f"{part}_learning_rate": None for part in changes.get("freeze", []) if part != "language_model"}
         changed = dataclasses.replace(config, **changes, **unused)
         # one sample at a time, the longest there is, is the least a step can be
-        for note, batches in (("", micro_batches), (" --micro_batch_size 1", [[s] for b in micro_batches for s in b])):
+        for note, batches in (("", micro_batches), ("micro_batch_size 1", [[s] for b in micro_batches for s in b])):
             total = sum(forecast(model_config, counts, changed, dtype, batches).values())
             if total <= free:
-                flags = " ".join(f"--{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in changes.items())
-                ways.append(f"  {flags}{note}: {total / GIB:.1f} GiB")
+                flags = [f"{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in changes.items()] + [note] * bool(note)
+                ways.append(f"  {' '.join(f'--{flag}' for flag in flags)}: {total / GIB:.1f} GiB")
                 break
+    ways = ways[:4]
     remedy = (
         "\nSettings that fit:\n" + "\n".join(ways) if ways else "\nNo setting fits; use a smaller model or several GPUs"
     )

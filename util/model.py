@@ -105,13 +105,21 @@ def load_weights(path: str, dtype: torch.dtype, device: torch.device) -> Qwen2VL
 
 
 def build_model(config: Config, path: str, processor, device: torch.device) -> PackedLoss:
-    """The model ready to train: `loss_sum = model(batch)`.
+    """The model of a checkpoint, ready to train: `loss_sum = model(batch)`."""
+    dtype = choose_dtype(config.dtype, device)
+    model = load_weights(path, torch.float64 if dtype == torch.float64 else torch.float32, device)
+    return prepare_model(model, config, processor, device)
+
+
+def prepare_model(
+    model: Qwen2VLForConditionalGeneration, config: Config, processor, device: torch.device
+) -> PackedLoss:
+    """Attention, frozen parts, checkpointing, precision.
 
     Weights, gradients and moments are kept once, in fp32 (fp64 on request). For bfloat16 compute, PyTorch's
     `fully_shard` on a mesh of this one process makes each layer's bf16 copy while the layer works, then frees it.
     """
     dtype = choose_dtype(config.dtype, device)
-    model = load_weights(path, torch.float64 if dtype == torch.float64 else torch.float32, device)
     model.config.use_cache = False
     set_attention(model, choose_attention(config.attention, device, dtype))
     freeze(model, config.freeze)
@@ -185,7 +193,7 @@ def save_model(
     """
     model = packed.model
     weights = {}
-    for name, tensor in (state or model.state_dict()).items():
+    for name, tensor in model.named_parameters():  # a tied head is not named twice
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         weights[name] = tensor.detach().to("cpu", packed.dtype)
     model.config.dtype = packed.dtype

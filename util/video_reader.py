@@ -21,6 +21,7 @@ import torch
 from av.stream import Discard, Disposition
 from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 
 # In these codecs a frame that none refers to can be dropped without a trace; in others every frame may leave state.
 CODECS_THAT_MAY_SKIP = {"h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"}
@@ -46,6 +47,7 @@ class VideoReader:
         self.path = os.fspath(path)
         self.warnings: list[str] = []
         self.frames_decoded = 0
+        self._packet_times: list[tuple[int | None, int | None]] = []  # (pts, dts) of each packet
         self._next_index = 0
         self._iterator: Iterator | None = None
         self._read_index()
@@ -92,7 +94,7 @@ class VideoReader:
         self.close()
         self._next_index = bisect_left(self._pts, round(seconds / self._time_base))
         if keyframes_only and self._next_index < len(self):
-            self._next_index = bisect_left(self._pts, self._packet_pts[self._key_packet(self._next_index)])
+            self._next_index = bisect_left(self._pts, self._packet_times[self._key_packet(self._next_index)][0])
         return self
 
     def get_metadata(self) -> dict:
@@ -113,8 +115,8 @@ class VideoReader:
     # the presentation timestamp (pts, in ticks of the time base) connects the two.
 
     @contextmanager
-    def _open(self):
-        """Yield (container, video stream), ready to decode on one thread."""
+    def _open(self) -> Iterator[VideoStream]:
+        """The video stream of the newly opened file, ready to decode on one thread."""
         if not os.path.isfile(self.path):
             raise VideoError(f"{self.path}: no such file")
         try:
@@ -126,21 +128,21 @@ class VideoReader:
             if stream is None or stream.disposition & Disposition.attached_pic or stream.codec_context is None:
                 raise VideoError(f"{self.path}: no video stream in it that FFmpeg can decode")
             for other in container.streams:
-                if other.index != stream.index:
-                    other.discard = Discard.all
+                other.discard = Discard.default if other.index == stream.index else Discard.all
             stream.codec_context.thread_count = 1
-            yield container, stream
+            yield stream
 
     def _read_index(self) -> None:
         """Read all packets; decode the first two frames, which tell the size and whether packets match frames."""
         packets, frames = [], []  # packets: (pts, duration, is key, is shown)
-        with self._open() as (container, stream):
-            codec = stream.codec_context.name
-            for packet in chain(self._demux(container, stream), [None]):
+        with self._open() as stream:
+            codec = stream.codec_context
+            for packet in chain(self._demux(stream), [None]):
                 if packet is not None:
                     # Edit lists hide packets; so does VP8 (bit unset: a frame only to refer to, RFC 6386, 9.1).
-                    hidden = packet.is_discard or (codec == "vp8" and not memoryview(packet)[0] & 0x10)
+                    hidden = packet.is_discard or (codec.name == "vp8" and not memoryview(packet)[0] & 0x10)
                     packets.append((packet.pts, packet.duration, packet.is_keyframe, not hidden))
+                    self._packet_times.append((packet.pts, packet.dts))
                 if len(frames) < 2:
                     frames += self._decode(stream, packet)
             if not frames:
@@ -148,19 +150,20 @@ class VideoReader:
             self.height, self.width = to_image(frames[0], VideoReformatter()).shape[1:]
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             self._time_base = stream.time_base
-            if stream.frames > len(packets):
-                self._warn(f"the header promises {stream.frames} frames, the file holds {len(packets)}")
+            promised = min(stream.frames, len(stream.index_entries))  # the latter without what edit lists cut away
+            if promised > len(packets):
+                self._warn(f"the header promises {promised} frames, the file holds {len(packets)}")
             # H.265 with temporal layers: a frame "without references" may have some from a higher layer. Their number
             # less one stands in the second byte of the video parameter set (7.3.2.1), after its header 0x40 0x01.
-            _, _, parameters = (stream.codec_context.extradata or b"").partition(b"\x40\x01")
-            has_layers = codec == "hevc" and parameters[1:2] > b"\x01"
-            self._skip = "NONREF" if codec in CODECS_THAT_MAY_SKIP and not has_layers else "DEFAULT"
-        self._packet_pts = [packet[0] for packet in packets]
+            parameters = (codec.extradata or b"").partition(b"\x40\x01")[2]
+            has_layers = codec.name == "hevc" and parameters[1:2] > b"\x01"
+            self._skip = "NONREF" if codec.name in CODECS_THAT_MAY_SKIP and not has_layers else "DEFAULT"
+            lacks_pts = stream.container.format.name == "avi" and codec.has_b_frames  # FFmpeg makes some up
         self._key_packets = [number for number, packet in enumerate(packets) if packet[2]]
-        self._packet_number = {pts: number for number, pts in enumerate(self._packet_pts)}
+        self._packet_number = {packet[0]: number for number, packet in enumerate(packets)}
         first_pts = [frame.pts for frame in frames[:2]]
         self._pts = []
-        if None not in self._packet_number and None not in first_pts and len(self._packet_number) == len(packets):
+        if not lacks_pts and not {None} & {*self._packet_number, *first_pts} and len(self._packet_number) == len(packets):
             # What comes before the first frame lacks its references, as in a recording cut from a broadcast.
             self._pts = sorted(pts for pts, _, _, is_shown in packets if is_shown and pts >= first_pts[0])
         self._can_seek = self._pts[:2] == first_pts
@@ -186,14 +189,13 @@ class VideoReader:
             yield image
 
     def _find(self, wanted: deque[int]) -> Iterator[tuple[int, VideoFrame | None, bool]]:
-        """Per wanted index, ascending: (index, its frame, True), or (index, the last frame decoded before it, False)."""
+        """For each wanted index: (index, its frame, True), or (index, the last frame decoded before it, False)."""
         wanted_pts = {self._pts[index] for index in wanted}
         retreat = 0 if self._can_seek else 2  # 0: decode from the nearest key frame; 1: from the one before it; 2: all
-        with self._open() as (container, stream):
+        with self._open() as stream:
             while wanted and retreat < 2:
                 count = len(wanted)
-                start, end = self._plan_run(wanted, retreat)
-                for frame in self._decode_run(container, stream, start, end, wanted_pts):
+                for frame in self._decode_run(stream, *self._plan_run(wanted, retreat), wanted_pts):
                     if frame.pts == self._pts[wanted[0]]:
                         yield wanted.popleft(), frame, True
                     if not wanted or frame.pts > self._pts[wanted[0]]:
@@ -215,37 +217,25 @@ class VideoReader:
         pts = self._pts[index]
         key = bisect_right(self._key_packets, self._packet_number.get(pts, 0)) - 1
         # Open group: what stands after the key frame but is shown before it also refers to the group before.
-        while key >= 0 and self._packet_pts[self._key_packets[key]] > pts:
+        while key >= 0 and self._packet_times[self._key_packets[key]][0] > pts:
             key -= 1
         return self._key_packets[key - retreat] if key >= retreat else 0
 
-    def _plan_run(self, wanted: Iterable[int], retreat: int) -> tuple[int, int]:
-        """First and last packet of the next run: the wanted frames up to where a seek can leave packets out."""
-        start = end = None
+    def _plan_run(self, wanted: deque[int], retreat: int) -> tuple[int, int]:
+        """First and last packet to decode in one go: up to where a seek to a later wanted frame leaves packets out."""
+        end = self._packet_number[self._pts[wanted[0]]]
         for index in wanted:
-            key = self._key_packet(index, retreat if start is None else 0)
-            if start is None:
-                start = end = key
-            if key > end + 1:
+            if self._key_packet(index) > end + 1:
                 break
             end = max(end, self._packet_number[self._pts[index]])
-        return start, end
+        return self._key_packet(wanted[0], retreat), end
 
-    def _decode_run(self, container, stream, start: int, end: int, wanted_pts: set[int]) -> Iterator[VideoFrame]:
-        """Frames of the packets from `start` to `end`, less those that FFmpeg could drop; none where the seek failed."""
-        start_pts = self._packet_pts[start]
-        try:
-            container.seek(start_pts, stream=stream)
-        except av.FFmpegError:
-            return
-        is_started, is_confirmed = False, start == 0
-        for packet in chain(self._demux(container, stream), [None]):
+    def _decode_run(self, stream: VideoStream, start: int, end: int, wanted_pts: set[int]) -> Iterator[VideoFrame]:
+        """Frames of the packets `start` to `end`, less those that FFmpeg can drop; none where the seek failed."""
+        start_pts = self._packet_times[start][0]
+        is_confirmed = start == 0
+        for packet in chain(self._packets_from(stream, start), [None]):
             number = end + 1 if packet is None else self._packet_number.get(packet.pts, end + 1)
-            if number < start:
-                continue
-            if number > start and not is_started:
-                return
-            is_started = True
             is_wanted = number > end or number == start or packet.pts in wanted_pts
             stream.codec_context.skip_frame = "DEFAULT" if is_wanted else self._skip
             for frame in self._decode(stream, packet if number <= end else None):
@@ -259,25 +249,42 @@ class VideoReader:
             if number > end:
                 return
 
+    def _packets_from(self, stream: VideoStream, start: int) -> Iterator[av.Packet]:
+        """The packets from number `start` on; none where no seek leads to it."""
+        for time in self._packet_times[start]:  # MP4 and Matroska find a key frame by its pts, MPEG-TS by its dts
+            try:
+                stream.container.seek(time, stream=stream)
+            except (av.FFmpegError, TypeError):  # TypeError: there is no dts
+                continue
+            packets = self._demux(stream)
+            for packet in packets:
+                number = self._packet_number.get(packet.pts, len(self._packet_number))
+                if number == start:
+                    yield packet
+                    yield from packets
+                    return
+                if number > start:
+                    break
+
     def _decode_everything(self) -> Iterator[tuple[int, VideoFrame]]:
         """(pts, frame) of every frame from the start of the file; (0, 1, ..., frame) where pts are of no use."""
         count = 0
-        with self._open() as (container, stream):
-            for packet in chain(self._demux(container, stream), [None]):
+        with self._open() as stream:
+            for packet in chain(self._demux(stream), [None]):
                 for frame in self._decode(stream, packet):
                     yield (frame.pts if self._can_seek else count), frame
                     count += 1
 
-    def _demux(self, container, stream) -> Iterator[av.Packet]:
+    def _demux(self, stream: VideoStream) -> Iterator[av.Packet]:
         """Packets that carry data, as far as the file can be read."""
         try:
-            for packet in container.demux(stream):
+            for packet in stream.container.demux(stream):
                 if packet.size:  # an empty one would tell the decoder that the stream has ended
                     yield packet
         except av.FFmpegError as error:
             self._warn(f"reading stops early ({error.strerror})")
 
-    def _decode(self, stream, packet: av.Packet | None) -> list[VideoFrame]:
+    def _decode(self, stream: VideoStream, packet: av.Packet | None) -> list[VideoFrame]:
         """Frames that come out when a packet goes in (None: all that the decoder still holds back)."""
         try:
             frames = stream.codec_context.decode(packet)

@@ -1,0 +1,428 @@
+"""How fast is a training step of this project, and how fast is the usual way to write it (plain_loop.py)?
+
+    python benchmarks/train_step.py --size tiny --compare
+    python benchmarks/train_step.py --size tiny --compare --vocabulary official
+    python benchmarks/train_step.py --size 2b --compare --micro_batch_size 4 --out benchmarks/results/step_2b.json
+
+Weights are random and data is drawn on the spot, both from --seed; speed does not depend on what a model knows. Every
+flag of finetune.py that is not named here works too (--global_batch_size, --max_tokens, --dtype, --freeze,
+--activation_checkpointing, ...). Each block builds its model anew, so both loops start from the same weights and have
+the device to themselves; blocks alternate, so that what slows the machine slows both.
+"""
+# ruff: noqa: E402
+
+import argparse
+import dataclasses
+import gc
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from benchmarks import plain_loop
+from util import flops
+from util.collator import Collator
+from util.config import Config, UserError, parse_arguments, run_command
+from util.dataset import Samples, load_examples, measure, plan_epoch
+from util.log import versions
+from util.memory import GIB, peak_bytes
+from util.model import choose_device, choose_dtype, load_config, load_processor, part_of, prepare_model
+from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
+from util.tiny_model import make_model, make_tiny_model
+from util.vision import Budget
+
+REFERENCE = Path(os.environ.get("QWEN2_VL_REFERENCE") or ROOT.parent / "shared" / "qwen2_vl_reference")
+CONFIG_FILES = {"2b": "config.json", "7b": "config.7b.json"}
+OFFICIAL_VOCABULARY = 151936
+
+WORDS = "the a of and to in is that it on with as at this by from or one had not but what all were when there can an".split()
+# side of images and of frames in pixels, most frames of a video, most words of an answer
+SCALES = {"tiny": ((56, 252), (84, 140), 6, 120), "2b": ((224, 1120), (224, 420), 12, 400)}
+SCALES["7b"] = SCALES["2b"]
+MIXES = {  # shares of samples with one image, two images, a video, text alone
+    "images": {"image": 0.8, "two images": 0.2},
+    "mixed": {"image": 0.5, "two images": 0.1, "video": 0.1, "text": 0.3},
+    "text": {"text": 1.0},
+}
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 3e-2}  # of the loss, between the two loops
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
+    summary, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--size", choices=SCALES, required=True, help="sizes of the model and of its data")
+    parser.add_argument("--data", choices=MIXES, default="mixed", help="what the samples are made of")
+    parser.add_argument("--compare", action="store_true", help="measure the plain loop too")
+    parser.add_argument("--vocabulary", choices=("own", "official"), default="own", help="of the tiny model")
+    parser.add_argument("--blocks", type=int, default=3, help="measured blocks of each loop")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of a block")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them that are not measured")
+    parser.add_argument(
+        "--micro_batch_size",
+        type=int,
+        help="of the plain loop; default: the whole step. Ours packs rows up to --max_tokens",
+    )
+    parser.add_argument("--layers", type=int, help="only this many layers in the tower and in the language model")
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    own, others = parser.parse_known_args(arguments)
+    # Both loops load their data in the same process unless told otherwise, and keep one learning rate.
+    defaults = ["--num_workers", "0", "--schedule", "constant", "--warmup_ratio", "0"]
+    if own.size == "tiny":
+        defaults += ["--min_pixels", "3136"]
+    return own, parse_arguments(summary, defaults + others)
+
+
+# ---- model and data --------------------------------------------------------------------------------------------------
+
+
+def describe_model(own: argparse.Namespace) -> tuple[Qwen2VLConfig, object]:
+    """Config and processor of the model to be measured."""
+    if own.size == "tiny" and own.vocabulary == "own":
+        path = str(make_tiny_model())
+        return cut(load_config(path), own.layers), load_processor(path)
+    file = REFERENCE / CONFIG_FILES.get(own.size, "config.json")
+    if not file.exists():
+        raise UserError(
+            f"{file}: not there. Real sizes and the official vocabulary need the official config.json (for 7b as "
+            "config.7b.json), preprocessor_config.json, chat_template.json and tokenizer files in one folder; name it in QWEN2_VL_REFERENCE"
+        )
+    processor = load_processor(str(REFERENCE))
+    if own.size != "tiny":
+        return cut(Qwen2VLConfig.from_dict(json.loads(file.read_text())), own.layers), processor
+    with torch.device("meta"):
+        model_config = make_model(processor.tokenizer, seed=0).config
+    model_config.text_config.vocab_size = OFFICIAL_VOCABULARY
+    return cut(model_config, own.layers), processor
+
+
+def cut(model_config: Qwen2VLConfig, layers: int | None) -> Qwen2VLConfig:
+    """The same model with fewer layers."""
+    if layers:
+        model_config.vision_config.depth = layers
+        model_config.text_config.num_hidden_layers = layers
+        model_config.text_config.layer_types = model_config.text_config.layer_types[:layers]
+    return model_config
+
+
+def random_model(model_config: Qwen2VLConfig, seed: int, device: torch.device) -> Qwen2VLForConditionalGeneration:
+    """The model in fp32, made on the device: the same weights for the same seed."""
+    torch.manual_seed(seed)
+    with device:
+        return Qwen2VLForConditionalGeneration._from_config(
+            Qwen2VLConfig.from_dict(model_config.to_dict()), attn_implementation="sdpa", dtype=torch.float32
+        )
+
+
+def make_data(directory: Path, own: argparse.Namespace, count: int, seed: int) -> Path:
+    """Write `count` samples of mixed lengths and sizes as real files, and return their data.json.
+
+    Videos are lists of frames, so that both loops decode the same pictures.
+    """
+    rng = random.Random(seed)
+    image_sides, frame_sides, most_frames, most_words = SCALES[own.size]
+    files = 0
+
+    def picture(width: int, height: int) -> str:
+        nonlocal files
+        files += 1
+        noise = np.random.default_rng((seed, files)).integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), np.uint8)
+        path = directory / f"{files}.jpg"
+        Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(path, quality=90)
+        return str(path)
+
+    def image() -> dict:
+        return {"type": "image", "image": picture(rng.randint(*image_sides), rng.randint(*image_sides))}
+
+    def video() -> dict:
+        width, height = rng.randint(*frame_sides), rng.randint(*frame_sides)
+        frames = range(2 * rng.randint(2, most_frames // 2))
+        return {"type": "video", "video": [picture(width, height) for _ in frames]}
+
+    def words(most: int) -> str:
+        """Short texts are as frequent as long ones: the logarithm of the length is uniform."""
+        return " ".join(rng.choices(WORDS, k=round(math.exp(rng.uniform(math.log(2), math.log(most))))))
+
+    media = {"image": [image], "two images": [image, image], "video": [video], "text": []}
+    mix = MIXES[own.data]
+    samples = []
+    for kind in rng.choices(list(mix), list(mix.values()), k=count):
+        question = [make() for make in media[kind]] + [{"type": "text", "text": words(most_words // 4)}]
+        answer = [{"type": "text", "text": words(most_words)}]
+        samples.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    path = directory / "data.json"
+    path.write_text(json.dumps(samples))
+    return path
+
+
+@dataclasses.dataclass
+class Work:
+    """What both loops are given."""
+
+    config: Config
+    model_config: Qwen2VLConfig
+    processor: object
+    samples: Samples
+    steps: list[list[list[int]]]  # for each step its micro-batches, packed
+    plain_steps: list[list[list[int]]]  # the same samples in the plain loop's micro-batches
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return choose_dtype(self.config.dtype, self.device)
+
+    @property
+    def plain_examples(self) -> list[dict]:
+        return [{"messages": example.messages} for example in self.samples.examples]
+
+    def model(self) -> Qwen2VLForConditionalGeneration:
+        return random_model(self.model_config, self.config.seed, self.device)
+
+
+# ---- the two loops ---------------------------------------------------------------------------------------------------
+
+
+def our_loop(work: Work) -> Iterator[float]:
+    """The loop of finetune.py, line by line, without its log; yields the loss of each step."""
+    config, device, steps = work.config, work.device, work.steps
+    model = prepare_model(work.model(), config, work.processor, device)
+    optimizer = build_optimizer(model, config)
+    loader = DataLoader(
+        work.samples,
+        batch_sampler=[micro for step in steps for micro in step],
+        collate_fn=Collator(),
+        num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches = iter(loader)
+    for number, step in enumerate(steps, 1):
+        micro_batches = [next(batches) for _ in step]
+
+        supervised_tokens = sum(len(batch.target_ids) for batch in micro_batches)
+        loss_sum = torch.zeros((), device=device)
+        for batch in micro_batches:
+            batch_loss_sum = model(batch.to(device))
+            (batch_loss_sum / supervised_tokens).backward()
+            loss_sum += batch_loss_sum.detach()
+
+        grad_norm = clip_gradient(model, config.max_grad_norm)
+        set_learning_rate(optimizer, number - 1, len(steps), config)
+        optimizer.step()
+        optimizer.zero_grad()
+        grad_norm.item()  # the log reads it
+        yield loss_sum.item() / supervised_tokens
+
+
+def the_plain_loop(work: Work) -> Iterator[float]:
+    config, model = work.config, work.model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) not in config.freeze)
+    if config.activation_checkpointing == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return plain_loop.train(
+        model, work.processor, work.plain_examples, work.plain_steps,
+        config.learning_rate, config.max_grad_norm, work.dtype, config.num_workers,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def check_equal_work(work: Work) -> dict[str, float]:
+    """Both loops see the same tokens in the first step and give the same mean loss over its supervised ones."""
+    model = prepare_model(work.model(), work.config, work.processor, work.device)
+    batches = [Collator()([work.samples[index] for index in micro]) for micro in work.steps[0]]
+    ours = {
+        "supervised_tokens": sum(batch.counts["supervised_tokens"] for batch in batches),
+        "tokens": sum(batch.counts["tokens"] for batch in batches),
+        "patches": sum(len(batch.vision_position_ids) for batch in batches),
+    }
+    our_loss = sum(model(batch.to(work.device)).item() for batch in batches) / ours["supervised_tokens"]
+    del model
+
+    model, examples = work.model().train(), work.plain_examples
+    plain = dict.fromkeys(ours, 0)
+    plain_loss = 0.0
+    for micro in work.plain_steps[0]:
+        batch = plain_loop.collate([examples[index] for index in micro], work.processor)
+        supervised = int((batch["labels"] != plain_loop.IGNORED).sum())
+        plain["supervised_tokens"] += supervised
+        plain["tokens"] += int(batch["attention_mask"].sum())
+        plain["patches"] += sum(len(batch[name]) for name in ("pixel_values", "pixel_values_videos") if name in batch)
+        batch = {name: tensor.to(work.device) for name, tensor in batch.items()}
+        with torch.autocast(work.device.type, torch.bfloat16, enabled=work.dtype == torch.bfloat16):
+            plain_loss += model(**batch, use_cache=False).loss.item() * supervised / ours["supervised_tokens"]
+    assert ours == plain, f"the loops do not see the same: ours {ours}, plain {plain}"
+    assert abs(our_loss - plain_loss) < TOLERANCE[work.dtype], f"first loss {our_loss}, plain {plain_loss}"
+    return {"ours": our_loss, "plain": plain_loss}
+
+
+# ---- the clock -------------------------------------------------------------------------------------------------------
+
+
+def measure_block(loop: Callable[[Work], Iterator[float]], work: Work, warmup: int) -> dict | None:
+    """Run all steps from fresh weights: seconds of those after the warm-up, the losses, and peak memory in GiB.
+
+    None where the device ran out of memory.
+    """
+    on_gpu = work.device.type == "cuda"
+    try:
+        losses_of = loop(work)
+        losses = [next(losses_of) for _ in range(warmup)]
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        losses += list(losses_of)
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds, "losses": losses, "peak_gib": peak_bytes(work.device) / GIB if on_gpu else None}
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        losses_of = None
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+
+def summarise(blocks: list[dict | None], samples: int, tokens: int, work_flops: float, peak: float | None) -> dict:
+    """Median and slowest of the blocks of one loop; no figure where a block ran out of memory."""
+    if None in blocks:
+        return {"failed": "out of memory"}
+    seconds = [block["seconds"] for block in blocks]
+    middle, slowest = statistics.median(seconds), max(seconds)
+    figures = {"block_seconds": [round(value, 4) for value in seconds]}
+    for name, amount in (("samples_per_second", samples), ("tokens_per_second", tokens)):
+        figures[name] = {"median": round(amount / middle, 3), "min": round(amount / slowest, 3)}
+    figures["peak_memory_gib"] = round(blocks[0]["peak_gib"], 2) if blocks[0]["peak_gib"] else None
+    figures["mfu"] = round(work_flops / middle / peak, 4) if peak else None
+    figures["losses"] = blocks[0]["losses"]
+    return figures
+
+
+def main(arguments: list[str]) -> None:
+    own, config = parse(arguments)
+    device = choose_device(config.device)
+    model_config, processor = describe_model(own)
+    budget = Budget.of(config)
+    budget.apply_to(processor)
+
+    with tempfile.TemporaryDirectory() as directory:
+        count = (own.warmup + own.steps) * config.global_batch_size
+        data = make_data(Path(directory), own, count, config.seed)
+        samples = Samples(load_examples([str(data)], processor), processor, budget)
+        sizes = measure(samples, config.max_tokens)
+        steps = plan_epoch(sizes, config.seed, 0, config)
+        # The plain loop takes the samples of a step in the order they come, sorted by length by nobody.
+        plain_steps = []
+        for step in steps:
+            members = sorted(index for micro in step for index in micro)
+            size = own.micro_batch_size or len(members)
+            plain_steps.append([members[i : i + size] for i in range(0, len(members), size)])
+        work = Work(config, model_config, processor, samples, steps, plain_steps, device)
+
+        loops = {"ours": our_loop, "plain": the_plain_loop} if own.compare else {"ours": our_loop}
+        first_losses = check_equal_work(work) if own.compare else None
+        blocks: dict[str, list[dict | None]] = {name: [] for name in loops}
+        for _ in range(own.blocks):
+            for name, loop in loops.items():
+                blocks[name].append(measure_block(loop, work, own.warmup))
+
+    measured = [index for step in steps[own.warmup :] for micro in step for index in micro]
+    tokens = sum(sizes[index].tokens for index in measured)
+    padded = sum(
+        len(micro) * max(sizes[index].tokens for index in micro) for step in plain_steps[own.warmup :] for micro in step
+    )
+    work_flops = flops.training_flops(model_config, [sizes[index] for index in measured], config.freeze)
+    peak = flops.peak_flops(device)
+    result = {
+        "command": shlex.join(["python", "benchmarks/train_step.py", *arguments]),
+        "commit": git_commit(),
+        "versions": versions(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(work.dtype).removeprefix("torch."),
+        "settings": {**vars(own), "out": str(own.out) if own.out else None, "config": dataclasses.asdict(config)},
+        "data": {
+            "samples": len(measured),
+            "tokens": tokens,
+            "supervised_tokens": sum(sizes[index].supervised for index in measured),
+            "patches": sum(grid.patches for index in measured for grid in sizes[index].grids),
+            "padding_of_plain": round(1 - tokens / padded, 4),
+            "micro_batches_of_ours": sum(map(len, steps[own.warmup :])),
+            "micro_batches_of_plain": sum(map(len, plain_steps[own.warmup :])),
+        },
+        "first_loss": first_losses,
+        "loops": {name: summarise(found, len(measured), tokens, work_flops, peak) for name, found in blocks.items()},
+    }
+    result["ratio"] = ratio(result["loops"])
+    print_table(result)
+    line = json.dumps(result)
+    if own.out:
+        own.out.parent.mkdir(parents=True, exist_ok=True)
+        own.out.write_text(line + "\n")
+    print(line)
+
+
+def ratio(loops: dict[str, dict]) -> dict | None:
+    """How many times faster ours is: pairs of neighbouring blocks, so that drift cancels."""
+    if len(loops) < 2 or any("failed" in figures for figures in loops.values()):
+        return None
+    pairs = zip(loops["plain"]["block_seconds"], loops["ours"]["block_seconds"], strict=True)
+    ratios = [plain / ours for plain, ours in pairs]
+    return {"median": round(statistics.median(ratios), 3), "min": round(min(ratios), 3)}
+
+
+def print_table(result: dict) -> None:
+    data = result["data"]
+    print(
+        f"{result['device']}, {result['threads']} threads, {result['dtype']}; {data['samples']} samples, {data['tokens']:,} "
+        f"tokens ({data['supervised_tokens']:,} supervised), {data['patches']:,} patches; "
+        f"the plain loop pads {data['padding_of_plain']:.0%} of its positions\n"
+        f"{'':6}{'samples/s':>10}{'(min)':>10}{'tokens/s':>11}{'(min)':>11}{'peak memory':>15}{'MFU':>8}"
+    )
+    for name, figures in result["loops"].items():
+        if "failed" in figures:
+            print(f"{name:6}{figures['failed']:>20}")
+            continue
+        samples, tokens = figures["samples_per_second"], figures["tokens_per_second"]
+        memory = f"{figures['peak_memory_gib']:.2f} GiB" if figures["peak_memory_gib"] else "not measured"
+        mfu = f"{figures['mfu']:.1%}" if figures["mfu"] else "-"
+        print(
+            f"{name:6}{samples['median']:>10.2f}{samples['min']:>10.2f}{tokens['median']:>11,.0f}{tokens['min']:>11,.0f}{memory:>15}{mfu:>8}"
+        )
+    if result["ratio"]:
+        print(f"ours is {result['ratio']['median']:.2f} times as fast ({result['ratio']['min']:.2f} in its worst pair)")
+
+
+def git_commit() -> str | None:
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def processor_name() -> str:
+    """The CPU's name where Linux tells it, else its architecture."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

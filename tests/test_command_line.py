@@ -1,0 +1,190 @@
+"""The command line: every flag, every kind of wrong flag, and data that cannot be: one clear message, exit code 2."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import finetune
+from tests.official import official_config
+from util.config import Config, parse_arguments, run_command
+from util.dataset import Size
+from util.flops import forward_flops
+from util.memory import count_parameters
+from util.vision import Grid
+
+ROOT = Path(__file__).resolve().parent.parent
+GOOD = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}]
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Run the training script in this process; it must end with exit code 2. Returns its message."""
+    with pytest.raises(SystemExit) as ended:
+        run_command(finetune.train, parse_arguments("test", list(arguments)))
+    message = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "Traceback" not in message
+    return message
+
+
+def test_help_names_every_flag_in_under_a_second():
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "finetune.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - began
+    for item in dataclasses.fields(Config):
+        assert f"--{item.name}" in done.stdout, item.name
+        assert item.metadata["help"].split()[0] in done.stdout
+    assert seconds < 1, f"--help took {seconds:.2f} s"
+
+
+def test_defaults_survive_the_command_line():
+    assert parse_arguments("test", []) == Config()
+
+
+def test_every_flag_reaches_its_setting():
+    config = parse_arguments("test", ["--freeze", "vision", "merger", "--epochs", "7", "--compile", "--no-check_memory",
+                                      "--learning_rate", "3e-4", "--data", "a.json", "b.jsonl", "--model", "tiny"])  # fmt: skip
+    assert config == Config(freeze=["vision", "merger"], epochs=7, compile=True, check_memory=False, learning_rate=3e-4,
+                            data=["a.json", "b.jsonl"], model="tiny")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--learning-rate 1", ["unknown flag --learning-rate"]),
+        ("--epoch 3", ["unknown flag --epoch"]),
+        ("--epochs three", ["--epochs three: must be a whole number"]),
+        ("--learning_rate fast", ["--learning_rate fast: must be a number"]),
+        ("--dtype float16", ["--dtype float16: must be one of auto, bfloat16, float32, float64"]),
+        ("--freeze eyes", ["--freeze eyes: must be one of vision, merger, language_model"]),
+        ("--epochs 0", ["--epochs 0: must be at least 1"]),
+        ("--learning_rate nan", ["--learning_rate nan: must be at least 0"]),
+        ("--warmup_ratio 2", ["--warmup_ratio 2.0: must be between 0 and 1"]),
+        ("--min_pixels 9000 --max_pixels 4000", ["--min_pixels 9000 is above --max_pixels 4000"]),
+        ("--micro_batch_size 16", ["--micro_batch_size 16 is above --global_batch_size 8"]),
+        ("--freeze vision merger language_model", ["nothing is left to train"]),
+        ("--freeze vision --vision_learning_rate 1e-5", ["--vision_learning_rate is given, but --freeze vision"]),
+        ("--attention varlen --device cpu", ["--attention varlen needs a GPU"]),
+        ("--optimizer adamw_8bit --device cpu", ["--optimizer adamw_8bit needs a GPU"]),
+        ("--epochs", ["expected one argument"]),
+        ("stray", ["'stray' belongs to no flag"]),
+        ("--video_max_frames 2 --keep 0 --lr 1 --epochs x", ["--video_max_frames 2", "--keep 0", "--lr", "--epochs x"]),
+    ],
+)
+def test_a_wrong_command_line_is_named_in_one_message(arguments, said, capsys):
+    message = refused(capsys, *arguments.split())
+    for words in said:
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, ["data.json: no such data file"]),
+        ("[]", ["no samples"]),
+        ("", ["no samples"]),
+        ("{", ["data.json, line 1: not valid JSON"]),
+        (json.dumps(GOOD * 2 + [{"messages": GOOD[0]["messages"][:1]}]), ["sample 2", "nothing is supervised"]),
+        (json.dumps([{"messages": [{"role": "user", "content": [{"type": "image", "image": "gone.png"}]},
+                                   {"role": "assistant", "content": "x"}]}]),
+         ["sample 0", "message 0", "no such file 'gone.png'", "tried"]),
+    ],
+)  # fmt: skip
+def test_data_that_cannot_be_is_named_and_nothing_is_written(content, said, capsys, tmp_path, tiny_path):
+    file, output = tmp_path / "data.json", tmp_path / "run"
+    if content is not None:
+        file.write_text(content)
+    message = refused(capsys, "--data", str(file), "--model", str(tiny_path), "--output_dir", str(output))
+    for words in said:
+        assert words in message
+    assert not output.exists()
+
+
+def test_an_unreadable_image_is_named(capsys, tmp_path, tiny_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    content = [{"type": "image", "image": "broken.png"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]
+    (tmp_path / "data.json").write_text(json.dumps([*GOOD, {"messages": messages}]))
+    message = refused(capsys, "--data", str(tmp_path / "data.json"), "--model", str(tiny_path))
+    assert "sample 1" in message
+    assert "broken.png: not a readable image" in message
+
+
+def test_an_image_whose_pixels_end_early_is_named_by_the_data_worker(capsys, tmp_path, tiny_path):
+    """Its header is fine, so only the worker sees it: the message still names the sample, without a traceback."""
+    import numpy as np
+    from PIL import Image
+
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (84, 84, 3), dtype=np.uint8)).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
+    content = [{"type": "image", "image": "cut.jpg"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": messages}]))
+    message = refused(capsys, "--data", str(tmp_path / "data.json"), "--model", str(tiny_path), "--num_workers", "1",
+                      "--output_dir", str(tmp_path / "run"))  # fmt: skip
+    assert "sample 0" in message
+    assert "cut.jpg" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "no/such/folder"], "--model no/such/folder"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--device", "toaster"], "--device toaster: not a device"),
+        (["--resume", "nowhere"], "--resume nowhere: no checkpoint there"),
+        (["--max_tokens", "20"], "above --max_tokens 20"),
+    ],
+)
+def test_settings_that_only_the_machine_can_refuse(arguments, said, capsys, tmp_path, tiny_path):
+    (tmp_path / "data.json").write_text(json.dumps(GOOD))
+    common = ["--data", str(tmp_path / "data.json"), "--model", str(tiny_path), "--output_dir", str(tmp_path / "run")]
+    assert said in refused(capsys, *common, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_another_family_is_refused_by_name(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    message = refused(capsys, "--model", str(tmp_path))
+    assert "is a llama model" in message
+    assert "qwen2_vl" in message
+
+
+def test_memory_that_cannot_fit_is_said_before_weights_are_loaded(capsys, tmp_path, tiny_path, monkeypatch):
+    """2B in full on a device of 24 GiB: the forecast names its parts, and settings that fit."""
+    from util import memory, model
+
+    for file in tiny_path.iterdir():
+        if file.name != "config.json":
+            (tmp_path / file.name).symlink_to(file)
+    official_config("2b").save_pretrained(tmp_path)
+    (tmp_path / "data.json").write_text(json.dumps(GOOD))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 24 * 2**30)
+    monkeypatch.setattr(model, "load_weights", lambda *arguments: pytest.fail("weights were loaded"))
+    message = refused(capsys, "--data", str(tmp_path / "data.json"), "--model", str(tmp_path), "--device", "cpu")
+    assert "24.0 GiB are free" in message
+    assert "weights 8.23, gradients 8.23, moments 16.46" in message, "2,208,985,600 parameters at 4 + 4 + 8 bytes"
+    assert "Settings that fit" in message
+    assert "No setting fits" not in message
+
+
+@pytest.mark.parametrize(("size", "count"), [("2b", 2_208_985_600), ("7b", 8_291_375_616)])
+def test_official_parameter_counts(size, count):
+    """The numbers of the published checkpoints (2B with its head tied, 7B without)."""
+    counts = count_parameters(official_config(size))
+    assert sum(counts[part] for part in ("vision", "merger", "language_model")) == count
+
+
+@pytest.mark.parametrize(
+    ("size", "language", "quadratic", "head"), [("2b", 2.620e9, 86016, 0.467e9), ("7b", 13.051e9, 200704, 1.090e9)]
+)
+def test_work_is_counted_as_calculated_by_hand(size, language, quadratic, head):
+    """The figures of a 1,000-token sample with one image of 5,476 patches, from the sizes of the published models."""
+    grid = Grid(1, 74, 74)
+    flops = forward_flops(official_config(size), Size(tokens=1000, supervised=10, grids=[grid]))
+    assert flops["language_model"] == pytest.approx(language * 1000 + quadratic * 1000**2 + head * 10, rel=1e-3)
+    assert flops["vision"] == pytest.approx(1.2613e9 * 5476 + 163840 * 5476**2, rel=1e-3)

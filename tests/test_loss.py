@@ -1,0 +1,251 @@
+"""Forward, loss and gradients of a packed batch against transformers' own forward, one sample at a time, in float32."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import Qwen2VLForConditionalGeneration
+
+from util.attention import Segments, stacked_sdpa
+from util.collator import Collator
+from util.config import Config
+from util.dataset import Samples, load_examples, measure
+from util.model import PARTS, build_model, part_of
+from util.vision import Budget
+
+CPU = torch.device("cpu")
+
+
+def write_images(folder, sizes: list[tuple[int, int]]) -> list[str]:
+    """Noise images of (height, width) in multiples of 28, which no processor needs to resize."""
+    random, paths = np.random.default_rng(1), []
+    for number, (height, width) in enumerate(sizes):
+        path = folder / f"{number}.png"
+        Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory) -> list[list[dict]]:
+    """Text, an image, two images, a video of four frames, an image and a video: answers of unequal length."""
+    images = write_images(tmp_path_factory.mktemp("media"), [(56, 84), (112, 56), (84, 84), (56, 56)])
+    frames = write_images(tmp_path_factory.mktemp("frames"), [(56, 84)] * 4)
+
+    def image(number: int) -> dict:
+        return {"type": "image", "image": images[number]}
+
+    video = {"type": "video", "video": frames}
+    asked = [
+        ("What is two and two?", "four, as it always was and will be"),
+        ([image(0), {"type": "text", "text": "What colour?"}], "red"),
+        ([image(1), image(2), {"type": "text", "text": "Which is larger?"}], "the second one"),
+        ([video, {"type": "text", "text": "Which way does it move?"}], "left"),
+        ([{"type": "text", "text": "Compare "}, image(3), {"type": "text", "text": " with "}, video], "they differ, clearly"),
+    ]
+    return [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in asked]
+
+
+@pytest.fixture(scope="module")
+def samples(conversations, processor, tmp_path_factory) -> Samples:
+    import json
+
+    file = tmp_path_factory.mktemp("data") / "data.json"
+    file.write_text(json.dumps([{"messages": messages} for messages in conversations]))
+    return Samples(load_examples([str(file)], processor), processor, Budget(min_pixels=3136))
+
+
+def transformers_inputs(messages: list[dict], processor) -> dict:
+    """What transformers' processor makes of a conversation, the answer of its last message as labels."""
+    pictures, videos = [], []
+    for message in messages:
+        for item in message["content"] if isinstance(message["content"], list) else []:
+            if item["type"] == "image":
+                pictures.append(Image.open(item["image"]))
+            elif item["type"] == "video":
+                videos.append(np.stack([np.asarray(Image.open(frame)) for frame in item["video"]]).transpose(0, 3, 1, 2))
+    media = {}
+    if pictures:
+        media["images"] = pictures
+    if videos:
+        media["videos"] = [torch.from_numpy(video) for video in videos]
+        media["videos_kwargs"] = {"size": {"shortest_edge": 3136, "longest_edge": 602112}, "cap_pixels_per_frame": False}
+    lengths = []
+    for upto, extra in ((messages[:-1], {"add_generation_prompt": True}), (messages, {})):
+        text = processor.apply_chat_template(upto, tokenize=False, **extra)
+        inputs = processor(text=[text], return_tensors="pt", **media)
+        lengths.append(inputs["input_ids"].shape[1])
+    labels = inputs["input_ids"].clone()
+    labels[:, : lengths[0]] = -100
+    return {**inputs, "labels": labels}
+
+
+@pytest.fixture(scope="module")
+def reference(conversations, tiny_path, processor) -> dict:
+    """Logits, loss and gradients by transformers' own forward, sample by sample."""
+    model = Qwen2VLForConditionalGeneration.from_pretrained(tiny_path, dtype=torch.float32)
+    logits, loss, tokens = [], 0.0, 0
+    for messages in conversations:
+        inputs = transformers_inputs(messages, processor)
+        outputs = model(**inputs)
+        supervised = inputs["labels"][0, 1:] != -100
+        count = int(supervised.sum())
+        logits.append(outputs.logits[0, :-1][supervised].detach())
+        (outputs.loss * count).backward()
+        loss, tokens = loss + outputs.loss.item() * count, tokens + count
+    gradients = {name: parameter.grad / tokens for name, parameter in model.named_parameters()}
+    return {"logits": logits, "loss": loss / tokens, "tokens": tokens, "gradients": gradients}
+
+
+def packed_gradients(model: nn.Module, samples: Samples, groups: list[list[int]]) -> tuple[float, int, dict]:
+    """Loss and gradients of groups of samples, each group packed into one row."""
+    model.zero_grad()
+    batches = [Collator()([samples[i] for i in group]) for group in groups]
+    tokens, total = sum(len(batch.target_ids) for batch in batches), 0.0
+    for batch in batches:
+        loss = model(batch)
+        (loss / tokens).backward()
+        total += loss.item()
+    gradients = {name.removeprefix("model."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return total / tokens, tokens, gradients
+
+
+def worst(ours: dict, theirs: dict) -> tuple[float, str]:
+    """The largest gap between two sets of gradients, and where."""
+    assert ours.keys() == theirs.keys(), set(ours) ^ set(theirs)
+    assert ours, "no gradients to compare"
+    return max(((ours[name] - theirs[name]).abs().max().item(), name) for name in ours)
+
+
+@pytest.mark.parametrize("groups", [[[0, 1, 2, 3, 4]], [[0], [1], [2], [3], [4]], [[4, 0], [3, 1, 2]]])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_loss_and_every_gradient_equal_transformers(groups, checkpointing, samples, tiny_path, processor, reference):
+    config = Config(device="cpu", dtype="float32", activation_checkpointing=checkpointing)
+    model = build_model(config, str(tiny_path), processor, CPU)
+    loss, tokens, gradients = packed_gradients(model, samples, groups)
+    assert tokens == reference["tokens"]
+    assert loss == pytest.approx(reference["loss"], abs=1e-5)
+    gap, where = worst(gradients, reference["gradients"])
+    assert gap < 1e-5, f"gradient of {where} is off by {gap}"
+    assert max(gradient.abs().max() for gradient in gradients.values()) > 1e-2, "gradients too small to tell anything"
+
+
+def test_logits_equal_transformers(samples, tiny_path, processor, reference):
+    model = build_model(Config(device="cpu", dtype="float32"), str(tiny_path), processor, CPU).eval()
+    seen = []
+    model.model.model.language_model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        model(Collator()([samples[i] for i in range(5)]))
+        logits = model.model.lm_head(seen[0])
+    torch.testing.assert_close(logits, torch.cat(reference["logits"]), atol=1e-5, rtol=0)
+
+
+def test_loss_in_chunks_is_the_same(samples, tiny_path, processor, reference, monkeypatch):
+    monkeypatch.setattr("util.loss.LOGIT_ROWS", 7)
+    model = build_model(Config(device="cpu", dtype="float32"), str(tiny_path), processor, CPU)
+    loss, _, gradients = packed_gradients(model, samples, [[0, 1, 2, 3, 4]])
+    assert loss == pytest.approx(reference["loss"], abs=1e-5)
+    gap, where = worst(gradients, reference["gradients"])
+    assert gap < 1e-5, f"gradient of {where} is off by {gap}"
+
+
+@pytest.mark.parametrize("frozen", [["vision"], ["vision", "merger"], ["language_model"], ["merger"]])
+def test_frozen_parts_have_no_gradient_and_the_others_the_same(frozen, samples, tiny_path, processor, reference):
+    config = Config(device="cpu", dtype="float32", freeze=frozen)
+    model = build_model(config, str(tiny_path), processor, CPU)
+    _, _, gradients = packed_gradients(model, samples, [[0, 1, 2, 3, 4]])
+    assert {part_of(name) for name in gradients} == set(PARTS) - set(frozen)
+    trained = {n: g for n, g in reference["gradients"].items() if part_of(n) not in frozen}
+    gap, where = worst(gradients, trained)
+    assert gap < 1e-5, f"gradient of {where} is off by {gap}"
+
+
+def test_a_frozen_tower_builds_no_graph(samples, tiny_path, processor):
+    config = Config(device="cpu", dtype="float32", freeze=["vision", "merger"])
+    model = build_model(config, str(tiny_path), processor, CPU)
+    tokens = model.visual_tokens(Collator()([samples[1]]))
+    assert len(tokens) > 0
+    assert not tokens.requires_grad
+
+
+def test_sizes_measured_from_headers_are_those_of_the_batch(samples):
+    sizes = measure(samples, 10_000)
+    for index, size in enumerate(sizes):
+        batch = Collator()([samples[index]])
+        assert (size.tokens, size.supervised) == (len(batch.input_ids), len(batch.target_ids))
+        assert [tuple(grid[:3]) for grid in size.grids] == [tuple(grid) for grid in sorted_grids(batch, samples[index])]
+
+
+def sorted_grids(batch, sample) -> list[tuple[int, ...]]:
+    """The batch has images first; a sample's own order is that of its media."""
+    rows = iter(batch.grid_thw.tolist())
+    by_kind = {kind: [next(rows) for m in sample.media if m.is_video == kind] for kind in (False, True)}
+    return [tuple(by_kind[medium.is_video].pop(0)) for medium in sample.media]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [3, 7, 3, 1, 7]])
+def test_packed_attention_is_attention_within_each_segment(causal, lengths):
+    generator = torch.Generator().manual_seed(0)
+    total, heads, shared, width = sum(lengths), 4, 2, 8
+    q = torch.randn(total, heads, width, generator=generator, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(total, shared, width, generator=generator, dtype=torch.float64, requires_grad=True) for _ in "kv")
+    ours = stacked_sdpa(q, k, v, Segments.of(lengths), causal, scale=0.3)
+
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    allowed = owner[:, None] == owner
+    if causal:
+        allowed &= torch.ones(total, total).tril().bool()
+    keys, values = (x.repeat_interleave(heads // shared, dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, keys) * 0.3
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    theirs = torch.einsum("hqk,khd->qhd", weights, values)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    for mine, other in zip(torch.autograd.grad(ours.sin().sum(), (q, k, v)), torch.autograd.grad(theirs.sin().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-12, rtol=0)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", ["varlen", "flash_attn"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "shared", "width"), [(12, 2, 128), (16, 16, 80)])
+def test_packed_attention_on_the_gpu_equals_float32(backend, causal, heads, shared, width):
+    from util import attention
+    from util.config import UserError
+
+    try:
+        attention.check_backend(backend)
+    except UserError as error:
+        pytest.skip(str(error))
+    lengths = [300, 17, 300, 1, 1024]
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    shapes = [(sum(lengths), count, width) for count in (heads, shared, shared)]
+    exact = [torch.randn(s, generator=generator, device="cuda").bfloat16().float().requires_grad_() for s in shapes]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    segments = Segments.of(lengths).to(torch.device("cuda"))
+    weight = torch.randn(shapes[0], generator=generator, device="cuda")
+    theirs = stacked_sdpa(*exact, segments, causal, scale=width**-0.5)
+    ours = attention.BACKENDS[backend](*rounded, segments, causal, scale=width**-0.5)
+    torch.testing.assert_close(ours.float(), theirs, atol=2e-2, rtol=2e-2)
+    for mine, other in zip(
+        torch.autograd.grad((ours.float() * weight).sum(), rounded),
+        torch.autograd.grad((theirs * weight).sum(), exact),
+        strict=True,
+    ):
+        assert (mine.float() - other).norm() < 1e-2 * other.norm()
+
+
+@needs_gpu
+def test_bfloat16_loss_on_the_gpu_is_close_to_float32(samples, tiny_path, processor, reference):
+    gpu = torch.device("cuda", 0)
+    for dtype, tolerance in (("float32", 1e-3), ("bfloat16", 2e-2)):
+        model = build_model(Config(dtype=dtype), str(tiny_path), processor, gpu)
+        batch = Collator()([samples[i] for i in range(5)]).pin_memory().to(gpu)
+        loss = model(batch)
+        (loss / reference["tokens"]).backward()
+        assert loss.item() / reference["tokens"] == pytest.approx(reference["loss"], rel=tolerance)
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
