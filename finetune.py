@@ -82,7 +82,7 @@ def train(config: Config) -> str:
         # One division, by the supervised tokens of the whole global batch, which are known before the first backward:
         # how samples are spread over micro-batches then changes nothing.
         supervised_tokens = sum(len(batch.target_ids) for batch in micro_batches)
-        loss_sum = torch.zeros((), device=device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for batch in micro_batches:
             batch_loss_sum = model(batch.to(device))
             (batch_loss_sum / supervised_tokens).backward()
@@ -104,7 +104,7 @@ def train(config: Config) -> str:
 
         if held_out and (number == len(steps) or (config.eval_every and number % config.eval_every == 0)):
             evaluate(number)
-        if config.save_every and number % config.save_every == 0 and number < len(steps):
+        if config.save_every and (number == len(steps) or number % config.save_every == 0):
             run.say(f"saved {save_checkpoint(run.directory, model, optimizer, {'step': number}, config.keep)}")
         run.restart_clock()
 

@@ -1,7 +1,7 @@
 """Before: what the untuned model answers to every question of test_data/, with scores. Or one question of your own.
 
-    python test_on_official_model.py
-    python test_on_official_model.py --image a.jpg --question "What is this?"
+python test_on_official_model.py
+python test_on_official_model.py --image a.jpg --question "What is this?"
 """
 
 from util.answer import answer_one, parse_arguments, print_answers, run_before
@@ -13,7 +13,7 @@ def main() -> None:
     if settings.question:
         answer_one(settings, settings.base)
     else:
-        print_answers(run_before(settings))
+        print_answers({"before": run_before(settings)}, settings.show)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """After: what a tuned model answers to every question of test_data/, side by side with what the untuned one answered.
 
-    python test_on_trained_model.py                             the newest run
-    python test_on_trained_model.py train_output/my_run         a run, a checkpoint folder or a hub name
-    python test_on_trained_model.py --image a.jpg --question "What is this?"
+python test_on_trained_model.py                             the newest run
+python test_on_trained_model.py train_output/my_run         a run, a checkpoint folder or a hub name
+python test_on_trained_model.py --image a.jpg --question "What is this?"
 """
 
 from util.answer import answer_one, compare, parse_arguments, run_after, run_before
@@ -14,7 +14,7 @@ def main() -> None:
     if settings.question:
         answer_one(settings, settings.run)
     else:
-        compare(run_before(settings), run_after(settings), settings.at_least)
+        compare(run_before(settings), run_after(settings), settings.at_least, settings.show)
 
 
 if __name__ == "__main__":

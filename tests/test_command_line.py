@@ -33,7 +33,9 @@ def refused(capsys, *arguments: str) -> str:
 
 def test_help_names_every_flag_in_under_a_second():
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "finetune.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "finetune.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     seconds = time.perf_counter() - began
     for item in dataclasses.fields(Config):
         assert f"--{item.name}" in done.stdout, item.name

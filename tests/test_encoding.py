@@ -127,21 +127,7 @@ def test_ids_equal_the_official_processors_call(name, any_processor, media, tmp_
     assert not supervised[visual].any(), "a visual token is supervised"
 
 
-TEXTS = [
-    "a",
-    "Hello there",
-    "assistant",
-    "\nassistant\n",
-    "user\n",
-    "1 234,5",
-    "猫",
-    "🦜",
-    "x\n",
-    "\n\n",
-    " ",
-    "e\u0301",
-    "\t",
-]
+TEXTS = ["a", "Hello there", "assistant", "\nassistant\n", "user\n", "1 234,5", "猫", "🦜", "x\n", "\n\n", " ", "\t"]
 
 
 def test_ids_and_labels_of_random_conversations(any_processor):
@@ -167,7 +153,6 @@ def test_ids_and_labels_of_random_conversations(any_processor):
         wanted = [any(a <= begin and end <= b for a, b in answers) for begin, end in whole["offset_mapping"]]
         encoded = encode(messages, any_processor)
         assert encoded.input_ids == whole["input_ids"], text
-        # Between two supervised characters stand no others, so marks can differ only where an answer begins or ends.
         assert encoded.supervised == wanted, text
         assert encoded.placeholders == []
 

@@ -42,7 +42,10 @@ def conversations(tmp_path_factory) -> list[list[dict]]:
         ([image(0), {"type": "text", "text": "What colour?"}], "red"),
         ([image(1), image(2), {"type": "text", "text": "Which is larger?"}], "the second one"),
         ([video, {"type": "text", "text": "Which way does it move?"}], "left"),
-        ([{"type": "text", "text": "Compare "}, image(3), {"type": "text", "text": " with "}, video], "they differ, clearly"),
+        (
+            [{"type": "text", "text": "Compare "}, image(3), {"type": "text", "text": " with "}, video],
+            "they differ, clearly",
+        ),
     ]
     return [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in asked]
 
@@ -64,13 +67,18 @@ def transformers_inputs(messages: list[dict], processor) -> dict:
             if item["type"] == "image":
                 pictures.append(Image.open(item["image"]))
             elif item["type"] == "video":
-                videos.append(np.stack([np.asarray(Image.open(frame)) for frame in item["video"]]).transpose(0, 3, 1, 2))
+                videos.append(
+                    np.stack([np.asarray(Image.open(frame)) for frame in item["video"]]).transpose(0, 3, 1, 2)
+                )
     media = {}
     if pictures:
         media["images"] = pictures
     if videos:
         media["videos"] = [torch.from_numpy(video) for video in videos]
-        media["videos_kwargs"] = {"size": {"shortest_edge": 3136, "longest_edge": 602112}, "cap_pixels_per_frame": False}
+        media["videos_kwargs"] = {
+            "size": {"shortest_edge": 3136, "longest_edge": 602112},
+            "cap_pixels_per_frame": False,
+        }
     lengths = []
     for upto, extra in ((messages[:-1], {"add_generation_prompt": True}), (messages, {})):
         text = processor.apply_chat_template(upto, tokenize=False, **extra)
@@ -190,7 +198,9 @@ def test_packed_attention_is_attention_within_each_segment(causal, lengths):
     generator = torch.Generator().manual_seed(0)
     total, heads, shared, width = sum(lengths), 4, 2, 8
     q = torch.randn(total, heads, width, generator=generator, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(total, shared, width, generator=generator, dtype=torch.float64, requires_grad=True) for _ in "kv")
+    k, v = (
+        torch.randn(total, shared, width, generator=generator, dtype=torch.float64, requires_grad=True) for _ in "kv"
+    )
     ours = stacked_sdpa(q, k, v, Segments.of(lengths), causal, scale=0.3)
 
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -202,7 +212,11 @@ def test_packed_attention_is_attention_within_each_segment(causal, lengths):
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
     theirs = torch.einsum("hqk,khd->qhd", weights, values)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
-    for mine, other in zip(torch.autograd.grad(ours.sin().sum(), (q, k, v)), torch.autograd.grad(theirs.sin().sum(), (q, k, v)), strict=True):
+    for mine, other in zip(
+        torch.autograd.grad(ours.sin().sum(), (q, k, v)),
+        torch.autograd.grad(theirs.sin().sum(), (q, k, v)),
+        strict=True,
+    ):
         torch.testing.assert_close(mine, other, atol=1e-12, rtol=0)
 
 

@@ -26,6 +26,7 @@ class Settings:
     dtype: str
     batch_size: int
     max_new_tokens: int
+    show: int
     at_least: float | None
     output_dir: Path
     budget: dict = field(default_factory=dict)
@@ -37,7 +38,9 @@ def parse_arguments(description: str, trained: bool) -> Settings:
         description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     if trained:
-        parser.add_argument("run", nargs="?", help="run directory, checkpoint folder or hub name; default: the newest run")
+        parser.add_argument(
+            "run", nargs="?", help="run directory, checkpoint folder or hub name; default: the newest run"
+        )
         parser.add_argument("--at_least", type=float, help="exit 1 where fewer answers than this share match exactly")
     parser.add_argument("--model", dest="base", help="the untuned model; default: the one the run started from")
     parser.add_argument("--data", nargs="+", default=[str(ROOT / "test_data" / "data.json")], help="test data")
@@ -48,6 +51,7 @@ def parse_arguments(description: str, trained: bool) -> Settings:
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="precision")
     parser.add_argument("--batch_size", type=int, default=32, help="questions answered at a time")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
+    parser.add_argument("--show", type=int, default=30, help="questions printed in full; all are in the .jsonl files")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "test_output", help="where the answers are written")
     for name in BUDGET_FLAGS:
         kind = float if name == "video_fps" else int
@@ -57,7 +61,9 @@ def parse_arguments(description: str, trained: bool) -> Settings:
     if (values["image"] or values["video"]) and not values["question"]:
         parser.error("--image and --video go with --question")
     if values["batch_size"] < 1 or values["max_new_tokens"] < 1:
-        parser.error("--batch_size and --max_new_tokens must be at least 1")
+        parser.error(
+            f"--batch_size {values['batch_size']} --max_new_tokens {values['max_new_tokens']}: must be at least 1"
+        )
     settings = Settings(**{"run": None, "at_least": None, **values})
     if trained:
         settings.run = find_run(settings.run)
@@ -118,12 +124,12 @@ def answers_of(settings: Settings, model: str | None, name: str, reuse: bool) ->
     path = find_model(model, device)
     budget = Budget(**settings.budget)
     precision = str(choose_dtype(settings.dtype, device))
+    questions = evaluate.questions_of(load_examples(settings.data, load_processor(path)))
     made_from = {**evaluate.fingerprint(path, settings.data, budget, settings.max_new_tokens), "dtype": precision}
     file = settings.output_dir / f"{name}.jsonl"
     if reuse and (known := evaluate.read_answers(file, made_from)):
         print(f"{name}: {len(known)} answers of {path}, from {file}")
         return known
-    questions = evaluate.questions_of(load_examples(settings.data, load_processor(path)))
     answerer = load_answerer(settings, path)
     answers = evaluate.answer_all(
         answerer, questions, budget, settings.batch_size, settings.max_new_tokens, f"{name}: {Path(path).name}"
@@ -134,6 +140,7 @@ def answers_of(settings: Settings, model: str | None, name: str, reuse: bool) ->
 
 def answer_one(settings: Settings, model: str | None) -> None:
     """Print the answer to one question about the images and videos of the command line."""
+    from util.conversation import control_tokens
     from util.dataset import check_item, resolve_path
     from util.evaluate import ask
     from util.vision import Budget
@@ -142,41 +149,38 @@ def answer_one(settings: Settings, model: str | None) -> None:
     where = "the question: "
     media = [("image", path) for path in settings.image] + [("video", path) for path in settings.video]
     items = [{"type": kind, kind: resolve_path(path, Path.cwd(), where)} for kind, path in media]
-    from util.conversation import control_tokens
-
     text = {"type": "text", "text": settings.question}
     items = [check_item(i, "user", control_tokens(answerer.processor), Path.cwd(), where) for i in [*items, text]]
     messages = [{"role": "user", "content": items}]
     print(ask(answerer, messages, Budget(**settings.budget), settings.max_new_tokens).strip())
 
 
-def print_answers(answers: list) -> None:
-    """Question, reference and answer of each, then the scores."""
-    for answer in answers:
-        print_question(answer)
-        print(f"     answer  {'✓' if answer.exact_match else '✗'} {answer.answer!r}\n")
-    print_scores({"before": answers})
+def print_answers(columns: dict[str, list], show: int) -> None:
+    """Question, reference and the answers of each column, up to `show` questions; then the scores."""
+    rows = list(zip(*columns.values(), strict=True))
+    for row in rows[:show]:
+        asked = row[0]
+        media = f"  [{', '.join(map(str, asked.media))}]" if asked.media else ""
+        print(f"{asked.where}{media}\n   question    {asked.question!r}\n  reference    {asked.reference!r}")
+        for name, answer in zip(columns, row, strict=True):
+            print(f"{name:>11}  {'✓' if answer.exact_match else '✗'} {answer.answer!r}")
+        print()
+    if len(rows) > show:
+        print(f"... and {len(rows) - show} more (--show {len(rows)} prints them)\n")
+    print_scores(columns)
 
 
-def print_question(answer) -> None:
-    media = f"  [{', '.join(map(str, answer.media))}]" if answer.media else ""
-    print(f"{answer.where}{media}\n   question  {answer.question!r}\n  reference    {answer.reference!r}")
-
-
-def compare(before: list, after: list, at_least: float | None) -> None:
+def compare(before: list, after: list, at_least: float | None, show: int) -> None:
     """Print both answers to each question, the scores, and what changed; exit 1 below `at_least`."""
-    for old, new in zip(before, after, strict=True):
-        print_question(new)
-        print(f"     before  {'✓' if old.exact_match else '✗'} {old.answer!r}")
-        print(f"      after  {'✓' if new.exact_match else '✗'} {new.answer!r}\n")
+    print_answers({"before": before, "after": after}, show)
     pairs = list(zip(before, after, strict=True))
     better = sum(new.exact_match and not old.exact_match for old, new in pairs)
     worse = sum(old.exact_match and not new.exact_match for old, new in pairs)
-    print_scores({"before": before, "after": after})
     print(f"\n{better} answers became right, {worse} became wrong, {len(pairs) - better - worse} stayed as they were")
     score = sum(new.exact_match for new in after) / len(after)
     if at_least is not None:
-        print(f"exact match {score:.1%}, asked for at least {at_least:.1%}: {'reached' if score >= at_least else 'MISSED'}")
+        verdict = "reached" if score >= at_least else "MISSED"
+        print(f"exact match {score:.1%}, asked for at least {at_least:.1%}: {verdict}")
         if score < at_least:
             sys.exit(1)
 
@@ -188,7 +192,11 @@ def print_scores(columns: dict[str, list]) -> None:
     rows = {name: summarise(answers) for name, answers in columns.items()}
     kinds = sorted({a.kind for a in next(iter(columns.values())) if a.kind})
     print(f"{'':>24}" + "".join(f"{name:>12}" for name in columns))
-    for label, key, shape in (("exact match", "exact_match", ".1%"), ("token F1", "token_f1", ".1%"), ("loss", "loss", ".3f")):
+    for label, key, shape in (
+        ("exact match", "exact_match", ".1%"),
+        ("token F1", "token_f1", ".1%"),
+        ("loss", "loss", ".3f"),
+    ):
         print(f"{label:>24}" + "".join(f"{row[key]:>12{shape}}" for row in rows.values()))
     for kind in kinds if len(kinds) > 1 else []:
         cells = []

@@ -133,7 +133,7 @@ def flush_folder(path: Path) -> None:
 
 
 class TensorReader(FileSystemReader):
-    """Reads a checkpoint's tensors. DCP unpickles its own `.metadata` without restriction; this admits its classes only."""
+    """Reads a checkpoint's tensors. DCP unpickles its own `.metadata` freely; this admits only its classes."""
 
     def read_metadata(self, *args, **kwargs):
         with open(Path(self.path) / ".metadata", "rb") as file:

@@ -61,7 +61,7 @@ class Config:
     check_memory: bool = setting(True, "stop before loading weights when the forecast does not fit the device")
     eval_data: list[str] = setting([], "held-out data for the evaluation loss")
     eval_every: int = setting(100, "steps between evaluations, when there is --eval_data; 0: only at the end")
-    save_every: int = setting(0, "steps between checkpoints; 0: only the final model")
+    save_every: int = setting(0, "steps between checkpoints (the last step makes one too); 0: only the final model")
     keep: int = setting(2, "newest checkpoints kept")
     resume: str = setting("none", "none, auto (newest checkpoint of --output_dir or of the latest run) or a checkpoint directory")
     seed: int = setting(0, "seed of the data order and of every random choice")

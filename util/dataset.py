@@ -151,7 +151,7 @@ def check_item(item: dict, role: str, forbidden: list[str], folder: Path, where:
                 raise DataError(f"{where}text contains the control token {token!r}; take it out")
         return {"type": "text", "text": item["text"]}
     if role != "user":
-        raise DataError(f"{where}a {role} message cannot hold an {kind}; move it into a user message")
+        raise DataError(f"{where}only a user message can hold an image or a video; move the {kind} into one")
     try:
         vision.check_keys(item)
     except ValueError as error:

@@ -60,19 +60,16 @@ def activations(model_config, config: Config, dtype: torch.dtype, sizes: list[Si
     # two RMSNorms (an fp32 copy of the input and the normalised one), q, k, v and the attention's output, the MLP
     norms = 2 * (width * (wide if dtype != torch.float32 else 0) + 2 * compute * width)
     layer = norms + compute * (4 * width + 3 * key_value + 4 * inner)
-    # two LayerNorms, q, k, v, output, the MLP with its gate
-    block = compute * tower.embed_dim * (8 + 3 * tower.mlp_ratio)
+    # two LayerNorms and residuals, q, k, v before and after the rotation, the output, the MLP and its sigmoid
+    block = compute * tower.embed_dim * (10 + 3 * tower.mlp_ratio)
     depth, blocks = text.num_hidden_layers, tower.depth
-    trains_tower = "vision" not in config.freeze
-    needs_gradient = set(config.freeze) < {"vision", "merger", "language_model"}
-    if not needs_gradient:
-        return 0.0, 0.0
-    if config.activation_checkpointing == "full":
-        language = compute * width * depth + layer
-        vision = (compute * tower.embed_dim * blocks if trains_tower else 0) + block
+    blocks_kept = 0 if "vision" in config.freeze else blocks  # a frozen tower keeps nothing
+    if config.activation_checkpointing == "full":  # each layer's input, and all of the one that is being recomputed
+        kept = compute * (width * depth * tokens + tower.embed_dim * blocks_kept * patches)
+        kept += max(layer * tokens, block * patches if blocks_kept else 0)
     else:
-        language, vision = layer * depth, block * (blocks if trains_tower else 1)
-    return language * tokens + vision * patches, supervised * text.vocab_size * (compute + 2 * wide)
+        kept = layer * depth * tokens + block * blocks_kept * patches
+    return kept, supervised * text.vocab_size * (compute + 2 * wide)
 
 
 def check(model_config, config: Config, dtype: torch.dtype, device: torch.device, micro_batches, parts: dict) -> None:
@@ -83,7 +80,8 @@ def check(model_config, config: Config, dtype: torch.dtype, device: torch.device
     counts = count_parameters(model_config)
     choices = itertools.product(([], ["vision"], ["language_model"]), ("adamw", "adamw_8bit"), ("none", "full"))
     ways = []
-    for freeze, optimizer, checkpointing in sorted(choices, key=lambda choice: bool(choice[0]) + sum(map(len, choice[1:]))):
+    # what leaves the mathematics alone comes first, then the optimizer, then freezing
+    for freeze, optimizer, checkpointing in choices:
         if device.type == "cpu" and optimizer == "adamw_8bit":
             continue
         changes = {"freeze": freeze, "optimizer": optimizer, "activation_checkpointing": checkpointing}
@@ -94,7 +92,9 @@ def check(model_config, config: Config, dtype: torch.dtype, device: torch.device
         for note, batches in (("", micro_batches), ("micro_batch_size 1", [[s] for b in micro_batches for s in b])):
             total = sum(forecast(model_config, counts, changed, dtype, batches).values())
             if total <= free:
-                flags = [f"{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in changes.items()] + [note] * bool(note)
+                flags = [f"{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in changes.items()] + [
+                    note
+                ] * bool(note)
                 ways.append(f"  {' '.join(f'--{flag}' for flag in flags)}: {total / GIB:.1f} GiB")
                 break
     ways = ways[:4]

@@ -26,6 +26,8 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
                 decay = config.weight_decay if decays else 0.0
                 groups.append({"params": parameters, "weight_decay": decay, "peak": rate, "lr": rate})
     if config.optimizer == "adamw_8bit":
+        if next(model.parameters()).device.type == "cpu":
+            raise UserError("--optimizer adamw_8bit needs a GPU; use --optimizer adamw")
         return eight_bit_adamw(groups)
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
@@ -61,7 +63,7 @@ def hand_over_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def learning_rate_factor(step: int, total: int, config: Config) -> float:
-    """The share of the peak learning rate in a step (counted from 0) of `total`: never 0, not in the first step either."""
+    """The share of the peak learning rate in a step (counted from 0) of `total`; never 0, not even in the first."""
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return (step + 1) / warmup

@@ -36,22 +36,25 @@ def print_plan(
         precision += " (no bfloat16 on this device)" if device.type == "cuda" else " (no GPU)"
     parts = [f"{part} {counts[part] / 1e6:,.2f} M{' (frozen)' if part in config.freeze else ''}" for part in PARTS]
     total = sum(counts[part] for part in PARTS)
-    epochs = len({epoch for epoch, _ in steps})
     micro = [len(step) for _, step in steps]
-    kept = f"{config.epochs} x {-(-len(sizes) // config.global_batch_size)}"
-    stopped = f", stopped by --max_steps {config.max_steps}" if config.max_steps == len(steps) else ""
+    per_epoch = -(-len(sizes) // config.global_batch_size)
+    arithmetic = f"{config.epochs} epochs x {per_epoch} steps ({len(sizes):,} / {config.global_batch_size}, rounded up)"
+    if len(steps) < config.epochs * per_epoch:
+        arithmetic = f"the first {len(steps) / per_epoch:.1f} of {arithmetic}: --max_steps {config.max_steps}"
     tokens = [size.tokens for size in sizes]
     patches = [grid.patches for size in sizes for grid in size.grids]
     capped = sum(grid.capped for size in sizes for grid in size.grids)
     facts = {
-        "model": f"{relative(Path(path)) if Path(path).exists() else path}, {total / 1e6:,.2f} M parameters: {', '.join(parts)}",
+        "model": f"{relative(Path(path)) if Path(path).exists() else path}, {total / 1e6:,.2f} M parameters",
+        "parts": ", ".join(parts),
         "device": f"{name}, {free_bytes(device) / GIB:.1f} GiB free",
         "precision": f"{precision}; attention {choose_attention(config.attention, device, dtype)}",
         "data": f"{len(sizes):,} samples of {', '.join(config.data)}; {workers} data worker(s)",
         "tokens": f"{sum(tokens):,} an epoch, {min(tokens):,} to {max(tokens):,} a sample, "
-        f"{sum(size.supervised for size in sizes):,} supervised; {len(patches):,} images and videos, {sum(patches):,} patches",
-        "steps": f"{len(steps):,} = {kept} steps of {config.global_batch_size} samples ({epochs} epochs begun{stopped}); "
-        f"each {min(micro)} to {max(micro)} packed micro-batches of at most {config.max_tokens:,} tokens",
+        f"{sum(size.supervised for size in sizes):,} supervised",
+        "vision": f"{len(patches):,} images and videos, {sum(patches):,} patches an epoch",
+        "steps": f"{len(steps):,} of {config.global_batch_size} samples = {arithmetic}",
+        "each step": f"{min(micro)} to {max(micro)} packed micro-batches of at most {config.max_tokens:,} tokens",
         "memory": f"{sum(needs.values()) / GIB:.2f} GiB forecast: {describe(needs)}",
         "output": str(relative(directory)),
     }

@@ -26,7 +26,7 @@ SPECIAL_TOKENS = [
 # thousands; at a width of 128 it left the model blind to its images for 400 steps (loss 0.54 against 0.13).
 INITIALIZER_RANGE = 0.08
 
-# Written for this project; behaves as the published template does (tests compare the two on every kind of conversation).
+# Written for this project; behaves as the published template does (tests compare the two).
 CHAT_TEMPLATE = """\
 {%- set seen = namespace(images=0, videos=0) -%}
 {%- if messages and messages[0].role != 'system' -%}
@@ -146,7 +146,14 @@ def make_model(tokenizer, seed: int):
             "eos_token_id": token_id("<|im_end|>"),
             "pad_token_id": token_id("<|endoftext|>"),
         },
-        vision_config={"depth": 3, "embed_dim": 64, "hidden_size": 128, "num_heads": 4, "mlp_ratio": 4, "initializer_range": INITIALIZER_RANGE},
+        vision_config={
+            "depth": 3,
+            "embed_dim": 64,
+            "hidden_size": 128,
+            "num_heads": 4,
+            "mlp_ratio": 4,
+            "initializer_range": INITIALIZER_RANGE,
+        },
         image_token_id=token_id("<|image_pad|>"),
         video_token_id=token_id("<|video_pad|>"),
         vision_start_token_id=token_id("<|vision_start|>"),

@@ -26,6 +26,9 @@ from av.video.stream import VideoStream
 # In these codecs a frame that none refers to can be dropped without a trace; in others every frame may leave state.
 CODECS_THAT_MAY_SKIP = {"h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"}
 
+# A title that is not UTF-8 must not stop PyAV 18; PyAV 19 has no such option and needs none.
+OPEN_OPTIONS = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+
 
 class VideoError(ValueError):
     """A video that cannot be read; the message names the file and the reason."""
@@ -57,8 +60,8 @@ class VideoReader:
 
     def index_at(self, seconds: float) -> int:
         """Index of the frame on screen `seconds` after the first frame appeared (first or last frame where outside)."""
-        tick = self._pts[0] + round(seconds / self._time_base)  # rounded: a clock of milliseconds writes 2/30 s as 67
-        return max(bisect_right(self._pts, tick) - 1, 0)
+        ticks = (seconds + 0.001) / self._time_base  # Matroska rounds times to milliseconds: 2/30 s becomes 0.067
+        return max(bisect_right(self._pts, self._pts[0] + ticks) - 1, 0)
 
     def frames_at(self, indices: Iterable[int], on_missing: Literal["error", "nearest"] = "error") -> Iterator:
         """Iterate over the frames with these non-decreasing indices, decoding each when it is asked for.
@@ -92,8 +95,8 @@ class VideoReader:
     def seek(self, seconds: float, keyframes_only: bool = False) -> "VideoReader":
         """Go on at the first frame with pts >= `seconds`, or at the key frame from which that one is decoded."""
         self.close()
-        self._next_index = bisect_left(self._pts, round(seconds / self._time_base))
-        if keyframes_only and self._next_index < len(self):
+        self._next_index = bisect_left(self._pts, (seconds - 1e-6) / self._time_base)
+        if keyframes_only and self._can_seek and self._next_index < len(self):
             self._next_index = bisect_left(self._pts, self._packet_times[self._key_packet(self._next_index)][0])
         return self
 
@@ -120,7 +123,7 @@ class VideoReader:
         if not os.path.isfile(self.path):
             raise VideoError(f"{self.path}: no such file")
         try:
-            container = av.open(f"file:{self.path}", metadata_errors="ignore")
+            container = av.open(f"file:{self.path}", **OPEN_OPTIONS)
         except av.FFmpegError as error:
             raise VideoError(f"{self.path}: not a video, or damaged beyond use ({error.strerror})") from error
         with container:
@@ -163,7 +166,8 @@ class VideoReader:
         self._packet_number = {packet[0]: number for number, packet in enumerate(packets)}
         first_pts = [frame.pts for frame in frames[:2]]
         self._pts = []
-        if not lacks_pts and not {None} & {*self._packet_number, *first_pts} and len(self._packet_number) == len(packets):
+        lacks_pts = lacks_pts or None in [*self._packet_number, *first_pts]
+        if not lacks_pts and len(self._packet_number) == len(packets):
             # What comes before the first frame lacks its references, as in a recording cut from a broadcast.
             self._pts = sorted(pts for pts, _, _, is_shown in packets if is_shown and pts >= first_pts[0])
         self._can_seek = self._pts[:2] == first_pts
@@ -215,7 +219,7 @@ class VideoReader:
     def _key_packet(self, index: int, retreat: int = 0) -> int:
         """Number of the key packet from which a frame can be decoded, or of the one `retreat` key packets before."""
         pts = self._pts[index]
-        key = bisect_right(self._key_packets, self._packet_number.get(pts, 0)) - 1
+        key = bisect_right(self._key_packets, self._packet_number[pts]) - 1
         # Open group: what stands after the key frame but is shown before it also refers to the group before.
         while key >= 0 and self._packet_times[self._key_packets[key]][0] > pts:
             key -= 1
@@ -283,6 +287,8 @@ class VideoReader:
                     yield packet
         except av.FFmpegError as error:
             self._warn(f"reading stops early ({error.strerror})")
+        except IndexError:  # PyAV trips at the end over a stream that appeared late (MPEG-TS); all packets were read
+            return
 
     def _decode(self, stream: VideoStream, packet: av.Packet | None) -> list[VideoFrame]:
         """Frames that come out when a packet goes in (None: all that the decoder still holds back)."""

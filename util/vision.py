@@ -93,7 +93,7 @@ def check_keys(item: dict) -> None:
     numbers = NUMBER_KEYS + (VIDEO_KEYS if kind == "video" else ())
     known = {"type", kind, "text", *numbers}
     if unknown := sorted(set(item) - known):
-        raise ValueError(f"unknown key {unknown[0]!r} of an {kind} item; known are {', '.join(sorted(known))}")
+        raise ValueError(f"unknown key {unknown[0]!r} in an item of type {kind}; known are {', '.join(sorted(known))}")
     for key in set(item) & set(numbers):
         value, zero_is_fine = item[key], key in ("video_start", "video_end")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):

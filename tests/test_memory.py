@@ -1,0 +1,61 @@
+"""The memory forecast against what autograd really keeps for the backward pass."""
+
+import copy
+
+import pytest
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from tests.official import official_config
+from util import memory
+from util.collator import Collator
+from util.config import Config
+from util.conversation import Encoded
+from util.dataset import Sample, Size
+from util.model import prepare_model
+from util.vision import Grid, Medium
+
+CPU = torch.device("cpu")
+
+
+def kept_for_backward(config: Config, model_config, processor, samples: list[Sample]) -> int:
+    """Bytes of the distinct tensors that the forward pass saves, weights and their copies apart."""
+    model = prepare_model(Qwen2VLForConditionalGeneration(copy.deepcopy(model_config)), config, processor, CPU)
+    shapes = {shape for p in model.parameters() for shape in (tuple(p.shape), tuple(p.shape)[::-1])}
+    saved = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tuple(tensor.shape) not in shapes:
+            saved[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(Collator()(samples))
+    return sum(size for size, _ in saved.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("frozen", [[], ["vision", "merger"], ["language_model"]])
+def test_activations_are_forecast_within_15_percent(dtype, frozen, processor):
+    model_config = official_config("2b")
+    text, tower = model_config.text_config, model_config.vision_config
+    text.num_hidden_layers = tower.depth = 2
+    text.layer_types, text.vocab_size = text.layer_types[:2], 2048
+    text.intermediate_size = 4000  # the widths' proportions matter, their size does not
+    grid = Grid(1, 24, 36)
+    patches = Medium(torch.zeros(grid.patches, 588, dtype=torch.uint8), grid)
+    samples = [Sample(Encoded([5] * 400, [False] * 350 + [True] * 50, [10]), [patches], "a sample")] * 2
+    config = Config(device="cpu", dtype=dtype, freeze=frozen)
+    measured = kept_for_backward(config, model_config, processor, samples)
+    size = Size(399 + grid.tokens, 50, [grid])
+    forecast = sum(memory.activations(model_config, config, getattr(torch, dtype), [size, size]))
+    assert forecast == pytest.approx(measured, rel=0.15)
+
+
+def test_states_are_16_bytes_per_parameter():
+    model_config = official_config("2b")
+    counts = memory.count_parameters(model_config)
+    parts = memory.forecast(model_config, counts, Config(), torch.bfloat16, [])
+    assert parts["weights"] + parts["gradients"] + parts["moments"] == 16 * 2_208_985_600
+    frozen = memory.forecast(model_config, counts, Config(freeze=["vision"]), torch.bfloat16, [])
+    assert frozen["gradients"] + frozen["moments"] == 12 * (2_208_985_600 - counts["vision"])

@@ -1,0 +1,76 @@
+"""util/setup.sh and finetune.sh on machines that lack something: one message that names it and the remedy."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A copy of the scripts without .venv, and a folder that comes first in PATH."""
+    home, programs = tmp_path / "project", tmp_path / "programs"
+    (home / "util").mkdir(parents=True)
+    programs.mkdir()
+    for name in ("finetune.sh", "run_tests.sh", "requirements.txt", "requirements-dev.txt", "util/setup.sh"):
+        shutil.copy(ROOT / name, home / name)
+
+    def run(*words: str, programs_only: bool = False, **environment: str) -> tuple[int, str]:
+        path = str(programs) if programs_only else f"{programs}:/usr/bin:/bin"
+        clean = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "VIRTUAL_ENV", "PYTHONPATH")}
+        done = subprocess.run(["/bin/bash", *words], cwd=home, env={**clean, "PATH": path, **environment},
+                              capture_output=True, text=True, timeout=120)  # fmt: skip
+        return done.returncode, done.stdout + done.stderr
+
+    run.program = lambda name, text: write_program(programs / name, text)
+    run.home = home
+    return run
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_missing_venv_module_is_named_with_the_command_that_adds_it(machine):
+    machine.program("python3", f'case "$*" in *ensurepip*) exit 1;; esac; exec {sys.executable} "$@"')
+    code, printed = machine("finetune.sh")
+    assert code == 1
+    assert f"sudo apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv" in printed
+    assert not (machine.home / ".venv").exists()
+
+
+def test_an_old_python_is_named(machine):
+    machine.program("python3", 'case "$*" in --version) echo Python 3.9.2;; *) exit 1;; esac')
+    code, printed = machine("finetune.sh")
+    assert code == 1
+    assert "Python 3.9.2 is too old: Python 3.11 or newer is needed" in printed
+
+
+def test_an_environment_that_lacks_packages_is_not_installed_into(machine, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "empty")], check=True)
+    for environment in ({"PYTHON": str(tmp_path / "empty/bin/python")}, {"VIRTUAL_ENV": str(tmp_path / "empty")}):
+        code, printed = machine("finetune.sh", **environment)
+        assert code == 1
+        assert "lacks: torch torchvision transformers qwen-vl-utils av pillow" in printed
+        assert "-m pip install -r requirements.txt" in printed
+
+
+def test_a_python_that_is_not_there_is_named(machine):
+    code, printed = machine("finetune.sh", PYTHON="/no/such/python")
+    assert code == 1
+    assert "PYTHON=/no/such/python: no such program" in printed
+
+
+def test_a_gpu_that_torch_cannot_use_stops_the_run(machine):
+    """nvidia-smi lists a GPU, torch sees none: an old driver. It must not train on the CPU without a word."""
+    machine.program("nvidia-smi", 'case "$*" in -L) echo "GPU 0: NVIDIA H100";; *) echo 470.57.02;; esac')
+    code, printed = machine("finetune.sh", PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    assert code == 1
+    assert "nvidia-smi sees a GPU, but torch cannot use it" in printed
+    assert "the driver is 470.57.02" in printed
