@@ -61,6 +61,7 @@ def make_tiny_model(directory: Path | None = None, seed: int = 0) -> Path:
     """Write the tiny checkpoint, unless this version of it is there already, and return its directory."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     directory = Path(directory or ROOT / "train_output" / "tiny_model")
     sources = Path(__file__).read_bytes() + TEXTS.read_bytes() + f"{transformers.__version__} {seed}".encode()
     stamp = hashlib.sha256(sources).hexdigest()
