@@ -12,6 +12,7 @@ the device to themselves; blocks alternate, so that what slows the machine slows
 # ruff: noqa: E402
 
 import argparse
+import copy
 import dataclasses
 import gc
 import json
@@ -44,7 +45,15 @@ from util.config import Config, UserError, parse_arguments, run_command
 from util.dataset import Samples, load_examples, measure, plan_epoch
 from util.log import versions
 from util.memory import GIB, peak_bytes
-from util.model import choose_device, choose_dtype, load_config, load_processor, part_of, prepare_model
+from util.model import (
+    choose_device,
+    choose_dtype,
+    load_config,
+    load_processor,
+    part_of,
+    prepare_model,
+    set_budget,
+)
 from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
 from util.tiny_model import make_model, make_tiny_model
 from util.vision import Budget
@@ -53,8 +62,8 @@ REFERENCE = Path(os.environ.get("QWEN2_VL_REFERENCE") or ROOT.parent / "shared" 
 CONFIG_FILES = {"2b": "config.json", "7b": "config.7b.json"}
 OFFICIAL_VOCABULARY = 151936
 
-WORDS = ["the", "a", "of", "and", "to", "in", "is", "that", "it", "on", "with", "as", "at", "this", "by", "from", "or", "one", "had", "not", "but", "what", "all", "were", "when", "there", "can", "an", "red", "green", "blue", "square", "circle", "left", "right", "above", "below", "line", "chart", "value", "higher", "lower", "between", "picture", "shows"]
-# side of images and of frames in pixels, most frames of a video, most words of an answer; tiny has a fifth of the tokens
+WORDS = ["the", "red", "square", "is", "left", "of", "a", "blue", "circle", "and", "above", "one", "green", "line"]
+# sides of images and of frames in pixels, most frames of a video, most words of an answer; tiny: a fifth of the tokens
 SCALES = {"tiny": ((100, 500), (100, 188), 6, 80), "2b": ((224, 1120), (224, 420), 12, 400)}
 SCALES["7b"] = SCALES["2b"]
 MIXES = {  # shares of samples with one image, two images, a video, text alone
@@ -103,8 +112,9 @@ def describe_model(own: argparse.Namespace) -> tuple[Qwen2VLConfig, object]:
     file = REFERENCE / CONFIG_FILES.get(own.size, "config.json")
     if not file.exists():
         raise UserError(
-            f"{file}: not there. Real sizes and the official vocabulary need the official config.json (for 7b as "
-            "config.7b.json), preprocessor_config.json, chat_template.json and tokenizer files in one folder; name it in QWEN2_VL_REFERENCE"
+            f"{file}: not there. Real sizes and the official vocabulary need the config, preprocessor_config.json, "
+            "chat_template.json and tokenizer files of the official models in one folder (the config of 7b as "
+            "config.7b.json); name it in QWEN2_VL_REFERENCE"
         )
     processor = load_processor(str(REFERENCE))
     if own.size != "tiny":
@@ -129,7 +139,7 @@ def random_model(model_config: Qwen2VLConfig, seed: int, device: torch.device) -
     torch.manual_seed(seed)
     with device:
         return Qwen2VLForConditionalGeneration._from_config(
-            Qwen2VLConfig.from_dict(model_config.to_dict()), attn_implementation="sdpa", dtype=torch.float32
+            copy.deepcopy(model_config), attn_implementation="sdpa", dtype=torch.float32
         )
 
 
@@ -256,6 +266,7 @@ def check_equal_work(work: Work) -> dict[str, float]:
     }
     our_loss = sum(model(batch.to(work.device)).item() for batch in batches) / ours["supervised_tokens"]
     del model
+    release(work.device)
 
     model, examples = work.model().train(), work.plain_examples
     plain = dict.fromkeys(ours, 0)
@@ -283,23 +294,26 @@ def measure_block(loop: Callable[[Work], Iterator[float]], work: Work, warmup: i
     None where the device ran out of memory.
     """
     on_gpu = work.device.type == "cuda"
+    release(work.device)
     try:
         losses_of = loop(work)
         losses = [next(losses_of) for _ in range(warmup)]
         if on_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize(work.device)
+            torch.cuda.reset_peak_memory_stats(work.device)
         began = time.perf_counter()
         losses += list(losses_of)
         seconds = time.perf_counter() - began
         return {"seconds": seconds, "losses": losses, "peak_gib": peak_bytes(work.device) / GIB if on_gpu else None}
     except torch.OutOfMemoryError:
         return None
-    finally:
-        losses_of = None
-        gc.collect()
-        if on_gpu:
-            torch.cuda.empty_cache()
+
+
+def release(device: torch.device) -> None:
+    """Give back what earlier models held, so that a block has the device to itself."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def summarise(blocks: list[dict | None], samples: int, tokens: int, work_flops: float, peak: float | None) -> dict:
@@ -322,7 +336,7 @@ def main(arguments: list[str]) -> None:
     device = choose_device(config.device)
     model_config, processor = describe_model(own)
     budget = Budget.of(config)
-    budget.apply_to(processor)
+    set_budget(processor, budget)
 
     with tempfile.TemporaryDirectory() as directory:
         count = (own.warmup + own.steps) * config.global_batch_size
@@ -393,9 +407,9 @@ def ratio(loops: dict[str, dict]) -> dict | None:
 def print_table(result: dict) -> None:
     data = result["data"]
     print(
-        f"{result['device']}, {result['threads']} threads, {result['dtype']}; {data['samples']} samples, {data['tokens']:,} "
-        f"tokens ({data['supervised_tokens']:,} supervised), {data['patches']:,} patches; "
-        f"the plain loop pads {data['padding_of_plain']:.0%} of its positions\n"
+        f"{result['device']}, {result['threads']} threads, {result['dtype']}\n"
+        f"{data['samples']} samples, {data['tokens']:,} tokens ({data['supervised_tokens']:,} supervised), "
+        f"{data['patches']:,} patches; the plain loop pads {data['padding_of_plain']:.0%} of its positions\n"
         f"{'':6}{'samples/s':>10}{'(min)':>10}{'tokens/s':>11}{'(min)':>11}{'peak memory':>15}{'MFU':>8}"
     )
     for name, figures in result["loops"].items():
@@ -405,9 +419,8 @@ def print_table(result: dict) -> None:
         samples, tokens = figures["samples_per_second"], figures["tokens_per_second"]
         memory = f"{figures['peak_memory_gib']:.2f} GiB" if figures["peak_memory_gib"] else "not measured"
         mfu = f"{figures['mfu']:.1%}" if figures["mfu"] else "-"
-        print(
-            f"{name:6}{samples['median']:>10.2f}{samples['min']:>10.2f}{tokens['median']:>11,.0f}{tokens['min']:>11,.0f}{memory:>15}{mfu:>8}"
-        )
+        speeds = f"{samples['median']:>10.2f}{samples['min']:>10.2f}{tokens['median']:>11,.0f}{tokens['min']:>11,.0f}"
+        print(f"{name:6}{speeds}{memory:>15}{mfu:>8}")
     if result["ratio"]:
         print(f"ours is {result['ratio']['median']:.2f} times as fast ({result['ratio']['min']:.2f} in its worst pair)")
 

@@ -35,7 +35,9 @@ def test_every_flag_exists():
     known = {f"--{item.name}" for item in dataclasses.fields(Config)} | {"--no-check_memory", "--help"}
     for script in ("test_on_trained_model.py", "util/show.py", "train_data/make_data.py", "benchmarks/train_step.py"):
         module = ["-m", "util.show"] if script == "util/show.py" else [script]
-        printed = subprocess.run([sys.executable, *module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        printed = subprocess.run(
+            [sys.executable, *module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         known |= set(re.findall(r"--[a-z_]+", printed.stdout))
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
     assert used

@@ -250,8 +250,9 @@ def test_the_run_opens_in_plain_transformers_and_answers_the_same(run, tmp_path)
         assert answerer.answers([prompt], 12)[0] == text
         batch = Collator()([prompt])
         batch.supervised_index = torch.tensor([len(batch.input_ids) - 1])
-        seen = []
-        hook = answerer.packed.model.model.language_model.norm.register_forward_hook(lambda m, i, out: seen.append(out))
+        seen: list[torch.Tensor] = []
+        norm = answerer.packed.model.model.language_model.norm
+        hook = norm.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
         batch.target_ids = torch.tensor([0])
         with torch.no_grad():
             answerer.packed(batch)

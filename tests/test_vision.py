@@ -13,6 +13,7 @@ from qwen_vl_utils import vision_process
 
 from util import vision
 from util.config import Config
+from util.model import set_budget
 from util.vision import Budget, Grid
 
 FACTOR, TOKEN = 28, 28 * 28
@@ -449,12 +450,12 @@ def test_budget_is_written_into_the_processor(tiny_path):
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(tiny_path)
-    Budget(min_pixels=50176, max_pixels=200704).apply_to(processor)
+    set_budget(processor, Budget(min_pixels=50176, max_pixels=200704))
     processor.save_pretrained(tiny_path.parent / "budget")
     loaded = AutoProcessor.from_pretrained(tiny_path.parent / "budget")
     for part in (loaded.image_processor, loaded.video_processor):
         assert (part.size["shortest_edge"], part.size["longest_edge"]) == (50176, 200704)
-    Budget().apply_to(processor)
+    set_budget(processor, Budget())
     assert (processor.image_processor.size["shortest_edge"], processor.image_processor.size["longest_edge"]) == (
         3136,
         1003520,

@@ -18,7 +18,9 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         # A data worker's exception arrives with the worker's traceback before its message.
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2])
+        if message.startswith("Caught "):
+            message = message.rpartition(f"{type(self).__name__}: ")[2]
+        super().__init__(message)
 
 
 def setting(default, description: str):

@@ -8,6 +8,7 @@ Samples and messages are counted from 0.
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,9 +96,10 @@ def read_entries(file: str) -> list:
             continue
         try:
             entries.append(json.loads(line))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             line_number = number if file.endswith(".jsonl") else getattr(error, "lineno", 1)
-            reason = getattr(error, "msg", "nested too deeply")
+            deep = isinstance(error, RecursionError)
+            reason = "nested too deeply" if deep else getattr(error, "msg", str(error).split(";")[0])
             raise DataError(f"{file}, line {line_number}: not valid JSON ({reason})") from None
     if file.endswith(".jsonl"):
         return entries
@@ -129,27 +131,36 @@ def check_messages(entry: object, forbidden: list[str], folder: Path) -> list[di
         items = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise DataError(f"{where}content must be text or a list of items, is {type(content).__name__}")
-        checked.append({"role": role, "content": [check_item(i, role, forbidden, folder, where) for i in items]})
+        items = [check_item(item, role, folder, where) for item in items]
+        check_text(conversation.text_of(items), forbidden, where)
+        checked.append({"role": role, "content": items})
     if checked[-1]["role"] != "assistant":
         raise DataError(f": ends with a {checked[-1]['role']} message, so nothing is supervised; add the answer")
     return checked
 
 
-def check_item(item: dict, role: str, forbidden: list[str], folder: Path, where: str) -> dict:
+def check_text(text: str, forbidden: list[str], where: str) -> None:
+    """DataError for a message's text, its items joined, that would control the conversation or is no text."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{where}text holds half of a surrogate pair, which is no character; repair the file")
+    for token in forbidden:
+        if token in text:
+            raise DataError(f"{where}text contains the control token {token!r}; take it out")
+
+
+def check_item(item: dict, role: str, folder: Path, where: str) -> dict:
     """One content item without its empty keys, its media path resolved, or DataError."""
     item = {key: value for key, value in item.items() if value is not None}
-    kind = item.setdefault("type", next((k for k in ("image", "video", "text") if k in item), None))
+    kind = item.get("type", next((k for k in ("image", "video", "text") if k in item), None))
     if kind not in ("image", "video", "text") or kind not in item:
         raise DataError(f"{where}an item has a type image, video or text and a key of that name, has {sorted(item)}")
+    item["type"] = kind
     if kind == "text":
         if not isinstance(item["text"], str):
             raise DataError(f"{where}text must be a string, is {type(item['text']).__name__}")
-        if any("\ud800" <= character <= "\udfff" for character in item["text"]):
-            raise DataError(f"{where}text holds half of a surrogate pair, which is no character; repair the file")
-        for token in forbidden:
-            if token in item["text"]:
-                raise DataError(f"{where}text contains the control token {token!r}; take it out")
-        return {"type": "text", "text": item["text"]}
+        if unknown := sorted(set(item) - {"type", "text"}):
+            raise DataError(f"{where}an item of type text has no key {unknown[0]!r}; give it an item of its own")
+        return item
     if role != "user":
         raise DataError(f"{where}only a user message can hold an image or a video; move the {kind} into one")
     try:
@@ -168,7 +179,7 @@ def resolve_path(path: object, folder: Path, where: str) -> str:
     path = path.removeprefix("file://")
     tried = [Path(path)] if os.path.isabs(path) else [folder / path, Path.cwd() / path]
     for candidate in tried:
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # unlike Path.is_file, False for a path too long or not allowed to be looked at
             return str(candidate)
     raise DataError(f"{where}no such file {path!r} (tried {', '.join(str(p) for p in dict.fromkeys(tried))})")
 
@@ -192,23 +203,23 @@ class Samples(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         example = self.examples[index]
-        encoded = conversation.encode(conversation.render(example.messages, self.processor), self.processor)
-        try:
-            media = [vision.load(item, self.budget) for item in example.media]
-        except (ValueError, OSError) as error:
-            raise DataError(f"{example.where}: {error}") from None
-        return Sample(encoded, media, example.where)
+        return Sample(self._encode(example), self._media(example, vision.load), example.where)
 
     def size(self, index: int) -> Size:
         """The cost of one sample from its text and its media's headers, without decoding a pixel."""
-        example = self.examples[index]
-        encoded = conversation.encode(conversation.render(example.messages, self.processor), self.processor)
-        try:
-            grids = [vision.read_grid(item, self.budget) for item in example.media]
-        except (ValueError, OSError) as error:
-            raise DataError(f"{example.where}: {error}") from None
+        encoded = self._encode(self.examples[index])
+        grids = self._media(self.examples[index], vision.read_grid)
         tokens = len(encoded.input_ids) + sum(grid.tokens - 1 for grid in grids)
         return Size(tokens, sum(encoded.supervised), grids)
+
+    def _encode(self, example: Example) -> conversation.Encoded:
+        return conversation.encode(conversation.render(example.messages, self.processor), self.processor)
+
+    def _media(self, example: Example, read: Callable) -> list:
+        try:
+            return [read(item, self.budget) for item in example.media]
+        except (ValueError, OSError) as error:
+            raise DataError(f"{example.where}: {error}") from None
 
 
 def measure(samples: Samples, max_tokens: int) -> list[Size]:

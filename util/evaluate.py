@@ -137,7 +137,7 @@ class QuestionSamples(Samples):
         pieces = conversation.render(example.messages, self.processor)
         for piece in pieces[:-1]:
             piece.supervised = False  # earlier answers are given, not asked
-        media = super().__getitem__(index).media
+        media = self._media(example, vision.load)
         prompt = conversation.encode(pieces[:-1], self.processor)
         whole = conversation.encode(pieces, self.processor)
         return Sample(prompt, media, example.where), Sample(whole, media, example.where)

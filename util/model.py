@@ -184,6 +184,14 @@ def freeze(model: nn.Module, parts: list[str]) -> None:
         parameter.requires_grad_(part_of(name) not in parts)
 
 
+def set_budget(processor, budget: vision.Budget) -> None:
+    """Write the budget into a processor, so that who loads the saved model gets the pixels it was trained on."""
+    image, video = processor.image_processor, processor.video_processor
+    for part, default in ((image, vision.IMAGE_PIXELS), (video, vision.FRAME_PIXELS)):
+        least, most = budget.pixels(default)
+        part.size = {"shortest_edge": least, "longest_edge": most}
+
+
 def save_model(
     packed: PackedLoss, processor, budget: vision.Budget, directory: Path, state: dict | None = None
 ) -> None:
@@ -198,7 +206,7 @@ def save_model(
         weights[name] = tensor.detach().to("cpu", packed.dtype)
     model.config.dtype = packed.dtype
     model.save_pretrained(directory, state_dict=weights)
-    budget.apply_to(processor)
+    set_budget(processor, budget)
     processor.save_pretrained(directory)
     # transformers before 5, vLLM and others read these two instead of processor_config.json and chat_template.jinja
     image = json.loads(processor.image_processor.to_json_string())

@@ -5,7 +5,8 @@ training sees what inference sees. Each frame is resized once and stays uint8 un
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ TOTAL_PIXELS = 0.9 * 128000 * TOKEN_PIXELS  # default budget of a video, before 
 MOST_ASPECT = 200
 
 NUMBER_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-VIDEO_KEYS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end", "total_pixels")
+SAMPLING_KEYS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
+VIDEO_KEYS = (*SAMPLING_KEYS, "total_pixels")
 
 
 class Grid(NamedTuple):
@@ -80,12 +82,6 @@ class Budget:
         least, most = self.min_pixels or default[0], self.max_pixels or default[1]
         return (least, max(least, most)) if self.max_pixels is None else (min(least, most), most)
 
-    def apply_to(self, processor) -> None:
-        """Write the budget into a processor, so that who loads the saved model gets the pixels it was trained on."""
-        for part, default in ((processor.image_processor, IMAGE_PIXELS), (processor.video_processor, FRAME_PIXELS)):
-            least, most = self.pixels(default)
-            part.size = {"shortest_edge": least, "longest_edge": most}
-
 
 def check_keys(item: dict) -> None:
     """Refuse keys of an image or video item that are unknown or not numbers above 0."""
@@ -96,25 +92,27 @@ def check_keys(item: dict) -> None:
         raise ValueError(f"unknown key {unknown[0]!r} in an item of type {kind}; known are {', '.join(sorted(known))}")
     for key in set(item) & set(numbers):
         value, zero_is_fine = item[key], key in ("video_start", "video_end")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{key} must be a number, is {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e15 < value < 1e15:
+            raise ValueError(f"{key} must be a number, is {value!r:.40}")
         if value < 0 or (value == 0 and not zero_is_fine):
-            raise ValueError(f"{key} must be above 0, is {value!r}")
+            raise ValueError(f"{key} must be {'at least' if zero_is_fine else 'above'} 0, is {value!r}")
     if ("resized_height" in item) != ("resized_width" in item):
         raise ValueError("resized_height and resized_width come together")
     if kind == "image" and isinstance(item["image"], list):
         raise ValueError("an image item holds one path; use several items for several images")
-    if kind == "video" and isinstance(item["video"], list) and not item["video"]:
-        raise ValueError("a video given as a list of frames needs at least one frame")
+    if kind == "video" and isinstance(item["video"], list):
+        if not item["video"]:
+            raise ValueError("a video given as a list of frames needs at least one frame")
+        if chosen := sorted(set(item) & set(SAMPLING_KEYS)):
+            raise ValueError(f"{chosen[0]} has no use with a list of frames: every frame given is taken")
 
 
 def load(item: dict, budget: Budget) -> Medium:
     """Decode, resize and cut into patches one image or video item. Raises ValueError that names the file."""
     if item["type"] == "image":
         image = open_image(item["image"])
-        size = image_size(item, image.height, image.width, budget)
-        frames = resize(to_tensor(image, item["image"]), size)[None]
-        return patchify(frames, frames_per_patch=1)
+        size = named(image_size, item, image.height, image.width, budget)
+        return patchify(resize(to_tensor(image, item["image"]), size)[None], frames_per_patch=1)
     with open_video(item) as video:
         indices, size, capped = plan_video(item, video, budget)
         frames = torch.stack([resize(frame, size) for frame in video.frames_at(indices)])
@@ -125,7 +123,7 @@ def read_grid(item: dict, budget: Budget) -> Grid:
     """The grid that `load` will give, from the file's header alone."""
     if item["type"] == "image":
         image = open_image(item["image"])
-        height, width = image_size(item, image.height, image.width, budget)
+        height, width = named(image_size, item, image.height, image.width, budget)
         return Grid(1, height // PATCH, width // PATCH)
     with open_video(item) as video:
         indices, (height, width), capped = plan_video(item, video, budget)
@@ -159,7 +157,7 @@ def smart_resize(height: float, width: float, least: float, most: float) -> tupl
 
 
 def image_size(item: dict, height: int, width: int, budget: Budget) -> tuple[int, int]:
-    """The size an image is resized to: its own `resized_*`, else its own or the budget's pixel limits."""
+    """The size an image is resized to: its item's `resized_*`, else its item's or the budget's pixel limits."""
     if "resized_height" in item:
         return smart_resize(item["resized_height"], item["resized_width"], 4 * TOKEN_PIXELS, 16384 * TOKEN_PIXELS)
     least, most = budget.pixels(IMAGE_PIXELS)
@@ -169,11 +167,10 @@ def image_size(item: dict, height: int, width: int, budget: Budget) -> tuple[int
 
 def frame_size(item: dict, height: int, width: int, frames: int, budget: Budget) -> tuple[tuple[int, int], bool]:
     """The size of a video's frames, and whether --video_max_tokens made it smaller. `frames` is even."""
-    least, most = budget.pixels(FRAME_PIXELS)
-    least = item.get("min_pixels", least)
+    least = item.get("min_pixels", budget.pixels(FRAME_PIXELS)[0])
     share = item.get("total_pixels", TOTAL_PIXELS) / frames * TEMPORAL
     limit = max(min(FRAME_PIXELS[1], share), int(least * 1.05))
-    most = min(item.get("max_pixels", most), limit)
+    most = min(item.get("max_pixels", max(budget.max_pixels or limit, item.get("min_pixels", 0))), limit)
     if "resized_height" in item:
         wanted = smart_resize(item["resized_height"], item["resized_width"], 4 * TOKEN_PIXELS, 16384 * TOKEN_PIXELS)
     else:
@@ -181,7 +178,7 @@ def frame_size(item: dict, height: int, width: int, frames: int, budget: Budget)
     cap = budget.video_max_tokens * TOKEN_PIXELS * TEMPORAL // frames
     if wanted[0] * wanted[1] <= cap:
         return wanted, False
-    return smart_resize(height, width, 0, cap), True
+    return smart_resize(*wanted, 0, cap), True
 
 
 def plan_video(item: dict, video, budget: Budget) -> tuple[list[int], tuple[int, int], bool]:
@@ -192,12 +189,20 @@ def plan_video(item: dict, video, budget: Budget) -> tuple[list[int], tuple[int,
     else:
         frames = frame_count(item, last - first + 1, video.average_fps, budget)
     most_frames = max(1, budget.video_max_tokens) * TEMPORAL  # a pair of frames costs a token at least
-    size, capped = frame_size(item, video.height, video.width, min(frames, most_frames), budget)
+    size, capped = named(frame_size, item, video.height, video.width, min(frames, most_frames), budget)
     if isinstance(item["video"], list) and frames <= most_frames:
         indices = list(range(len(video))) + [len(video) - 1] * (frames - len(video))
     else:
         indices = torch.linspace(first, last, min(frames, most_frames)).round().long().tolist()
     return indices, size, capped or frames > most_frames
+
+
+def named(size_of: Callable, item: dict, *arguments):
+    """A size, or the ValueError of one that cannot be, with the file's name."""
+    try:
+        return size_of(item, *arguments)
+    except ValueError as error:
+        raise ValueError(f"{item[item['type']]}: {error}") from None
 
 
 def frame_range(item: dict, total: int, fps: float) -> tuple[int, int]:
@@ -235,7 +240,13 @@ def open_image(path: str) -> Image.Image:
     """An image whose header is read and whose EXIF orientation is applied (its pixels are decoded when needed)."""
     try:
         image = Image.open(path)
-        if image.getexif().get(0x0112, 1) != 1:  # 0x0112: orientation; the rare case pays for decoding here
+        # Asking a PNG without EXIF for it would decode all its pixels.
+        may_be_turned = image.format != "PNG" or image.info.keys() & {
+            "exif",
+            "Raw profile type exif",
+            "XML:com.adobe.xmp",
+        }
+        if may_be_turned and image.getexif().get(0x0112, 1) != 1:  # 0x0112: orientation; turning decodes the pixels
             image = ImageOps.exif_transpose(image)
         return image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -245,11 +256,13 @@ def open_image(path: str) -> Image.Image:
 def to_tensor(image: Image.Image, path: str) -> torch.Tensor:
     """RGB pixels, uint8 (3, H, W) in channels-last memory; transparency is laid on white."""
     try:
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        if image.mode.startswith("I"):  # 16 bits per pixel; convert("RGB") would clip them to 255
+            deep = np.asarray(image, dtype=np.int64)
+            grey = (deep >> 8).clip(0, 255).astype(np.uint8)
+            image = Image.fromarray(np.where(deep == image.info.get("transparency"), np.uint8(255), grey))
+        elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        elif image.mode.startswith("I"):  # 16 bits per pixel; convert("RGB") would clip them to 255
-            image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
         pixels = np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
@@ -258,7 +271,8 @@ def to_tensor(image: Image.Image, path: str) -> torch.Tensor:
 
 def open_video(item: dict):
     """A VideoReader for a file, or the same face for a list of frame images."""
-    return FrameList(item["video"]) if isinstance(item["video"], list) else VideoReader(item["video"], "video")
+    frames = item["video"]
+    return nullcontext(FrameList(frames)) if isinstance(frames, list) else VideoReader(frames, "video")
 
 
 class FrameList:
@@ -271,11 +285,6 @@ class FrameList:
         first = open_image(paths[0])
         self.height, self.width = first.height, first.width
 
-    def __enter__(self) -> "FrameList":
-        return self
-
-    def __exit__(self, *exception) -> None: ...
-
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -285,7 +294,7 @@ class FrameList:
 
 
 def resize(frame: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bicubic, antialiased, on uint8 (3, H, W): at most 1 level from PIL's, and many times faster."""
+    """Bicubic, antialiased, on uint8 (3, H, W): within 2 levels of PIL's, and many times faster."""
     if tuple(frame.shape[1:]) == size:
         return frame
     return transforms.resize(frame, list(size), transforms.InterpolationMode.BICUBIC, antialias=True)
