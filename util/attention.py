@@ -1,11 +1,11 @@
 """Attention over packed sequences: many samples in one row, each seeing only itself.
 
 `Segments` says where each begins and ends. On a GPU that is `cu_seqlens` for a variable-length kernel; on a CPU
-segments of the same length are stacked and go through torch's scaled_dot_product_attention together.
+neighbouring segments of the same length are stacked and go through torch's scaled_dot_product_attention together.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -25,47 +25,36 @@ class Segments:
 
     cu_seqlens: torch.Tensor  # (B + 1,) int32, where each piece begins; the last entry is the row's length
     max_seqlen: int
-    stacks: list[torch.Tensor]  # for each distinct length L: the rows (n, L) int64 of the n pieces of that length
+    runs: list[tuple[int, int]]  # (n, L): n neighbouring pieces of length L, in the order of the row
 
     @classmethod
     def of(cls, lengths: list[int]) -> "Segments":
-        ends = torch.tensor([0, *lengths]).cumsum(0)
-        begins = defaultdict(list)
-        for begin, length in zip(ends.tolist(), lengths, strict=False):
-            begins[length].append(begin)
-        stacks = [torch.tensor(rows)[:, None] + torch.arange(length) for length, rows in sorted(begins.items())]
-        return cls(ends.int(), max(lengths, default=0), stacks)
+        runs = [(len(list(pieces)), length) for length, pieces in groupby(lengths)]
+        return cls(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths, default=0), runs)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Segments":
-        return self._map("to", device, non_blocking=non_blocking)
+        return Segments(self.cu_seqlens.to(device, non_blocking=non_blocking), self.max_seqlen, self.runs)
 
     def pin_memory(self) -> "Segments":
-        return self._map("pin_memory")
-
-    def _map(self, method: str, *args, **kwargs) -> "Segments":
-        stacks = [getattr(rows, method)(*args, **kwargs) for rows in self.stacks]
-        return Segments(getattr(self.cu_seqlens, method)(*args, **kwargs), self.max_seqlen, stacks)
+        return Segments(self.cu_seqlens.pin_memory(), self.max_seqlen, self.runs)
 
 
 def stacked_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, causal: bool, scale: float):
-    """Exact on any device and in any dtype. q (T, H, D), k and v (T, H_kv, D) -> (T, H, D)."""
+    """Exact on any device and in any dtype. q (T, H, D), k and v (T, H_kv, D) -> (T, H, D).
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # (n, L, heads, D) each
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped).transpose(
-            1, 2
-        )
+    Neighbours of the same length are stacked and attend in one call; the longest-first order of a micro-batch makes
+    equals neighbours.
+    """
+    grouped = q.shape[1] != k.shape[1]
 
-    if len(segments.stacks) == 1:  # one length only: the row is the stack
-        shape = segments.stacks[0].shape
-        return attend(*(x.unflatten(0, shape) for x in (q, k, v))).flatten(0, 1)
-    out = torch.empty_like(q)
-    for rows in segments.stacks:
-        flat = rows.flatten()
-        stack = attend(*(x.index_select(0, flat).unflatten(0, rows.shape) for x in (q, k, v)))
-        out = out.index_copy(0, flat, stack.flatten(0, 1).to(out.dtype))
-    return out
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: tuple[int, int]) -> torch.Tensor:
+        q, k, v = (x.unflatten(0, run).transpose(1, 2) for x in (q, k, v))  # (n, heads, L, D)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    rows = [count * length for count, length in segments.runs]
+    parts = zip(q.split(rows), k.split(rows), v.split(rows), segments.runs, strict=True)
+    return torch.cat([attend(*part) for part in parts])
 
 
 def torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, causal: bool, scale: float):
