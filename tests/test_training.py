@@ -232,7 +232,7 @@ def test_learning_rate_schedule():
     assert factors[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert factors[10] == 1.0
     assert factors[55] == pytest.approx(0.5)
-    assert all(later < earlier for earlier, later in itertools.pairwise(factors))
+    assert all(later < earlier for earlier, later in itertools.pairwise(factors[10:]))
     assert 0 < factors[-1] < 0.001
     assert [learning_rate_factor(s, 10, Config(schedule="constant", warmup_ratio=0)) for s in range(10)] == [1.0] * 10
     assert learning_rate_factor(5, 10, Config(schedule="linear", warmup_ratio=0)) == pytest.approx(0.5)

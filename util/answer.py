@@ -141,17 +141,18 @@ def answers_of(settings: Settings, model: str | None, name: str, reuse: bool) ->
 def answer_one(settings: Settings, model: str | None) -> None:
     """Print the answer to one question about the images and videos of the command line."""
     from util.conversation import control_tokens
-    from util.dataset import check_item, resolve_path
+    from util.dataset import DataError, check_messages
     from util.evaluate import ask
     from util.vision import Budget
 
     answerer = load_answerer(settings, model)
-    where = "the question: "
     media = [("image", path) for path in settings.image] + [("video", path) for path in settings.video]
-    items = [{"type": kind, kind: resolve_path(path, Path.cwd(), where)} for kind, path in media]
-    text = {"type": "text", "text": settings.question}
-    items = [check_item(i, "user", control_tokens(answerer.processor), Path.cwd(), where) for i in [*items, text]]
-    messages = [{"role": "user", "content": items}]
+    items = [{"type": kind, kind: path} for kind, path in media] + [{"type": "text", "text": settings.question}]
+    asked = [{"role": "user", "content": items}, {"role": "assistant", "content": ""}]
+    try:
+        messages = check_messages({"messages": asked}, control_tokens(answerer.processor), Path.cwd())[:1]
+    except DataError as error:
+        raise UserError(f"the question{error}") from None
     print(ask(answerer, messages, Budget(**settings.budget), settings.max_new_tokens).strip())
 
 

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from util import conversation, vision
 from util.collator import Batch, Collator
+from util.config import UserError
 from util.dataset import Example, Sample, Samples
 from util.loss import PackedLoss
 from util.model import choose_attention, load_weights, set_attention
@@ -171,7 +172,10 @@ def answer_all(
 def ask(answerer: Answerer, messages: list[dict], budget: vision.Budget, max_new_tokens: int) -> str:
     """The answer to one conversation that ends with a user message (content as items, as in a data file)."""
     encoded = conversation.encode(conversation.render_prompt(messages, answerer.processor), answerer.processor)
-    media = [vision.load(item, budget) for item in Example(messages, "").media]
+    try:
+        media = [vision.load(item, budget) for item in Example(messages, "").media]
+    except ValueError as error:
+        raise UserError(f"the question: {error}") from None
     return answerer.answers([Sample(encoded, media, "the question")], max_new_tokens)[0]
 
 

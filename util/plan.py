@@ -8,7 +8,7 @@ import torch
 from util.config import Config
 from util.dataset import Size
 from util.log import relative
-from util.memory import GIB, describe, free_bytes
+from util.memory import GIB, describe, free_bytes, peak_bytes
 from util.model import PARTS, choose_attention
 
 
@@ -44,6 +44,7 @@ def print_plan(
     tokens = [size.tokens for size in sizes]
     patches = [grid.patches for size in sizes for grid in size.grids]
     capped = sum(grid.capped for size in sizes for grid in size.grids)
+    beside = f", beside {peak_bytes(device) / GIB:.2f} for Python and its libraries" if device.type == "cpu" else ""
     facts = {
         "model": f"{relative(Path(path)) if Path(path).exists() else path}, {total / 1e6:,.2f} M parameters",
         "parts": ", ".join(parts),
@@ -55,7 +56,7 @@ def print_plan(
         "vision": f"{len(patches):,} images and videos, {sum(patches):,} patches an epoch",
         "steps": f"{len(steps):,} of {config.global_batch_size} samples = {arithmetic}",
         "each step": f"{min(micro)} to {max(micro)} packed micro-batches of at most {config.max_tokens:,} tokens",
-        "memory": f"{sum(needs.values()) / GIB:.2f} GiB forecast: {describe(needs)}",
+        "memory": f"{sum(needs.values()) / GIB:.2f} GiB forecast{beside}: {describe(needs)}",
         "output": str(relative(directory)),
     }
     if capped:
