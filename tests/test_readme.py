@@ -78,7 +78,7 @@ def test_every_figure_has_its_source():
     assert files
     for file in files:
         result = json.loads((ROOT / file).read_text())
-        assert {"command", "machine", "commit"} <= result.keys(), file
+        assert {"command", "device", "commit"} <= result.keys(), file
     kept = {f"benchmarks/results/{path.name}" for path in (ROOT / "benchmarks" / "results").glob("*.json")}
     assert kept == set(files), "a result that the README does not mention, or one that is not there"
 
