@@ -190,3 +190,15 @@ def test_work_is_counted_as_calculated_by_hand(size, language, quadratic, head):
     flops = forward_flops(official_config(size), Size(tokens=1000, supervised=10, grids=[grid]))
     assert flops["language_model"] == pytest.approx(language * 1000 + quadratic * 1000**2 + head * 10, rel=1e-3)
     assert flops["vision"] == pytest.approx(1.2613e9 * 5476 + 163840 * 5476**2, rel=1e-3)
+
+
+def test_out_of_memory_names_what_helps(capsys):
+    import torch
+
+    def train() -> None:
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(train)
+    assert ended.value.code == 1
+    assert "--activation_checkpointing full" in capsys.readouterr().err

@@ -127,6 +127,14 @@ def test_checkpoints_kept_and_hostile_metadata_refused(train):
         train(resume=str(run / "checkpoints" / "nothing"))
 
 
+def test_a_run_directory_is_not_written_over(train):
+    run = train(max_steps=1)
+    before = (run / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="holds a run already"):
+        train(max_steps=1, output_dir=str(run))
+    assert (run / "metrics.jsonl").read_text() == before
+
+
 @pytest.mark.parametrize("frozen", [["vision"], ["merger", "language_model"]])
 def test_frozen_parts_do_not_move(frozen, train, tiny_path):
     after, before = weights(train(freeze=frozen)), load_file(tiny_path / "model.safetensors")

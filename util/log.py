@@ -25,6 +25,10 @@ class Run:
     def __init__(self, config: Config, device: torch.device, resumed: Path | None = None) -> None:
         self.config, self.device = config, device
         self.directory = self.choose_directory(config, resumed)
+        if config.resume == "none" and (self.directory / "metrics.jsonl").exists():
+            raise UserError(
+                f"--output_dir {self.directory} holds a run already; name another folder, or go on with --resume auto"
+            )
         self.peak_flops = flops.peak_flops(device)
         self.bar: tqdm | None = None
         self.began = self.last = time.perf_counter()

@@ -1,6 +1,7 @@
 """Load model and processor, choose device and precision, freeze parts, set attention and checkpointing."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -192,27 +193,30 @@ def set_budget(processor, budget: vision.Budget) -> None:
         part.size = {"shortest_edge": least, "longest_edge": most}
 
 
-def save_model(
-    packed: PackedLoss, processor, budget: vision.Budget, directory: Path, state: dict | None = None
-) -> None:
+def save_model(packed: PackedLoss, processor, budget: vision.Budget, directory: Path) -> None:
     """Write weights, config and processor in the published format, which plain transformers opens.
 
-    bf16 compute saves bf16 weights, as the official checkpoints are.
+    bf16 compute saves bf16 weights, as the official checkpoints are. `config.json` comes last: where it is, all is.
     """
     model = packed.model
     weights = {}
     for name, tensor in model.named_parameters():  # a tied head is not named twice
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         weights[name] = tensor.detach().to("cpu", packed.dtype)
+    unfinished = directory / ".unfinished_model"
+    shutil.rmtree(unfinished, ignore_errors=True)
     model.config.dtype = packed.dtype
-    model.save_pretrained(directory, state_dict=weights)
+    model.save_pretrained(unfinished, state_dict=weights)
     set_budget(processor, budget)
-    processor.save_pretrained(directory)
+    processor.save_pretrained(unfinished)
     # transformers before 5, vLLM and others read these two instead of processor_config.json and chat_template.jinja
     image = json.loads(processor.image_processor.to_json_string())
     size = image["size"]
     older = {**image, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
     older["processor_class"] = "Qwen2VLProcessor"
-    (directory / "preprocessor_config.json").write_text(json.dumps(older, indent=2) + "\n")
+    (unfinished / "preprocessor_config.json").write_text(json.dumps(older, indent=2) + "\n")
     template = {"chat_template": processor.chat_template}
-    (directory / "chat_template.json").write_text(json.dumps(template, indent=2, ensure_ascii=False) + "\n")
+    (unfinished / "chat_template.json").write_text(json.dumps(template, indent=2, ensure_ascii=False) + "\n")
+    for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
+        file.replace(directory / file.name)
+    unfinished.rmdir()
