@@ -68,8 +68,8 @@ def train(config: Config) -> str:
     run.open(first, len(steps), {"model": path, "dtype": str(dtype).removeprefix("torch."), "device": str(device)})
 
     def evaluate(step: int) -> None:
-        run.write({"step": step, "eval_loss": (value := evaluate_loss(model, load(held_out, held_out_plan), device))})
-        run.say(f"step {step}: loss on held-out data {value:.4f}")
+        loss_sum, tokens = evaluate_loss(model, load(held_out, held_out_plan), device)
+        run.log_evaluation(step, loss_sum / tokens)
 
     # ---- the loop
     batches = iter(load(samples, [micro for _, step in steps[first:] for micro in step]))
@@ -77,11 +77,12 @@ def train(config: Config) -> str:
         waiting = time.perf_counter()
         micro_batches = [next(batches) for _ in step]
         run.waited_for_data(time.perf_counter() - waiting)
-        assert sum(len(batch.where) for batch in micro_batches) == sum(map(len, step))
+        totals = {key: sum(batch.counts[key] for batch in micro_batches) for key in micro_batches[0].counts}
+        assert totals["samples"] in (config.global_batch_size, len(sizes) % config.global_batch_size)
 
         # One division, by the supervised tokens of the whole global batch, which are known before the first backward:
         # how samples are spread over micro-batches then changes nothing.
-        supervised_tokens = sum(len(batch.target_ids) for batch in micro_batches)
+        supervised_tokens = totals["supervised_tokens"]
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for batch in micro_batches:
             batch_loss_sum = model(batch.to(device))
@@ -93,19 +94,16 @@ def train(config: Config) -> str:
         optimizer.step()
         optimizer.zero_grad()
 
-        totals = {key: sum(batch.counts[key] for batch in micro_batches) for key in micro_batches[0].counts}
-        values = {
-            "loss": loss_sum.item() / supervised_tokens,
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm.item(),
-        }
+        loss = loss_sum.item() / supervised_tokens
+        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
         work = flops.training_flops(model_config, [sizes[i] for micro in step for i in micro], config.freeze)
         run.log_step({"step": number, "epoch": epoch, **values, **totals}, work)
 
         if held_out and (number == len(steps) or (config.eval_every and number % config.eval_every == 0)):
             evaluate(number)
         if config.save_every and (number == len(steps) or number % config.save_every == 0):
-            run.say(f"saved {save_checkpoint(run.directory, model, optimizer, {'step': number}, config.keep)}")
+            saved = save_checkpoint(run.directory, model, optimizer, {"step": number}, config.keep)
+            run.say(f"saved {saved}")
         run.restart_clock()
 
     save_model(model, processor, budget, run.directory)

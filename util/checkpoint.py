@@ -33,19 +33,23 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
     folder = run / "checkpoints"
     final = folder / f"step_{state['step']:06d}"
     unfinished = folder / f".unfinished_{final.name}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    if is_first_rank():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    wait_for_all_ranks()
     tensors, scalars = gather(model, optimizer)
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     dcp.save(tensors, storage_writer=FileSystemWriter(unfinished, sync_files=True), no_dist=not is_distributed())
-    write_flushed(unfinished / "state.json", json.dumps({**state, "optimizer": scalars}, indent=2))
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(unfinished, final)
-    flush_folder(folder)
-    for old in find_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    if is_first_rank():
+        write_flushed(unfinished / "state.json", json.dumps({**state, "optimizer": scalars}, indent=2))
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(unfinished, final)
+        flush_folder(folder)
+        for old in find_checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
+    wait_for_all_ranks()
     return final
 
 
@@ -117,6 +121,15 @@ def resolve_resume(resume: str, output_dir: str | None, latest: Path) -> Path | 
 
 def is_distributed() -> bool:
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def is_first_rank() -> bool:
+    return not is_distributed() or torch.distributed.get_rank() == 0
+
+
+def wait_for_all_ranks() -> None:
+    if is_distributed():
+        torch.distributed.barrier()
 
 
 def write_flushed(path: Path, text: str) -> None:

@@ -35,7 +35,7 @@ class Batch:
         """What the log counts."""
         return {
             "samples": len(self.where),
-            "tokens": len(self.input_ids),
+            "tokens": len(self.input_ids) if self.where else 0,
             "visual_tokens": len(self.visual_index),
             "supervised_tokens": len(self.target_ids),
         }

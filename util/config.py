@@ -5,6 +5,7 @@ Only the standard library is imported here, so that `--help` and a wrong flag an
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ class Config:
     eval_every: int = setting(100, "steps between evaluations, when there is --eval_data; 0: only at the end")
     save_every: int = setting(0, "steps between checkpoints (the last step makes one too); 0: only the final model")
     keep: int = setting(2, "newest checkpoints kept")
+    sharding: Literal["full", "gradients", "optimizer", "none"] = setting("full", "several GPUs: what is sharded, ZeRO 3, 2, 1 or plain data parallelism")
+    shard_group_size: int | None = setting(None, "several GPUs: shard inside groups of this many, replicate between; default: over all")
     resume: str = setting("none", "none, auto (newest checkpoint of --output_dir or of the latest run) or a checkpoint directory")
     seed: int = setting(0, "seed of the data order and of every random choice")
     num_workers: int | None = setting(None, "data worker processes; default: up to 8 with a GPU, 1 without one")
@@ -79,7 +82,7 @@ class Config:
         """Every setting that cannot be, each with the rule it breaks."""
         found = []
         at_least_one = ("epochs", "max_steps", "global_batch_size", "micro_batch_size", "max_tokens", "min_pixels",
-                        "max_pixels", "video_max_tokens", "keep")  # fmt: skip
+                        "max_pixels", "video_max_tokens", "keep", "shard_group_size")  # fmt: skip
         not_negative = ("learning_rate", "vision_learning_rate", "merger_learning_rate", "weight_decay",
                         "max_grad_norm", "eval_every", "save_every", "num_workers")  # fmt: skip
         for names, least in ((at_least_one, 1), (not_negative, 0)):
@@ -189,7 +192,8 @@ def run_command(command: Callable, *arguments) -> None:
     try:
         command(*arguments)
     except UserError as error:
-        print(f"{sys.argv[0].rpartition('/')[2]}: {error}", file=sys.stderr)
+        rank = f", rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"{sys.argv[0].rpartition('/')[2]}{rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that this file need not import torch

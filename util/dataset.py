@@ -188,8 +188,7 @@ def stop_on(problems: list[str]) -> None:
     """Raise one DataError that shows the problems, if there are any."""
     if problems:
         more = len(problems) - MOST_PROBLEMS_SHOWN
-        shown = problems[:MOST_PROBLEMS_SHOWN] + ([f"... and {more} more"] if more > 0 else [])
-        raise DataError("\n".join(shown))
+        raise DataError("\n".join(problems[:MOST_PROBLEMS_SHOWN] + [f"... and {more} more"] * (more > 0)))
 
 
 class Samples(Dataset):

@@ -22,15 +22,15 @@ from util.model import choose_attention, load_weights, set_attention
 
 
 @torch.no_grad()
-def evaluate_loss(model: nn.Module, loader: DataLoader, device: torch.device) -> float:
-    """Mean cross-entropy over all supervised tokens of the loader's batches."""
+def evaluate_loss(model: nn.Module, loader: DataLoader, device: torch.device) -> tuple[float, int]:
+    """Sum of the cross-entropies over all supervised tokens of the loader's batches, and how many these are."""
     model.eval()
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch in loader:
         total += model(batch.to(device))
         tokens += len(batch.target_ids)
     model.train()
-    return total.item() / tokens
+    return total.item(), tokens
 
 
 # ---- questions and answers ------------------------------------------------------------------------------------------

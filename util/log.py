@@ -96,6 +96,10 @@ class Run:
         self.bar.update()
         self.restart_clock()
 
+    def log_evaluation(self, step: int, loss: float) -> None:
+        self.write({"step": step, "eval_loss": loss})
+        self.say(f"step {step}: loss on held-out data {loss:.4f}")
+
     def write(self, line: dict) -> None:
         self.metrics.write(json.dumps(line) + "\n")
 

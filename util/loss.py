@@ -35,8 +35,9 @@ class PackedLoss(nn.Module):
         """Cross-entropy of the supervised tokens in fp32 (fp64 where weights are): their sum, or with "none" (S,)."""
         language_model = self.model.model.language_model
         hidden = F.embedding(batch.input_ids, language_model.embed_tokens.weight)  # (T, D)
-        if len(batch.visual_index):
-            hidden = hidden.index_copy(0, batch.visual_index, self.visual_tokens(batch).to(hidden.dtype))
+        if len(batch.vision_position_ids):
+            visual = self.visual_tokens(batch)[: len(batch.visual_index)]
+            hidden = hidden.index_copy(0, batch.visual_index, visual.to(hidden.dtype))
         hidden = hidden[None]  # (1, T, D)
         position_embeddings = language_model.rotary_emb(hidden, batch.position_ids[:, None])
         for layer in language_model.layers:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoProcessor, Qwen2VLForConditionalGenerat
 from transformers.utils import logging as transformers_logging
 
 from util import attention, vision
+from util.checkpoint import is_first_rank
 from util.config import OFFICIAL_MODEL, Config, UserError
 from util.loss import PackedLoss
 from util.tiny_model import make_tiny_model
@@ -115,14 +116,22 @@ def build_model(config: Config, path: str, processor, device: torch.device) -> P
 def prepare_model(
     model: Qwen2VLForConditionalGeneration, config: Config, processor, device: torch.device
 ) -> PackedLoss:
-    """Attention, frozen parts, checkpointing, precision.
+    """A loaded model, ready to train.
 
     Weights, gradients and moments are kept once, in fp32 (fp64 on request). For bfloat16 compute, PyTorch's
     `fully_shard` on a mesh of this one process makes each layer's bf16 copy while the layer works, then frees it.
     """
     dtype = choose_dtype(config.dtype, device)
+    packed = PackedLoss(prepare_layers(model, config, device), processor, dtype).to(device)
+    if dtype == torch.bfloat16:
+        compute_in_bfloat16(packed, device)
+    return packed.train()
+
+
+def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, device: torch.device):
+    """Set attention, frozen parts, activation checkpointing and compilation."""
     model.config.use_cache = False
-    set_attention(model, choose_attention(config.attention, device, dtype))
+    set_attention(model, choose_attention(config.attention, device, choose_dtype(config.dtype, device)))
     freeze(model, config.freeze)
     if config.activation_checkpointing == "full":
         for layer in layers(model):
@@ -130,10 +139,7 @@ def prepare_model(
     if config.compile:
         for layer in layers(model):
             layer.compile()
-    packed = PackedLoss(model, processor, dtype).to(device)
-    if dtype == torch.bfloat16:
-        compute_in_bfloat16(packed, device)
-    return packed.train()
+    return model
 
 
 def compute_in_bfloat16(packed: PackedLoss, device: torch.device) -> None:
@@ -197,12 +203,15 @@ def save_model(packed: PackedLoss, processor, budget: vision.Budget, directory: 
     """Write weights, config and processor in the published format, which plain transformers opens.
 
     bf16 compute saves bf16 weights, as the official checkpoints are. `config.json` comes last: where it is, all is.
+    Of several ranks the first writes, and all take part: sharded weights are gathered one at a time.
     """
     model = packed.model
     weights = {}
     for name, tensor in model.named_parameters():  # a tied head is not named twice
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        weights[name] = tensor.detach().to("cpu", packed.dtype)
+        weights[name] = tensor.detach().to("cpu", packed.dtype) if is_first_rank() else None
+    if not is_first_rank():
+        return
     unfinished = directory / ".unfinished_model"
     shutil.rmtree(unfinished, ignore_errors=True)
     model.config.dtype = packed.dtype

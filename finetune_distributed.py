@@ -1,0 +1,127 @@
+"""Fine-tune Qwen2-VL on many GPUs: `finetune.py` line by line, and what several processes add to it.
+
+    torchrun --nproc_per_node 8 finetune_distributed.py --data my_data/data.json --sharding full
+
+`diff finetune.py finetune_distributed.py` is the lesson: start-up, sharded order, wrapping, sums over ranks, rank-0
+guards.
+"""
+
+import time
+
+from util.config import Config, parse_arguments, run_command
+
+
+def train(config: Config) -> str:
+    """Train as `config` says and return the run directory."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    from util import distributed, flops, memory, show
+    from util.checkpoint import load_checkpoint, resolve_resume, save_checkpoint
+    from util.dataset import Samples, load_examples, measure
+    from util.evaluate import evaluate_loss
+    from util.log import RUNS
+    from util.model import choose_dtype, find_model, load_config, load_processor, save_model
+    from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
+    from util.plan import print_plan, worker_count
+    from util.vision import Budget
+
+    torch.manual_seed(config.seed)
+    world = distributed.start(config)
+    device = world.device
+    dtype = choose_dtype(config.dtype, device)
+    path = distributed.first_rank_first(find_model, config.model, device)
+    model_config, processor = load_config(path), load_processor(path)
+    resumed = resolve_resume(config.resume, config.output_dir, RUNS / "latest")
+    workers = worker_count(config, device)
+
+    # ---- data: checked, measured from file headers, and every step of every epoch planned before any weight is loaded
+    budget = Budget.of(config)
+    samples = Samples(load_examples(config.data, processor), processor, budget)
+    sizes = measure(samples, config.max_tokens)
+
+    def plan_epoch(sizes: list, seed: int, epoch: int, config: Config) -> list[list[list[int]]]:
+        """This rank's part of every step of an epoch."""
+        return distributed.plan_epoch(sizes, seed, epoch, config, model_config, world)
+
+    steps = [(epoch, step) for epoch in range(config.epochs) for step in plan_epoch(sizes, config.seed, epoch, config)]
+    steps = steps[: config.max_steps]
+
+    def load(data: Samples, micro_batches: list[list[int]]) -> DataLoader:
+        """The packed batches of `micro_batches`, made in data workers."""
+        pin = device.type == "cuda"
+        collator = distributed.EvenCollator()
+        return DataLoader(data, batch_sampler=micro_batches, collate_fn=collator, num_workers=workers, pin_memory=pin)
+
+    held_out, held_out_plan = None, []
+    if config.eval_data:
+        held_out = Samples(load_examples(config.eval_data, processor), processor, budget)
+        held_out_sizes = measure(held_out, config.max_tokens)
+        held_out_plan = [micro for step in plan_epoch(held_out_sizes, config.seed, 0, config) for micro in step]
+
+    # ---- the plan, before anything is loaded or written
+    run = distributed.open_run(config, resumed, world)
+    counts = memory.count_parameters(model_config)
+    heaviest = [[sizes[i] for i in micro] for _, step in steps for micro in step]
+    needs = memory.forecast(model_config, counts, config, dtype, heaviest)
+    if world.is_first:
+        print_plan(config, run.directory, path, device, dtype, counts, needs, sizes, steps, workers)
+        print(show.describe(samples, 0), flush=True)
+    memory.check(model_config, config, dtype, device, heaviest, needs)
+
+    model = distributed.build_model(config, path, model_config, processor, world)
+    optimizer = build_optimizer(model, config)
+    first = load_checkpoint(resumed, model, optimizer)["step"] if resumed else 0
+    run.open(first, len(steps), {"model": path, "dtype": str(dtype).removeprefix("torch."), "device": str(device)})
+
+    def evaluate(step: int) -> None:
+        loss_sum, tokens = evaluate_loss(model, load(held_out, held_out_plan), device)
+        totals = world.sum({"loss_sum": loss_sum, "tokens": tokens})
+        run.log_evaluation(step, totals["loss_sum"] / totals["tokens"])
+
+    # ---- the loop
+    batches = iter(load(samples, [micro for _, step in steps[first:] for micro in step]))
+    for number, (epoch, step) in enumerate(steps[first:], first + 1):
+        waiting = time.perf_counter()
+        micro_batches = [next(batches) for _ in step]
+        run.waited_for_data(time.perf_counter() - waiting)
+        totals = {key: sum(batch.counts[key] for batch in micro_batches) for key in micro_batches[0].counts}
+        totals = world.sum(totals)
+        assert totals["samples"] in (config.global_batch_size, len(sizes) % config.global_batch_size)
+
+        # One division, by the supervised tokens of the whole global batch, which are known before the first backward:
+        # how samples are spread over micro-batches then changes nothing.
+        supervised_tokens = totals["supervised_tokens"]
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in micro_batches:
+            distributed.before_backward(model, config, is_last=batch is micro_batches[-1])
+            batch_loss_sum = model(batch.to(device))
+            (batch_loss_sum / supervised_tokens * world.size).backward()  # gradients are averaged over the ranks
+            loss_sum += batch_loss_sum.detach()
+
+        distributed.drop_blank_gradients(model, totals["visual_tokens"])
+        grad_norm = clip_gradient(model, config.max_grad_norm)
+        learning_rate = set_learning_rate(optimizer, number - 1, len(steps), config)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        loss = world.sum({"loss_sum": loss_sum.item()})["loss_sum"] / supervised_tokens
+        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
+        work = flops.training_flops(model_config, [sizes[i] for micro in step for i in micro], config.freeze)
+        run.log_step({"step": number, "epoch": epoch, **values, **totals}, work)
+
+        if held_out and (number == len(steps) or (config.eval_every and number % config.eval_every == 0)):
+            evaluate(number)
+        if config.save_every and (number == len(steps) or number % config.save_every == 0):
+            saved = save_checkpoint(run.directory, model, optimizer, {"step": number}, config.keep)
+            run.say(f"saved {saved}")
+        run.restart_clock()
+
+    save_model(model, processor, budget, run.directory)
+    run.finish(len(steps) - first)
+    distributed.stop()
+    return str(run.directory)
+
+
+if __name__ == "__main__":
+    run_command(train, parse_arguments(__doc__.splitlines()[0]))

@@ -1,0 +1,219 @@
+"""Many processes, the same mathematics: start-up, sharding, and which rank trains which sample.
+
+Everything here is PyTorch's own: torchrun starts the processes, `fully_shard` (FSDP2) shards weights, gradients and
+moments over a DeviceMesh, and four settings of it are ZeRO 3, 2, 1 and plain data parallelism.
+"""
+
+import heapq
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import Qwen2VLForConditionalGeneration
+
+from util.attention import Segments
+from util.collator import Batch, Collator, patch_positions
+from util.config import Config, UserError
+from util.conversation import Encoded
+from util.dataset import Sample, Size, epoch_order, plan_step
+from util.flops import training_flops
+from util.log import Run
+from util.loss import PackedLoss
+from util.model import choose_device, choose_dtype, layers, load_weights, prepare_layers
+from util.vision import PATCH, Grid
+
+
+@dataclass
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: dict[str, float]) -> dict[str, float]:
+        """The sums of numbers over all ranks; whole numbers stay whole."""
+        total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return {key: type(value)(number) for (key, value), number in zip(values.items(), total.tolist(), strict=True)}
+
+
+def start(config: Config) -> World:
+    """Join the process group that torchrun set up. Without torchrun: a group of this process alone."""
+    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+        device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        torch.cuda.set_device(device)
+    else:
+        device = choose_device(config.device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **alone)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop() -> None:
+    """Wait for all ranks, so that none ends while another still needs it."""
+    dist.barrier()
+
+
+def first_rank_first(make: Callable, *arguments):
+    """Call on rank 0, then on the others: what the first one makes or downloads, the others find."""
+    if dist.get_rank() == 0:
+        made = make(*arguments)
+    dist.barrier()
+    return made if dist.get_rank() == 0 else make(*arguments)
+
+
+class SilentRun:
+    """The twin of log.Run on all ranks but the first: it knows the run directory and says and writes nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __getattr__(self, name: str):
+        return lambda *arguments: None
+
+
+def open_run(config: Config, resumed: Path | None, world: World):
+    """The run of rank 0, and its silent twin elsewhere: one directory, one clock, one log."""
+    run = Run(config, world.device, resumed) if world.is_first else None
+    box = [run and str(run.directory)]
+    dist.broadcast_object_list(box, src=0)
+    return run or SilentRun(Path(box[0]))
+
+
+# ---- which rank trains which sample ---------------------------------------------------------------------------------
+
+
+def deal(costs: list[float], ranks: int) -> list[list[int]]:
+    """Deal samples (by index) to ranks so that the slowest has as little as can be: the costliest first, each to the
+    rank with least so far (Graham's LPT rule, 1969). The same answer on every rank."""
+    heap = [(0.0, rank) for rank in range(ranks)]
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, rank = heapq.heappop(heap)
+        dealt[rank].append(index)
+        heapq.heappush(heap, (load + costs[index], rank))
+    return dealt
+
+
+def plan_epoch(sizes: list[Size], seed: int, epoch: int, config: Config, model_config, world: World):
+    """As dataset.plan_epoch, for this rank: the same samples in each global batch on any number of ranks.
+
+    Every rank makes equally many forward passes in a step, since the passes talk to each other; a rank that has fewer
+    micro-batches gets empty ones.
+    """
+    order = epoch_order(len(sizes), seed, epoch)
+    steps = []
+    for begin in range(0, len(order), config.global_batch_size):
+        batch = order[begin : begin + config.global_batch_size]
+        costs = [training_flops(model_config, [sizes[i]], config.freeze) for i in batch]
+        hands = [[batch[i] for i in hand] for hand in deal(costs, world.size)]
+        plans = [plan_step(sizes, hand, config.max_tokens, config.micro_batch_size) for hand in hands]
+        passes = max(map(len, plans))
+        steps.append(plans[world.rank] + [[]] * (passes - len(plans[world.rank])))
+    return steps
+
+
+class EvenCollator(Collator):
+    """A rank without a picture, or without a sample, still runs every layer: gradients are summed layer by layer over
+    all ranks, and who leaves one out stops all. It gets four blank patches, or one unsupervised token, that no
+    other token sees and whose gradient is zero."""
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        blank = Sample(Encoded([0], [False], []), [], "")
+        batch = super().__call__(samples or [blank])
+        batch.where = [sample.where for sample in samples]
+        if len(batch.vision_position_ids):
+            return batch
+        grid = Grid(1, 2, 2)
+        return replace(
+            batch,
+            image_patches=torch.zeros(grid.patches, 3 * PATCH**2, dtype=torch.uint8),
+            grid_thw=torch.tensor([grid[:3]]),
+            vision_position_ids=patch_positions(grid),
+            vision_segments=Segments.of([grid.patches]),
+        )
+
+
+# ---- sharding -------------------------------------------------------------------------------------------------------
+
+
+def make_mesh(config: Config, world: World) -> DeviceMesh:
+    """(ranks,) to shard over all; (replicas, group) to shard inside groups of `--shard_group_size` ranks."""
+    group = 1 if config.sharding == "none" else config.shard_group_size or world.size
+    if world.size % group:
+        raise UserError(f"--shard_group_size {group} does not divide the {world.size} processes")
+    if group == world.size:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    shape = (world.size // group, group)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def build_model(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
+    """As model.build_model, sharded. Rank 0 alone reads the weights; the others begin without memory for them."""
+    dtype = choose_dtype(config.dtype, world.device)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    cpu = torch.device("cpu")
+    if world.is_first:
+        whole = PackedLoss(load_weights(path, wide, cpu), processor, dtype)
+    with torch.device("meta"):
+        model = Qwen2VLForConditionalGeneration(model_config).to(wide)
+    model = prepare_layers(model, config, world.device)
+    packed = PackedLoss(model, processor, dtype)
+    shard(packed, config, make_mesh(config, world), dtype)
+    packed.to_empty(device=world.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(packed, whole.state_dict() if world.is_first else {}, options=options)
+    for name, buffer in packed.named_buffers():  # constants that no checkpoint holds, such as the rotary frequencies
+        if world.is_first:
+            buffer.copy_(whole.get_buffer(name))
+        dist.broadcast(buffer, src=0)
+    return packed.train()
+
+
+def shard(packed: PackedLoss, config: Config, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Each layer its own unit, what is left (embedding, tied head, merger, norms) the root's.
+
+    `full` (ZeRO-3) frees a layer's weights after its forward pass; the others keep them until the backward pass.
+    """
+    # Said in so many words: the defaults changed between versions of torch.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if dtype == torch.bfloat16:
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    settings = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": config.sharding == "full"}
+    units = layers(packed.model)
+    for layer in units:
+        fully_shard(layer, **settings)
+    fully_shard(packed, **settings)
+    for layer, following in pairwise(units):
+        layer.set_modules_to_forward_prefetch([following])
+
+
+def drop_blank_gradients(packed: PackedLoss, visual_tokens: int) -> None:
+    """In a step without a picture on any rank the tower has zeros for gradients, from blank patches. On one device
+    it has none, and AdamW leaves alone what has none, but goes on with its momentum where there are zeros."""
+    if not visual_tokens:
+        for parameter in packed.model.model.visual.parameters():
+            parameter.grad = None
+
+
+def before_backward(packed: FSDPModule, config: Config, is_last: bool) -> None:
+    """ZeRO-1 and replicas add up their gradients once a step, in its last backward pass."""
+    if config.sharding == "optimizer":
+        packed.set_requires_gradient_sync(is_last)
+        packed.set_reshard_after_backward(is_last)
+    elif config.sharding == "none" or config.shard_group_size:
+        packed.set_requires_all_reduce(is_last)
