@@ -168,6 +168,10 @@ def test_before_and_after(run, tmp_path):
 
 
 def test_one_question(run):
+    from util.evaluate import Answerer, ask
+    from util.model import load_processor
+    from util.vision import Budget
+
     image = str(
         ROOT / "test_data" / "media" / next(f for f in os.listdir(ROOT / "test_data" / "media") if f.endswith("png"))
     )
@@ -175,8 +179,14 @@ def test_one_question(run):
         ROOT / "test_data" / "media" / next(f for f in os.listdir(ROOT / "test_data" / "media") if f.endswith("mp4"))
     )
     words = ["--question", "What is this?", "--max_new_tokens", "5"]
-    assert command(sys.executable, "test_on_trained_model.py", str(run), "--image", image, *words).strip()
-    assert command(sys.executable, "test_on_official_model.py", "--video", video, *words).strip()
+    tiny = ROOT / "train_output" / "tiny_model"
+    for model, kind, path, script in ((run, "image", image, ["test_on_trained_model.py", str(run)]),
+                                      (tiny, "video", video, ["test_on_official_model.py", "--model", "tiny"])):  # fmt: skip
+        budget = Budget.of(json.loads((run / "training_config.json").read_text())) if model == run else Budget()
+        answerer = Answerer(str(model), load_processor(str(model)), torch.device("cpu"), torch.float32)
+        asked = [{"role": "user", "content": [{"type": kind, kind: path}, {"type": "text", "text": "What is this?"}]}]
+        printed = command(sys.executable, *script, f"--{kind}", path, *words)
+        assert printed.strip() == ask(answerer, asked, budget, 5).strip(), script
     message = command(sys.executable, "test_on_official_model.py", "--image", "gone.png", *words, expect=2)
     assert "no such file 'gone.png'" in message
     assert "Traceback" not in message

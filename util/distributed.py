@@ -4,6 +4,7 @@ Everything here is PyTorch's own: torchrun starts the processes, `fully_shard` (
 moments over a DeviceMesh, and four settings of it are ZeRO 3, 2, 1 and plain data parallelism.
 """
 
+import atexit
 import heapq
 import os
 from collections.abc import Callable
@@ -60,6 +61,7 @@ def start(config: Config) -> World:
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, **alone)
+        atexit.register(dist.destroy_process_group)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ class Answerer:
         self.packed = PackedLoss(model, processor, dtype).to(device).eval()
         set_attention(model, self.backend)
         stop = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-        self.generation = GenerationConfig(do_sample=False, eos_token_id=stop, pad_token_id=stop[1])
+        self.generation = GenerationConfig(do_sample=False, use_cache=True, eos_token_id=stop, pad_token_id=stop[1])
 
     @torch.no_grad()
     def losses(self, samples: list[Sample]) -> list[float]:
@@ -95,16 +96,11 @@ class Answerer:
                 attention_mask=mask,
                 position_ids=positions,
                 generation_config=self.generation,
-                use_cache=True,
             )
         finally:
             text._attn_implementation = packed_name
         stop = set(self.generation.eos_token_id)
-        rows = [
-            [*ids, stop_id]
-            for ids, stop_id in zip(generated.tolist(), [self.generation.eos_token_id[0]] * len(prompts), strict=True)
-        ]
-        cut = [row[: next(i for i, token in enumerate(row) if token in stop)] for row in rows]
+        cut = [list(takewhile(lambda token: token not in stop, row)) for row in generated.tolist()]
         # special tokens stay: the boxes of a grounded answer are written with them
         return self.processor.tokenizer.batch_decode(cut, skip_special_tokens=False)
 

@@ -1,5 +1,6 @@
 """Load model and processor, choose device and precision, freeze parts, set attention and checkpointing."""
 
+import atexit
 import json
 import shutil
 from functools import partial
@@ -164,6 +165,7 @@ def one_process_mesh(device: torch.device):
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
     return init_device_mesh(device.type, (1,))
 
 
