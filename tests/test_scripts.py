@@ -45,6 +45,8 @@ def test_the_demonstration_learns(demonstration):
     questions = int(re.search(r"^ +questions +(\d+) +\d+$", demonstration, re.MULTILINE)[1])
     assert questions >= 500
     assert "No GPU here" in demonstration
+    asked = re.search(r"^ask it yourself: (.*)$", demonstration, re.MULTILINE)[1]
+    assert command("bash", "-c", asked).strip() in ("top left", "top right", "bottom left", "bottom right", "centre")
     assert "reached" in demonstration
 
 

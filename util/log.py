@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -124,7 +125,7 @@ class Run:
             f"\ndone: {steps} steps in {clock(self.trained_seconds)} of training, {clock(total)} altogether; "
             f"peak memory {memory.peak_bytes(self.device) / GIB:.2f} GiB\n"
             f"  {relative(self.directory)}: model, processor, metrics.jsonl, loss.png\n"
-            f"try it: python test_on_trained_model.py {relative(self.directory)}"
+            f"try it: {relative(sys.executable)} test_on_trained_model.py {relative(self.directory)}"
         )
 
 
@@ -175,9 +176,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def relative(path: Path) -> str:
+def relative(path: str | Path) -> str:
     """A path as a user would type it here."""
-    return os.path.relpath(path) if Path(path).resolve().is_relative_to(Path.cwd()) else str(path)
+    path = os.path.abspath(path)  # links are left as they are: .venv/bin/python is one
+    return os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
 
 
 def clock(seconds: float) -> str:

@@ -14,7 +14,7 @@ if [ -n "${PYTHON:-}" ]; then
 elif [ -n "${VIRTUAL_ENV:-}" ]; then
     python="$VIRTUAL_ENV/bin/python"
 else
-    python="$root/.venv/bin/python"
+    python=".venv/bin/python" # the scripts run in the project's folder
     stamp="$root/.venv/installed-$(cat "$root"/requirements*.txt | cksum | cut -d' ' -f1)-$1"
     if [ ! -f "$stamp" ]; then
         base="$(command -v python3 || true)"
