@@ -39,12 +39,7 @@ def train(config: Config) -> str:
     budget = Budget.of(config)
     samples = Samples(load_examples(config.data, processor), processor, budget)
     sizes = measure(samples, config.max_tokens)
-
-    def plan_epoch(sizes: list, seed: int, epoch: int, config: Config) -> list[list[list[int]]]:
-        """This rank's part of every step of an epoch."""
-        return distributed.plan_epoch(sizes, seed, epoch, config, model_config, world)
-
-    steps = [(epoch, step) for epoch in range(config.epochs) for step in plan_epoch(sizes, config.seed, epoch, config)]
+    steps = distributed.plan_epochs(sizes, range(config.epochs), config, model_config, world)
     steps = steps[: config.max_steps]
 
     def load(data: Samples, micro_batches: list[list[int]]) -> DataLoader:
@@ -57,17 +52,19 @@ def train(config: Config) -> str:
     if config.eval_data:
         held_out = Samples(load_examples(config.eval_data, processor), processor, budget)
         held_out_sizes = measure(held_out, config.max_tokens)
-        held_out_plan = [micro for step in plan_epoch(held_out_sizes, config.seed, 0, config) for micro in step]
+        held_out_steps = distributed.plan_epochs(held_out_sizes, [0], config, model_config, world)
+        held_out_plan = [micro for _, step in held_out_steps for micro in step]
 
     # ---- the plan, before anything is loaded or written
     run = distributed.open_run(config, resumed, world)
     counts = memory.count_parameters(model_config)
     heaviest = [[sizes[i] for i in micro] for _, step in steps for micro in step]
-    needs = memory.forecast(model_config, counts, config, dtype, heaviest)
+    shards = distributed.shard_group(config, world)
+    needs = memory.forecast(model_config, counts, config, dtype, heaviest, shards)
     if world.is_first:
         print_plan(config, run.directory, path, device, dtype, counts, needs, sizes, steps, workers)
         print(show.describe(samples, 0), flush=True)
-    memory.check(model_config, config, dtype, device, heaviest, needs)
+    memory.check(model_config, config, dtype, device, heaviest, needs, shards)
 
     model = distributed.build_model(config, path, model_config, processor, world)
     optimizer = build_optimizer(model, config)

@@ -59,3 +59,17 @@ def test_states_are_16_bytes_per_parameter():
     assert parts["weights"] + parts["gradients"] + parts["moments"] == 16 * 2_208_985_600
     frozen = memory.forecast(model_config, counts, Config(freeze=["vision"]), torch.bfloat16, [])
     assert frozen["gradients"] + frozen["moments"] == 12 * (2_208_985_600 - counts["vision"])
+
+
+def test_sharding_divides_what_is_kept_once():
+    """8 devices: full sharding keeps an eighth; with `gradients` the bf16 weights stay whole, with `optimizer` gradients too."""
+    model_config = official_config("2b")
+    counts, total = memory.count_parameters(model_config), 2_208_985_600
+    states = {}
+    for sharding in ("full", "gradients", "optimizer"):
+        parts = memory.forecast(model_config, counts, Config(sharding=sharding), torch.bfloat16, [], shards=8)
+        assert parts["weights"] + parts["gradients"] + parts["moments"] == 2 * total
+        states[sharding] = sum(parts.values())
+    assert states["gradients"] == 2 * total + 2 * total
+    assert states["optimizer"] == 2 * total + 2 * total + 4 * total
+    assert states["full"] < states["gradients"]

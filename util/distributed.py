@@ -7,7 +7,7 @@ moments over a DeviceMesh, and four settings of it are ZeRO 3, 2, 1 and plain da
 import atexit
 import heapq
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -111,21 +111,22 @@ def deal(costs: list[float], ranks: int) -> list[list[int]]:
     return dealt
 
 
-def plan_epoch(sizes: list[Size], seed: int, epoch: int, config: Config, model_config, world: World):
-    """As dataset.plan_epoch, for this rank: the same samples in each global batch on any number of ranks.
+def plan_epochs(sizes: list[Size], epochs: Iterable[int], config: Config, model_config, world: World):
+    """(epoch, step) in order, as finetune.py has them, each step this rank's part: a list of micro-batches.
 
-    Every rank makes equally many forward passes in a step, since the passes talk to each other; a rank that has fewer
-    micro-batches gets empty ones.
+    Each global batch holds the same samples on any number of ranks. Every rank makes equally many forward passes in a
+    step, since the passes talk to each other; a rank that has fewer micro-batches gets empty ones.
     """
-    order = epoch_order(len(sizes), seed, epoch)
+    costs = [training_flops(model_config, [size], config.freeze) for size in sizes]
     steps = []
-    for begin in range(0, len(order), config.global_batch_size):
-        batch = order[begin : begin + config.global_batch_size]
-        costs = [training_flops(model_config, [sizes[i]], config.freeze) for i in batch]
-        hands = [[batch[i] for i in hand] for hand in deal(costs, world.size)]
-        plans = [plan_step(sizes, hand, config.max_tokens, config.micro_batch_size) for hand in hands]
-        passes = max(map(len, plans))
-        steps.append(plans[world.rank] + [[]] * (passes - len(plans[world.rank])))
+    for epoch in epochs:
+        order = epoch_order(len(sizes), config.seed, epoch)
+        for begin in range(0, len(order), config.global_batch_size):
+            batch = order[begin : begin + config.global_batch_size]
+            hands = [[batch[i] for i in hand] for hand in deal([costs[i] for i in batch], world.size)]
+            plans = [plan_step(sizes, hand, config.max_tokens, config.micro_batch_size) for hand in hands]
+            passes, own = max(map(len, plans)), plans[world.rank]
+            steps.append((epoch, own + [[]] * (passes - len(own))))
     return steps
 
 
@@ -153,11 +154,17 @@ class EvenCollator(Collator):
 # ---- sharding -------------------------------------------------------------------------------------------------------
 
 
-def make_mesh(config: Config, world: World) -> DeviceMesh:
-    """(ranks,) to shard over all; (replicas, group) to shard inside groups of `--shard_group_size` ranks."""
+def shard_group(config: Config, world: World) -> int:
+    """How many ranks share one copy of the weights. Raises UserError where the ranks do not divide so."""
     group = 1 if config.sharding == "none" else config.shard_group_size or world.size
     if world.size % group:
         raise UserError(f"--shard_group_size {group} does not divide the {world.size} processes")
+    return group
+
+
+def make_mesh(config: Config, world: World) -> DeviceMesh:
+    """(ranks,) to shard over all; (replicas, group) to shard inside groups of `--shard_group_size` ranks."""
+    group = shard_group(config, world)
     if group == world.size:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     shape = (world.size // group, group)

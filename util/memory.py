@@ -28,22 +28,28 @@ def count_parameters(model_config) -> dict[str, int]:
     return counts
 
 
-def forecast(model_config, counts: dict[str, int], config: Config, dtype: torch.dtype, micro_batches: list[list[Size]]):
+def forecast(
+    model_config, counts: dict[str, int], config: Config, dtype: torch.dtype, micro_batches: list[list[Size]], shards=1
+) -> dict[str, float]:
     """Bytes by part: a dict whose values add up to the peak within a training step.
 
     Activations are what each layer of transformers' modules keeps for its backward pass, for the micro-batch that
-    needs most.
+    needs most. `shards` devices share weights, gradients and moments; less than full sharding keeps copies whole.
     """
     total = sum(counts[part] for part in ("vision", "merger", "language_model"))
     trained = sum(counts[part] for part in ("vision", "merger", "language_model") if part not in config.freeze)
     width = 8 if dtype == torch.float64 else 4
     parts = {
-        "weights": width * total,
-        "gradients": width * trained,
-        "moments": trained * (2 if config.optimizer == "adamw_8bit" else 2 * width),
+        "weights": width * total / shards,
+        "gradients": width * trained / shards,
+        "moments": trained * (2 if config.optimizer == "adamw_8bit" else 2 * width) / shards,
     }
-    if dtype == torch.bfloat16:  # the root's copies stay for the whole step, a layer's while it or its neighbour works
-        parts["bf16 copies"] = 2 * (total - counts["all_layers"]) + 2 * 2 * counts["largest_layer"]
+    if shards > 1 and config.sharding != "full":
+        parts["whole weights"] = dtype.itemsize * total
+        parts["whole gradients"] = width * trained if config.sharding == "optimizer" else 0
+    elif shards > 1 or dtype == torch.bfloat16:
+        # the root's copies stay for the whole step, a layer's while it or its neighbour works
+        parts["copies at work"] = dtype.itemsize * (total - counts["all_layers"] + 2 * counts["largest_layer"])
     needs = [activations(model_config, config, dtype, sizes) for sizes in micro_batches]
     parts["activations"], parts["logits"] = max(needs, key=sum, default=(0, 0))
     return parts
@@ -72,7 +78,9 @@ def activations(model_config, config: Config, dtype: torch.dtype, sizes: list[Si
     return kept, supervised * text.vocab_size * (compute + 2 * wide)
 
 
-def check(model_config, config: Config, dtype: torch.dtype, device: torch.device, micro_batches, parts: dict) -> None:
+def check(
+    model_config, config: Config, dtype: torch.dtype, device: torch.device, micro_batches, parts: dict, shards: int = 1
+) -> None:
     """Raise UserError where the forecast does not fit the device, naming the settings with which it would."""
     needed, free = sum(parts.values()), free_bytes(device)
     if needed <= free or not config.check_memory:
@@ -89,21 +97,19 @@ def check(model_config, config: Config, dtype: torch.dtype, device: torch.device
         unused = {f"{part}_learning_rate": None for part in changes.get("freeze", []) if part != "language_model"}
         changed = dataclasses.replace(config, **changes, **unused)
         # one sample at a time, the longest there is, is the least a step can be
-        for note, batches in (("", micro_batches), ("micro_batch_size 1", [[s] for b in micro_batches for s in b])):
-            total = sum(forecast(model_config, counts, changed, dtype, batches).values())
+        singles = [[size] for batch in micro_batches for size in batch]
+        for note, batches in (([], micro_batches), (["--micro_batch_size 1"], singles)):
+            total = sum(forecast(model_config, counts, changed, dtype, batches, shards).values())
             if total <= free:
-                flags = [f"{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in changes.items()] + [
-                    note
-                ] * bool(note)
-                ways.append(f"  {' '.join(f'--{flag}' for flag in flags)}: {total / GIB:.1f} GiB")
+                flags = [f"--{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in changes.items()]
+                ways.append(f"  {' '.join(flags + note)}: {total / GIB:.1f} GiB")
                 break
-    ways = ways[:4]
-    remedy = (
-        "\nSettings that fit:\n" + "\n".join(ways) if ways else "\nNo setting fits; use a smaller model or several GPUs"
-    )
+    remedy = "No setting fits; use a smaller model, or several GPUs (./finetune_distributed.sh)"
+    if ways:
+        remedy = "Settings that fit:\n" + "\n".join(ways[:4])
     raise UserError(
         f"not enough memory on {device}: the run needs {needed / GIB:.1f} GiB ({describe(parts)}), "
-        f"{free / GIB:.1f} GiB are free.{remedy}\nSmaller images help too (--max_pixels). "
+        f"{free / GIB:.1f} GiB are free.\n{remedy}\nSmaller images help too (--max_pixels). "
         "--no-check_memory goes ahead all the same."
     )
 

@@ -1,0 +1,96 @@
+"""How evenly is a global batch dealt to 8 to 1,024 ranks? Planning alone, no training.
+
+    python benchmarks/balance.py --out benchmarks/results/balance.json
+
+Samples are drawn from a mix of texts, small and 4K images, and videos of 2 seconds to an hour, and cost their exact
+FLOPs in Qwen2-VL-2B. Each step's global batch is dealt by `distributed.deal` and, for comparison, in the order drawn,
+equally many samples to each rank. The figure is slowest rank / mean rank: 1.00 wastes nothing.
+"""
+
+# ruff: noqa: E402
+
+import argparse
+import json
+import os
+import platform
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.official import official_config
+from util.dataset import Size
+from util.distributed import deal
+from util.flops import training_flops
+from util.vision import FRAME_PIXELS, IMAGE_PIXELS, PATCH, Budget, Grid, frame_count, frame_size, smart_resize
+
+
+def draw(generator: random.Random, budget: Budget) -> Size:
+    """One sample of the mix: 30 % text, 50 % images from 0.1 to 8.3 megapixels, 20 % videos from 2 s to 1 h."""
+    text, kind = round(generator.lognormvariate(4.5, 1)) + 30, generator.random()
+    grids = []
+    if 0.3 <= kind < 0.8:
+        height, width = ((336, 448), (1080, 1920), (2160, 3840))[generator.choices(range(3), (5, 3, 2))[0]]
+        height, width = smart_resize(height, width, *IMAGE_PIXELS)
+        grids = [Grid(1, height // PATCH, width // PATCH)]
+    elif kind >= 0.8:
+        seconds = 2 * (1800 ** generator.random())  # 2 s to 1 h, evenly on a logarithmic scale
+        frames = frame_count({}, round(seconds * 30), 30, budget)
+        (height, width), _ = frame_size({}, 720, 1280, frames, budget)
+        grids = [Grid(frames // 2, height // PATCH, width // PATCH)]
+    return Size(text + sum(grid.tokens for grid in grids), max(1, text // 4), grids)
+
+
+def unevenness(hands: list[list[int]], costs: list[float]) -> float:
+    loads = [sum(costs[index] for index in hand) for hand in hands]
+    return max(loads) / (sum(loads) / len(loads))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 256, 1024], help="numbers of ranks")
+    parser.add_argument("--samples_per_rank", type=int, nargs="+", default=[8, 16, 32], help="of a global batch")
+    parser.add_argument("--steps", type=int, default=20, help="global batches of each setting")
+    parser.add_argument("--seed", type=int, default=0, help="of the mix")
+    parser.add_argument("--out", help="write the JSON here too")
+    arguments = parser.parse_args()
+    config, budget, generator = official_config("2b"), Budget(), random.Random(arguments.seed)
+    rows = []
+    print(f"{'ranks':>6} {'a rank':>7} {'dealt':>14} {'as drawn':>10} {'planning':>10}    (worst step in brackets)")
+    for ranks in arguments.ranks:
+        for per_rank in arguments.samples_per_rank:
+            dealt, plain, seconds = [], [], []
+            for _ in range(arguments.steps):
+                costs = [training_flops(config, [draw(generator, budget)], []) for _ in range(ranks * per_rank)]
+                began = time.perf_counter()
+                hands = deal(costs, ranks)
+                seconds.append(time.perf_counter() - began)
+                dealt.append(unevenness(hands, costs))
+                plain.append(unevenness([list(range(r, len(costs), ranks)) for r in range(ranks)], costs))
+            row = {"ranks": ranks, "samples_per_rank": per_rank, "dealt_mean": statistics.mean(dealt),
+                   "dealt_worst": max(dealt), "as_drawn_mean": statistics.mean(plain),
+                   "planning_ms": 1000 * statistics.median(seconds)}  # fmt: skip
+            rows.append({key: round(value, 4) for key, value in row.items()})
+            print(f"{ranks:>6} {per_rank:>7} {row['dealt_mean']:>6.3f} ({row['dealt_worst']:.3f})"
+                  f" {row['as_drawn_mean']:>9.2f} {row['planning_ms']:>7.2f} ms")  # fmt: skip
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    result = {
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "commit": commit or None,
+        "device": platform.processor() or platform.machine(),
+        "frame_pixels": FRAME_PIXELS,
+        "rows": rows,
+    }
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
