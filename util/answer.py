@@ -102,15 +102,14 @@ def run_after(settings: Settings) -> list:
     return answers_of(settings, settings.run, "after", reuse=False)
 
 
-def load_answerer(settings: Settings, model: str | None):
-    """The model, ready to answer, and the path it was loaded from."""
+def load_answerer(settings: Settings, path: str, processor):
+    """The model of `path`, ready to answer."""
     from util.evaluate import Answerer
-    from util.model import choose_device, choose_dtype, find_model, load_config, load_processor
+    from util.model import choose_device, choose_dtype, load_config
 
-    device = choose_device(settings.device)
-    path = find_model(model, device)
     load_config(path)
-    return Answerer(path, load_processor(path), device, choose_dtype(settings.dtype, device))
+    device = choose_device(settings.device)
+    return Answerer(path, processor, device, choose_dtype(settings.dtype, device))
 
 
 def answers_of(settings: Settings, model: str | None, name: str, reuse: bool) -> list:
@@ -124,13 +123,14 @@ def answers_of(settings: Settings, model: str | None, name: str, reuse: bool) ->
     path = find_model(model, device)
     budget = Budget(**settings.budget)
     precision = str(choose_dtype(settings.dtype, device))
-    questions = evaluate.questions_of(load_examples(settings.data, load_processor(path)))
+    processor = load_processor(path)
+    questions = evaluate.questions_of(load_examples(settings.data, processor))
     made_from = {**evaluate.fingerprint(path, settings.data, budget, settings.max_new_tokens), "dtype": precision}
     file = settings.output_dir / f"{name}.jsonl"
     if reuse and (known := evaluate.read_answers(file, made_from)):
         print(f"{name}: {len(known)} answers of {path}, from {file}")
         return known
-    answerer = load_answerer(settings, path)
+    answerer = load_answerer(settings, path, processor)
     answers = evaluate.answer_all(
         answerer, questions, budget, settings.batch_size, settings.max_new_tokens, f"{name}: {Path(path).name}"
     )
@@ -143,9 +143,11 @@ def answer_one(settings: Settings, model: str | None) -> None:
     from util.conversation import control_tokens
     from util.dataset import DataError, check_messages
     from util.evaluate import ask
+    from util.model import choose_device, find_model, load_processor
     from util.vision import Budget
 
-    answerer = load_answerer(settings, model)
+    path = find_model(model, choose_device(settings.device))
+    answerer = load_answerer(settings, path, load_processor(path))
     media = [("image", path) for path in settings.image] + [("video", path) for path in settings.video]
     items = [{"type": kind, kind: path} for kind, path in media] + [{"type": "text", "text": settings.question}]
     asked = [{"role": "user", "content": items}, {"role": "assistant", "content": ""}]

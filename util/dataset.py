@@ -37,8 +37,7 @@ class Example:
 
     @property
     def media(self) -> list[dict]:
-        items = [item for message in self.messages for item in message["content"]]
-        return [item for item in items if item["type"] in ("image", "video")]
+        return [item for message in self.messages for item in message["content"] if item["type"] != "text"]
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from transformers import Qwen2VLForConditionalGeneration
 
 from util.attention import Segments
@@ -27,7 +27,7 @@ from util.dataset import Sample, Size, epoch_order, plan_step
 from util.flops import training_flops
 from util.log import Run
 from util.loss import PackedLoss
-from util.model import choose_device, choose_dtype, layers, load_weights, prepare_layers
+from util.model import choose_device, choose_dtype, layers, load_weights, prepare_layers, shard
 from util.vision import PATCH, Grid
 
 
@@ -182,7 +182,10 @@ def build_model(config: Config, path: str, model_config, processor, world: World
         model = Qwen2VLForConditionalGeneration(model_config).to(wide)
     model = prepare_layers(model, config, world.device)
     packed = PackedLoss(model, processor, dtype)
-    shard(packed, config, make_mesh(config, world), dtype)
+    # ZeRO-3 frees a layer's weights after its forward pass; the others keep them until the backward pass
+    shard(packed, make_mesh(config, world), dtype, reshard_after_forward=config.sharding == "full")
+    for layer, following in pairwise(layers(model)):
+        layer.set_modules_to_forward_prefetch([following])
     packed.to_empty(device=world.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(packed, whole.state_dict() if world.is_first else {}, options=options)
@@ -191,24 +194,6 @@ def build_model(config: Config, path: str, model_config, processor, world: World
             buffer.copy_(whole.get_buffer(name))
         dist.broadcast(buffer, src=0)
     return packed.train()
-
-
-def shard(packed: PackedLoss, config: Config, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Each layer its own unit, what is left (embedding, tied head, merger, norms) the root's.
-
-    `full` (ZeRO-3) frees a layer's weights after its forward pass; the others keep them until the backward pass.
-    """
-    # Said in so many words: the defaults changed between versions of torch.
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if dtype == torch.bfloat16:
-        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    settings = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": config.sharding == "full"}
-    units = layers(packed.model)
-    for layer in units:
-        fully_shard(layer, **settings)
-    fully_shard(packed, **settings)
-    for layer, following in pairwise(units):
-        layer.set_modules_to_forward_prefetch([following])
 
 
 def drop_blank_gradients(packed: PackedLoss, visual_tokens: int) -> None:

@@ -69,9 +69,8 @@ class Answerer:
     def __init__(self, path: str, processor, device: torch.device, dtype: torch.dtype) -> None:
         model = load_weights(path, dtype, device)
         self.processor, self.device = processor, device
-        self.backend = choose_attention("auto", device, dtype)
         self.packed = PackedLoss(model, processor, dtype).to(device).eval()
-        set_attention(model, self.backend)
+        set_attention(model, choose_attention("auto", device, dtype))
         stop = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
         self.generation = GenerationConfig(do_sample=False, use_cache=True, eos_token_id=stop, pad_token_id=stop[1])
 
@@ -107,10 +106,7 @@ class Answerer:
     def prefill(self, prompts: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Left-padded embeddings (B, L, D), mask (B, L) and the released model's positions (4, B, L)."""
         batch: Batch = Collator()(prompts).to(self.device)
-        embeddings = self.packed.model.get_input_embeddings()(batch.input_ids)
-        if len(batch.visual_index):
-            visual = self.packed.visual_tokens(batch).to(embeddings.dtype)
-            embeddings = embeddings.index_copy(0, batch.visual_index, visual)
+        embeddings = self.packed.embed(batch)
         lengths = batch.segments.cu_seqlens.diff().tolist()
         longest = max(lengths)
         padded = embeddings.new_zeros(len(lengths), longest, embeddings.shape[1])

@@ -1,7 +1,6 @@
 """The forward pass, written out by hand on transformers' modules, and the loss on supervised tokens only.
 
-Letters in shapes: B samples, T tokens in the packed row, P patches, V visual tokens (= P / 4), S supervised tokens,
-D hidden size.
+Letters in shapes are those of collator.py, and D is the hidden size.
 """
 
 import torch
@@ -34,16 +33,20 @@ class PackedLoss(nn.Module):
     def forward(self, batch: Batch, reduction: str = "sum") -> torch.Tensor:
         """Cross-entropy of the supervised tokens in fp32 (fp64 where weights are): their sum, or with "none" (S,)."""
         language_model = self.model.model.language_model
-        hidden = F.embedding(batch.input_ids, language_model.embed_tokens.weight)  # (T, D)
-        if len(batch.vision_position_ids):
-            visual = self.visual_tokens(batch)[: len(batch.visual_index)]
-            hidden = hidden.index_copy(0, batch.visual_index, visual.to(hidden.dtype))
-        hidden = hidden[None]  # (1, T, D)
+        hidden = self.embed(batch)[None]  # (1, T, D)
         position_embeddings = language_model.rotary_emb(hidden, batch.position_ids[:, None])
         for layer in language_model.layers:
             hidden = layer(hidden, position_embeddings=position_embeddings, segments=batch.segments)
         supervised = hidden[0].index_select(0, batch.supervised_index)  # (S, D): the head sees no other row
         return self.cross_entropy(language_model.norm(supervised), batch.target_ids, reduction)
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """The row's embeddings (T, D), visual tokens in their places."""
+        hidden = F.embedding(batch.input_ids, self.model.model.language_model.embed_tokens.weight)
+        if not len(batch.vision_position_ids):
+            return hidden
+        visual = self.visual_tokens(batch)[: len(batch.visual_index)]
+        return hidden.index_copy(0, batch.visual_index, visual.to(hidden.dtype))
 
     def visual_tokens(self, batch: Batch) -> torch.Tensor:
         """The vision tower on all patches of the batch at once: (V, D), images first."""

@@ -87,6 +87,8 @@ def check(
         return
     counts = count_parameters(model_config)
     choices = itertools.product(([], ["vision"], ["language_model"]), ("adamw", "adamw_8bit"), ("none", "full"))
+    # one sample at a time, the longest there is, is the least a step can be
+    singles = [[size] for batch in micro_batches for size in batch]
     ways = []
     # what leaves the mathematics alone comes first, then the optimizer, then freezing
     for freeze, optimizer, checkpointing in choices:
@@ -96,8 +98,6 @@ def check(
         changes = {name: value for name, value in changes.items() if value and value != getattr(config, name)}
         unused = {f"{part}_learning_rate": None for part in changes.get("freeze", []) if part != "language_model"}
         changed = dataclasses.replace(config, **changes, **unused)
-        # one sample at a time, the longest there is, is the least a step can be
-        singles = [[size] for batch in micro_batches for size in batch]
         for note, batches in (([], micro_batches), (["--micro_batch_size 1"], singles)):
             total = sum(forecast(model_config, counts, changed, dtype, batches, shards).values())
             if total <= free:

@@ -125,7 +125,7 @@ def prepare_model(
     dtype = choose_dtype(config.dtype, device)
     packed = PackedLoss(prepare_layers(model, config, device), processor, dtype).to(device)
     if dtype == torch.bfloat16:
-        compute_in_bfloat16(packed, device)
+        shard(packed, one_process_mesh(device), dtype)
     return packed.train()
 
 
@@ -143,16 +143,22 @@ def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, devic
     return model
 
 
-def compute_in_bfloat16(packed: PackedLoss, device: torch.device) -> None:
-    """fp32 weights, gradients and reduction; bf16 copies of a layer's weights only while the layer works."""
+def shard(packed: PackedLoss, mesh, dtype: torch.dtype, reshard_after_forward: bool = True) -> None:
+    """Shard over a mesh: each layer its own unit, what is left (embedding, tied head, merger, norms) the root's.
+
+    Weights, gradients and reduction stay in their own precision; with bfloat16, a layer computes on bf16 copies that
+    live while it works. `reshard_after_forward` frees the gathered weights between forward and backward pass.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = one_process_mesh(device)
-    # Casting inputs is left to the modules: the rotary angles must stay in fp32.
-    policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # Said in so many words: defaults changed between versions of torch. Casting inputs is left to the modules, since
+    # the rotary angles must stay in fp32.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if dtype == torch.bfloat16:
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers(packed.model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(packed, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(packed, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # needed again at once
 
 
 def one_process_mesh(device: torch.device):

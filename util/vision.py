@@ -295,8 +295,6 @@ class FrameList:
 
 def resize(frame: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Bicubic, antialiased, on uint8 (3, H, W): within 2 levels of PIL's, and many times faster."""
-    if tuple(frame.shape[1:]) == size:
-        return frame
     return transforms.resize(frame, list(size), transforms.InterpolationMode.BICUBIC, antialias=True)
 
 
