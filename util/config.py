@@ -3,32 +3,14 @@
 Only the standard library is imported here, so that `--help` and a wrong flag answer at once.
 """
 
-import argparse
-import dataclasses
-import os
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin
+from dataclasses import dataclass
+from typing import Literal
+
+from util.command_line import UserError, parse, run_command, setting
+
+__all__ = ["OFFICIAL_MODEL", "Config", "UserError", "parse_arguments", "run_command"]
 
 OFFICIAL_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
-
-
-class UserError(ValueError):
-    """A mistake in settings or data. Its message says what, where, the rule and the fix; no traceback is shown."""
-
-    def __init__(self, message: str) -> None:
-        # A data worker's exception arrives with the worker's traceback before its message.
-        if message.startswith("Caught "):
-            message = message.rpartition(f"{type(self).__name__}: ")[2]
-        super().__init__(message)
-
-
-def setting(default, description: str):
-    """A dataclass field with its one-line description, which `--help` shows."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": description})
-    return field(default=default, metadata={"help": description})
 
 
 @dataclass
@@ -118,89 +100,5 @@ class Config:
 
 
 def parse_arguments(description: str, arguments: list[str] | None = None) -> Config:
-    """The command line as a Config. A wrong one ends with exit code 2 and every problem in one message."""
-    parser = CollectingParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    fields = dataclasses.fields(Config)
-    for item in fields:
-        add_flag(parser, item)
-    values, unknown = parser.parse_known_args(arguments)
-    for previous, word in zip([None, *unknown], unknown, strict=False):
-        if word.startswith("--"):
-            parser.problems.append(f"unknown flag {word.split('=')[0]}; --help lists them all")
-        elif previous is None or not previous.startswith("--"):  # else it is the value of an unknown flag
-            parser.problems.append(f"{word!r} belongs to no flag")
-    good = {item.name: getattr(values, item.name) for item in fields if item.name not in parser.wrong}
-    try:
-        config = Config(**good)
-    except UserError as error:
-        parser.problems += str(error).splitlines()
-    if parser.problems:
-        parser.exit(2, "".join(f"{parser.prog}: {problem}\n" for problem in parser.problems))
-    return config
-
-
-def add_flag(parser: "CollectingParser", item: dataclasses.Field) -> None:
-    """Add the flag of one Config field. A value of a wrong type is noted and parsing goes on."""
-    options = [option for option in get_args(item.type) if option is not type(None)]
-    many = get_origin(item.type) is list
-    kind = options[0] if options and get_origin(item.type) is not Literal else item.type
-    choices = get_args(kind) if get_origin(kind) is Literal else None
-    choices = get_args(item.type) if get_origin(item.type) is Literal else choices
-    default = item.default_factory() if many else item.default
-    help_text = item.metadata["help"].replace("%", "%%")
-    if item.type is bool:
-        parser.add_argument(f"--{item.name}", action=argparse.BooleanOptionalAction, default=default, help=help_text)
-        return
-
-    def convert(text: str):
-        if choices and text not in choices:
-            return parser.note(item.name, f"--{item.name} {text}: must be one of {', '.join(choices)}")
-        try:
-            return text if choices else kind(text)
-        except ValueError:
-            what = {int: "a whole number", float: "a number"}[kind]
-            return parser.note(item.name, f"--{item.name} {text}: must be {what}")
-
-    shown = "{" + ",".join(choices) + "}" if choices else item.name.rsplit("_", 1)[-1].upper()
-    parser.add_argument(
-        f"--{item.name}", type=convert, nargs="*" if many else None, default=default, metavar=shown, help=help_text
-    )
-
-
-class CollectingParser(argparse.ArgumentParser):
-    """An argparse parser that collects problems, so that one run names them all."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.problems: list[str] = []
-        self.wrong: set[str] = set()
-
-    def note(self, name: str, problem: str) -> None:
-        self.problems.append(problem)
-        self.wrong.add(name)
-
-    def error(self, message: str) -> None:
-        """What argparse itself cannot read (a flag without its value) ends parsing: say it with what was found."""
-        lines = [*self.problems, message]
-        self.exit(2, "".join(f"{self.prog}: {line}\n" for line in lines))
-
-
-def run_command(command: Callable, *arguments) -> None:
-    """Run a script's main function; a user's mistake ends it with its message and exit code 2."""
-    try:
-        command(*arguments)
-    except UserError as error:
-        rank = f", rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(f"{sys.argv[0].rpartition('/')[2]}{rank}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that this file need not import torch
-            raise
-        print(f"{error}\nout of memory on the device. What helps: --micro_batch_size 1 or a smaller --max_tokens, "
-              "--activation_checkpointing full, a smaller --max_pixels, --freeze vision", file=sys.stderr)  # fmt: skip
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    """The command line of a training script."""
+    return parse(Config, description, arguments)
