@@ -17,10 +17,10 @@ def train(config: Config) -> str:
     from torch.utils.data import DataLoader
 
     from util import flops, memory, show
-    from util.checkpoint import load_checkpoint, resolve_resume, save_checkpoint
+    from util.checkpoint import Saver, load_checkpoint, resolve_resume
     from util.collator import Collator
     from util.dataset import Samples, load_examples, measure, plan_epoch
-    from util.evaluate import evaluate_loss
+    from util.evaluate import evaluate_answers, evaluate_loss
     from util.log import RUNS, Run
     from util.model import build_model, choose_device, choose_dtype, find_model, load_config, load_processor, save_model
     from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
@@ -66,17 +66,19 @@ def train(config: Config) -> str:
     optimizer = build_optimizer(model, config)
     first = load_checkpoint(resumed, model, optimizer)["step"] if resumed else 0
     run.open(first, len(steps), {"model": path, "dtype": str(dtype).removeprefix("torch."), "device": str(device)})
+    saver = Saver(run.directory, config.keep, run.say)
 
     def evaluate(step: int) -> None:
         loss_sum, tokens = evaluate_loss(model, load(held_out, held_out_plan), device)
-        run.log_evaluation(step, loss_sum / tokens)
+        scores = evaluate_answers(model, processor, device, budget, held_out.examples, config.eval_samples)
+        run.log_evaluation(step, loss_sum / tokens, scores)
 
     # ---- the loop
     batches = iter(load(samples, [micro for _, step in steps[first:] for micro in step]))
     for number, (epoch, step) in enumerate(steps[first:], first + 1):
-        waiting = time.perf_counter()
+        began = time.perf_counter()
         micro_batches = [next(batches) for _ in step]
-        run.waited_for_data(time.perf_counter() - waiting)
+        data_seconds = time.perf_counter() - began
         totals = {key: sum(batch.counts[key] for batch in micro_batches) for key in micro_batches[0].counts}
         assert totals["samples"] in (config.global_batch_size, len(sizes) % config.global_batch_size)
 
@@ -96,16 +98,17 @@ def train(config: Config) -> str:
 
         loss = loss_sum.item() / supervised_tokens
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
+        values["data_seconds"] = round(data_seconds, 4)
         work = flops.training_flops(model_config, [sizes[i] for micro in step for i in micro], config.freeze)
         run.log_step({"step": number, "epoch": epoch, **values, **totals}, work)
 
         if held_out and (number == len(steps) or (config.eval_every and number % config.eval_every == 0)):
             evaluate(number)
         if config.save_every and (number == len(steps) or number % config.save_every == 0):
-            saved = save_checkpoint(run.directory, model, optimizer, {"step": number}, config.keep)
-            run.say(f"saved {saved}")
+            saver.save(model, optimizer, {"step": number})
         run.restart_clock()
 
+    saver.wait()
     save_model(model, processor, budget, run.directory)
     run.finish(len(steps) - first)
     return str(run.directory)

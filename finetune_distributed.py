@@ -16,10 +16,10 @@ def train(config: Config) -> str:
     import torch
     from torch.utils.data import DataLoader
 
-    from util import distributed, flops, memory, show
-    from util.checkpoint import load_checkpoint, resolve_resume, save_checkpoint
+    from util import distributed, faults, flops, memory, show
+    from util.checkpoint import Saver, load_checkpoint, resolve_resume
     from util.dataset import Samples, load_examples, measure
-    from util.evaluate import evaluate_loss
+    from util.evaluate import evaluate_answers, evaluate_loss
     from util.log import RUNS
     from util.model import choose_dtype, find_model, load_config, load_processor, save_model
     from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
@@ -27,12 +27,13 @@ def train(config: Config) -> str:
     from util.vision import Budget
 
     torch.manual_seed(config.seed)
-    world = distributed.start(config)
+    world = distributed.start(config, faults.collective_timeout())
+    config = faults.continue_after_restart(config)
     device = world.device
     dtype = choose_dtype(config.dtype, device)
     path = distributed.first_rank_first(find_model, config.model, device)
     model_config, processor = load_config(path), load_processor(path)
-    resumed = resolve_resume(config.resume, config.output_dir, RUNS / "latest")
+    resumed = distributed.from_first_rank(resolve_resume, config.resume, config.output_dir, RUNS / "latest")
     workers = worker_count(config, device)
 
     # ---- data: checked, measured from file headers, and every step of every epoch planned before any weight is loaded
@@ -70,18 +71,22 @@ def train(config: Config) -> str:
     optimizer = build_optimizer(model, config)
     first = load_checkpoint(resumed, model, optimizer)["step"] if resumed else 0
     run.open(first, len(steps), {"model": path, "dtype": str(dtype).removeprefix("torch."), "device": str(device)})
+    saver = Saver(run.directory, config.keep, run.say)
+    watch = faults.Watch(world, model, run, len(steps))
 
     def evaluate(step: int) -> None:
         loss_sum, tokens = evaluate_loss(model, load(held_out, held_out_plan), device)
         totals = world.sum({"loss_sum": loss_sum, "tokens": tokens})
-        run.log_evaluation(step, totals["loss_sum"] / totals["tokens"])
+        scores = evaluate_answers(model, processor, device, budget, held_out.examples, config.eval_samples)
+        run.log_evaluation(step, totals["loss_sum"] / totals["tokens"], scores)
 
     # ---- the loop
     batches = iter(load(samples, [micro for _, step in steps[first:] for micro in step]))
     for number, (epoch, step) in enumerate(steps[first:], first + 1):
-        waiting = time.perf_counter()
+        watch.begin(number, [samples.examples[i].where for micro in step for i in micro])
+        began = time.perf_counter()
         micro_batches = [next(batches) for _ in step]
-        run.waited_for_data(time.perf_counter() - waiting)
+        data_seconds = time.perf_counter() - began
         totals = {key: sum(batch.counts[key] for batch in micro_batches) for key in micro_batches[0].counts}
         totals = world.sum(totals)
         assert totals["samples"] in (config.global_batch_size, len(sizes) % config.global_batch_size)
@@ -104,16 +109,18 @@ def train(config: Config) -> str:
 
         loss = world.sum({"loss_sum": loss_sum.item()})["loss_sum"] / supervised_tokens
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
+        values["data_seconds"] = round(data_seconds, 4)
         work = flops.training_flops(model_config, [sizes[i] for micro in step for i in micro], config.freeze)
         run.log_step({"step": number, "epoch": epoch, **values, **totals}, work)
+        watch.end(work, data_seconds)
 
         if held_out and (number == len(steps) or (config.eval_every and number % config.eval_every == 0)):
             evaluate(number)
         if config.save_every and (number == len(steps) or number % config.save_every == 0):
-            saved = save_checkpoint(run.directory, model, optimizer, {"step": number}, config.keep)
-            run.say(f"saved {saved}")
+            saver.save(model, optimizer, {"step": number})
         run.restart_clock()
 
+    saver.wait()
     save_model(model, processor, budget, run.directory)
     run.finish(len(steps) - first)
     distributed.stop()

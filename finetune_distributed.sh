@@ -4,7 +4,8 @@
 #   ./finetune_distributed.sh                                      all GPUs, Qwen2-VL-2B on train_data/
 #   NPROC_PER_NODE=4 ./finetune_distributed.sh --data my_data/data.json --sharding gradients
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 ./finetune_distributed.sh --data my_data/data.json --shard_group_size 8
-#   MAX_RESTARTS=3 ./finetune_distributed.sh --save_every 100 --resume auto --output_dir train_output/my_run
+#   MAX_RESTARTS=3 ./finetune_distributed.sh --save_every 100    a process that dies: all start again at the newest checkpoint
+#   COLLECTIVE_TIMEOUT=600 ./finetune_distributed.sh              a job without progress for 600 s ends (default: 1800)
 set -euo pipefail
 cd "$(dirname "$0")"
 source util/setup.sh requirements.txt
@@ -22,9 +23,12 @@ if [ "$usable" -eq 0 ]; then
     usable=2
 fi
 
-command=("$python" -m torch.distributed.run
-    --nproc_per_node "${NPROC_PER_NODE:-$usable}" --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" --max_restarts "${MAX_RESTARTS:-0}"
-    finetune_distributed.py "$@")
+command=("$python" -m util.launch --nproc_per_node "${NPROC_PER_NODE:-$usable}" --max_restarts "${MAX_RESTARTS:-0}")
+if [ "${NNODES:-1}" -gt 1 ]; then # the machines find each other at MASTER_ADDR, and after a fault again
+    address="${MASTER_ADDR:?with NNODES=$NNODES, MASTER_ADDR must name the first machine}:${MASTER_PORT:-29500}"
+    host="$([ "${NODE_RANK:?with NNODES=$NNODES, NODE_RANK must number this machine from 0}" -eq 0 ] && echo 1 || echo 0)"
+    command+=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$address" --rdzv_id "$address" --rdzv_conf "is_host=$host")
+fi
+command+=(finetune_distributed.py "$@")
 echo "\$ ${command[*]}"
 exec "${command[@]}"

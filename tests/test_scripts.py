@@ -185,7 +185,7 @@ def test_one_question(run):
     for model, kind, path, script in ((run, "image", image, ["test_on_trained_model.py", str(run)]),
                                       (tiny, "video", video, ["test_on_official_model.py", "--model", "tiny"])):  # fmt: skip
         budget = Budget.of(json.loads((run / "training_config.json").read_text())) if model == run else Budget()
-        answerer = Answerer(str(model), load_processor(str(model)), torch.device("cpu"), torch.float32)
+        answerer = Answerer.load(str(model), load_processor(str(model)), torch.device("cpu"), torch.float32)
         asked = [{"role": "user", "content": [{"type": kind, kind: path}, {"type": "text", "text": "What is this?"}]}]
         printed = command(sys.executable, *script, f"--{kind}", path, *words)
         assert printed.strip() == ask(answerer, asked, budget, 5).strip(), script
@@ -254,7 +254,7 @@ def test_the_run_opens_in_plain_transformers_and_answers_the_same(run, tmp_path)
 
     settings = json.loads((run / "training_config.json").read_text())
     budget, processor = Budget.of(settings), load_processor(str(run))
-    answerer = Answerer(str(run), processor, torch.device("cpu"), torch.float32)
+    answerer = Answerer.load(str(run), processor, torch.device("cpu"), torch.float32)
     for (kind, paths, question), (text, logits) in zip(asked, theirs, strict=True):
         item = {"type": kind, kind: paths if kind == "video" else paths[0]}
         messages = [{"role": "user", "content": [item, {"type": "text", "text": question}]}]
@@ -282,7 +282,7 @@ def test_batched_answers_equal_answers_one_by_one(run):
     processor = load_processor(str(run))
     questions = questions_of(load_examples([str(ROOT / "test_data" / "data.json")], processor))
     budget = Budget(max_pixels=50176, video_max_frames=4)
-    answerer = Answerer(str(run), processor, torch.device("cpu"), torch.float32)
+    answerer = Answerer.load(str(run), processor, torch.device("cpu"), torch.float32)
     together = answer_all(answerer, questions, budget, 16, 12, "together")
     alone = answer_all(answerer, questions, budget, 1, 12, "alone")
     assert [a.answer for a in together] == [a.answer for a in alone]

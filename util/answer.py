@@ -109,7 +109,7 @@ def load_answerer(settings: Settings, path: str, processor):
 
     load_config(path)
     device = choose_device(settings.device)
-    return Answerer(path, processor, device, choose_dtype(settings.dtype, device))
+    return Answerer.load(path, processor, device, choose_dtype(settings.dtype, device))
 
 
 def answers_of(settings: Settings, model: str | None, name: str, reuse: bool) -> list:

@@ -7,12 +7,15 @@ import json
 import os
 import pickle
 import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 
 from util.config import UserError
 
@@ -25,32 +28,86 @@ ADMITTED = {
 }
 
 
-def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, keep: int) -> Path:
-    """Write `checkpoints/step_000100` of a run and drop all but the `keep` newest. `state["step"]` names it.
+class Saver:
+    """Saves a run's checkpoints beside the training: `save` returns when everything is copied to CPU memory, a thread
+    writes the files. One save at a time: the next waits for the last.
 
-    It is written under another name, flushed to disk, and renamed.
+    A checkpoint is written under another name, flushed to disk, and renamed. Where that fails (a full disk), the run
+    says so and goes on; what was complete stays. With several processes every rank calls `save` and `wait`.
     """
-    folder = run / "checkpoints"
-    final = folder / f"step_{state['step']:06d}"
-    unfinished = folder / f".unfinished_{final.name}"
-    if is_first_rank():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    wait_for_all_ranks()
-    tensors, scalars = gather(model, optimizer)
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    dcp.save(tensors, storage_writer=FileSystemWriter(unfinished, sync_files=True), no_dist=not is_distributed())
-    if is_first_rank():
-        write_flushed(unfinished / "state.json", json.dumps({**state, "optimizer": scalars}, indent=2))
-        shutil.rmtree(final, ignore_errors=True)
+
+    def __init__(self, run: Path, keep: int, say: Callable[[str], None]) -> None:
+        self.run, self.keep, self.say = run, keep, say
+        self.folder = run / "checkpoints"
+        self.idle = threading.Event()
+        self.idle.set()
+        if is_first_rank():
+            for leftover in self.folder.glob(".*"):  # of a process that was killed while saving
+                shutil.rmtree(leftover, ignore_errors=True)
+        # The thread's collectives must not mix with those of the training: a group of their own, on the CPU.
+        self.group = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        """Begin to write `checkpoints/step_000100`, named by `state["step"]`."""
+        self.wait()
+        final = self.folder / f"step_{state['step']:06d}"
+        unfinished = self.folder / f".unfinished_{final.name}"
+        tensors, scalars = gather(model, optimizer)
+        tensors["random.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        state = json.dumps({**state, "optimizer": scalars}, indent=2)
+        self.idle.clear()
+        writing = dcp.async_save(
+            tensors,
+            storage_writer=FileSystemWriter(unfinished, sync_files=True),
+            process_group=self.group,
+            no_dist=not is_distributed(),
+        )
+        # on the first rank it is done when the others are: that rank writes the index of all files last
+        writing.add_done_callback(lambda writing: self._complete(writing, unfinished, final, state))
+
+    def wait(self) -> None:
+        """Wait until the save that is under way is complete, or has failed."""
+        self.idle.wait()
+
+    def _complete(self, writing: Future, unfinished: Path, final: Path, state: str) -> None:
+        try:
+            writing.result()
+            if is_first_rank():
+                self._publish(unfinished, final, state)
+                self.say(f"saved {final}")
+        except (OSError, RuntimeError, CheckpointException) as error:
+            if is_first_rank():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                complete = find_checkpoints(self.run)
+                newest = f"the newest complete one is {complete[-1]}" if complete else "there is none yet"
+                self.say(f"NOT SAVED: {final} ({reason(error)}); training goes on, {newest}")
+        finally:
+            self.idle.set()
+
+    def _publish(self, unfinished: Path, final: Path, state: str) -> None:
+        write_flushed(unfinished / "state.json", state)
+        if final.exists():
+            discard(final)
         os.rename(unfinished, final)
-        flush_folder(folder)
-        for old in find_checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
-    wait_for_all_ranks()
-    return final
+        flush_folder(self.folder)
+        for old in find_checkpoints(self.run)[: -self.keep]:
+            discard(old)
+
+
+def reason(error: BaseException) -> str:
+    """The last line of an error, which says what went wrong, without the traceback that DCP puts before it."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint so that no half of it is ever taken for a whole one."""
+    doomed = checkpoint.with_name(f".discarded_{checkpoint.name}")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -125,11 +182,6 @@ def is_distributed() -> bool:
 
 def is_first_rank() -> bool:
     return not is_distributed() or torch.distributed.get_rank() == 0
-
-
-def wait_for_all_ranks() -> None:
-    if is_distributed():
-        torch.distributed.barrier()
 
 
 def write_flushed(path: Path, text: str) -> None:

@@ -5,8 +5,11 @@ Only the standard library is imported here, so that `--help` and a wrong flag an
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import field
 from typing import Literal, get_args, get_origin
@@ -104,15 +107,40 @@ def run_command(command: Callable, *arguments) -> None:
     try:
         command(*arguments)
     except UserError as error:
-        rank = f", rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(f"{sys.argv[0].rpartition('/')[2]}{rank}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that this file need not import torch
-            raise
-        print(f"{error}\nout of memory on the device. What helps: --micro_batch_size 1 or a smaller --max_tokens, "
-              "--activation_checkpointing full, a smaller --max_pixels, --freeze vision", file=sys.stderr)  # fmt: skip
-        sys.exit(1)
+        end(f"{sys.argv[0].rpartition('/')[2]}: {error}", 2)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        end("\ninterrupted", 130)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, named so that this file need not import torch
+            end(f"{error}\nout of memory on the device. What helps: --micro_batch_size 1 or a smaller --max_tokens, "
+                "--activation_checkpointing full, a smaller --max_pixels, --freeze vision", 1)  # fmt: skip
+        if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+            raise
+        end(traceback.format_exc(), 1)
+
+
+def end(text: str, code: int) -> None:
+    """Say why this process ends, and end it."""
+    if not record_failure(text):
+        print(text, file=sys.stderr)
+        sys.exit(code)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(code)  # at once: what would be tidied up at a usual end waits for other ranks, and they for this one
+
+
+def record_failure(text: str) -> bool:
+    """Under torchrun: leave `text` where it looks for the first cause (its error_handler.py).
+
+    torchrun says it at the end of the job. Before a restart it does not, so it is printed here. False without torchrun.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return False
+    now = time.time()
+    message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(now))}}
+    with open(file, "w", encoding="utf-8") as handle:
+        json.dump({"message": message, "seconds": now}, handle)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        print(f"rank {os.environ['RANK']}: {text}", file=sys.stderr)
+    return True

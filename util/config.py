@@ -46,6 +46,7 @@ class Config:
     check_memory: bool = setting(True, "stop before loading weights when the forecast does not fit the device")
     eval_data: list[str] = setting([], "held-out data for the evaluation loss")
     eval_every: int = setting(100, "steps between evaluations, when there is --eval_data; 0: only at the end")
+    eval_samples: int = setting(0, "held-out questions also answered and scored in each evaluation; 0: the loss alone")
     save_every: int = setting(0, "steps between checkpoints (the last step makes one too); 0: only the final model")
     keep: int = setting(2, "newest checkpoints kept")
     sharding: Literal["full", "gradients", "optimizer", "none"] = setting("full", "several GPUs: what is sharded, ZeRO 3, 2, 1 or plain data parallelism")
@@ -66,7 +67,7 @@ class Config:
         at_least_one = ("epochs", "max_steps", "global_batch_size", "micro_batch_size", "max_tokens", "min_pixels",
                         "max_pixels", "video_max_tokens", "keep", "shard_group_size")  # fmt: skip
         not_negative = ("learning_rate", "vision_learning_rate", "merger_learning_rate", "weight_decay",
-                        "max_grad_norm", "eval_every", "save_every", "num_workers")  # fmt: skip
+                        "max_grad_norm", "eval_every", "eval_samples", "save_every", "num_workers")  # fmt: skip
         for names, least in ((at_least_one, 1), (not_negative, 0)):
             for name in names:
                 value = getattr(self, name)
@@ -91,6 +92,8 @@ class Config:
         for part in ("vision", "merger"):
             if part in self.freeze and getattr(self, f"{part}_learning_rate") is not None:
                 found.append(f"--{part}_learning_rate is given, but --freeze {part} trains none of it")
+        if self.eval_samples and not self.eval_data:
+            found.append(f"--eval_samples {self.eval_samples} needs --eval_data")
         on_cpu = self.device == "cpu"
         if self.attention in ("varlen", "flash_attn") and (on_cpu or self.dtype in ("float32", "float64")):
             found.append(f"--attention {self.attention} needs a GPU and --dtype bfloat16; use --attention sdpa")

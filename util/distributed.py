@@ -9,6 +9,7 @@ import heapq
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -50,8 +51,11 @@ class World:
         return {key: type(value)(number) for (key, value), number in zip(values.items(), total.tolist(), strict=True)}
 
 
-def start(config: Config) -> World:
-    """Join the process group that torchrun set up. Without torchrun: a group of this process alone."""
+def start(config: Config, timeout: float) -> World:
+    """Join the process group that torchrun set up. Without torchrun: a group of this process alone.
+
+    A collective that waits longer than `timeout` seconds fails; a little later, so that faults.Watch is first to tell.
+    """
     if config.device in ("auto", "cuda") and torch.cuda.is_available():
         device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.cuda.set_device(device)
@@ -60,9 +64,15 @@ def start(config: Config) -> World:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, **alone)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout + 30), **alone)
         atexit.register(dist.destroy_process_group)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    world = World(dist.get_rank(), dist.get_world_size(), device)
+    if config.optimizer == "adamw_8bit" and world.size > 1:
+        raise UserError(
+            "--optimizer adamw_8bit: its moments are quantised in blocks, which cannot be handed to another number "
+            f"of processes; with {world.size} processes use --optimizer adamw, whose moments are sharded among them"
+        )
+    return world
 
 
 def stop() -> None:
@@ -78,6 +88,13 @@ def first_rank_first(make: Callable, *arguments):
     return made if dist.get_rank() == 0 else make(*arguments)
 
 
+def from_first_rank(decide: Callable, *arguments):
+    """What rank 0 decides, on all ranks."""
+    box = [decide(*arguments) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 class SilentRun:
     """The twin of log.Run on all ranks but the first: it knows the run directory and says and writes nothing."""
 
@@ -91,9 +108,8 @@ class SilentRun:
 def open_run(config: Config, resumed: Path | None, world: World):
     """The run of rank 0, and its silent twin elsewhere: one directory, one clock, one log."""
     run = Run(config, world.device, resumed) if world.is_first else None
-    box = [run and str(run.directory)]
-    dist.broadcast_object_list(box, src=0)
-    return run or SilentRun(Path(box[0]))
+    directory = from_first_rank(lambda: str(run.directory))
+    return run or SilentRun(Path(directory))
 
 
 # ---- which rank trains which sample ---------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -19,7 +20,10 @@ from util.collator import Batch, Collator
 from util.config import UserError
 from util.dataset import Example, Sample, Samples
 from util.loss import PackedLoss
-from util.model import choose_attention, load_weights, set_attention
+from util.model import choose_attention, load_weights, set_attention, whole_weights
+
+BATCH_SIZE = 32  # questions answered at a time while training
+MOST_NEW_TOKENS = 64  # longest answer while training
 
 
 @torch.no_grad()
@@ -32,6 +36,31 @@ def evaluate_loss(model: nn.Module, loader: DataLoader, device: torch.device) ->
         tokens += len(batch.target_ids)
     model.train()
     return total.item(), tokens
+
+
+def evaluate_answers(
+    model: PackedLoss, processor, device: torch.device, budget: vision.Budget, examples: list[Example], most: int
+) -> dict[str, float]:
+    """Scores of what a model in training answers, at most `MOST_NEW_TOKENS` long, to `most` questions spread evenly.
+
+    Of several ranks each answers its share, at its own pace, and all get the scores of all. {} where `most` is 0.
+    """
+    if not most:
+        return {}
+    questions = questions_of(examples)
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    most = min(most, len(questions))
+    chosen = [questions[i * len(questions) // most] for i in range(most)]
+    model.eval()
+    with whole_weights(model):
+        answerer, title = Answerer(model, processor, device), "answering held-out questions" if rank == 0 else None
+        answers = answer_all(answerer, chosen[rank::size], budget, BATCH_SIZE, MOST_NEW_TOKENS, title)
+    model.train()
+    shares = [answers]
+    if size > 1:
+        shares = [None] * size
+        dist.all_gather_object(shares, answers)
+    return summarise([answer for share in shares for answer in share])
 
 
 # ---- questions and answers ------------------------------------------------------------------------------------------
@@ -64,15 +93,19 @@ def questions_of(examples: list[Example]) -> list[Example]:
 
 
 class Answerer:
-    """A model that answers: loaded once, its vision tower and its loss in packed form, generation under sdpa."""
+    """A model that answers: its vision tower and its loss in packed form, generation under sdpa."""
 
-    def __init__(self, path: str, processor, device: torch.device, dtype: torch.dtype) -> None:
-        model = load_weights(path, dtype, device)
-        self.processor, self.device = processor, device
-        self.packed = PackedLoss(model, processor, dtype).to(device).eval()
-        set_attention(model, choose_attention("auto", device, dtype))
+    def __init__(self, packed: PackedLoss, processor, device: torch.device) -> None:
+        self.packed, self.processor, self.device = packed, processor, device
         stop = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
         self.generation = GenerationConfig(do_sample=False, use_cache=True, eos_token_id=stop, pad_token_id=stop[1])
+
+    @classmethod
+    def load(cls, path: str, processor, device: torch.device, dtype: torch.dtype) -> "Answerer":
+        """The model of a checkpoint, for answering only."""
+        model = load_weights(path, dtype, device)
+        set_attention(model, choose_attention("auto", device, dtype))
+        return cls(PackedLoss(model, processor, dtype).to(device).eval(), processor, device)
 
     @torch.no_grad()
     def losses(self, samples: list[Sample]) -> list[float]:
@@ -95,6 +128,7 @@ class Answerer:
                 attention_mask=mask,
                 position_ids=positions,
                 generation_config=self.generation,
+                synced_gpus=False,  # each rank holds all weights and stops when its own answers end
             )
         finally:
             text._attn_implementation = packed_name
@@ -142,16 +176,17 @@ def answer_all(
     budget: vision.Budget,
     batch_size: int,
     max_new_tokens: int,
-    title: str,
+    title: str | None,
 ) -> list[Answer]:
-    """Answer and score every question, in batches of like length, returned in the order asked."""
+    """Answer and score every question, in batches of like length, returned in the order asked. No bar without title."""
     samples = QuestionSamples(questions, answerer.processor, budget)
     sizes = [samples.size(index).tokens for index in range(len(samples))]
     order = sorted(range(len(samples)), key=lambda index: -sizes[index])
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     loader = DataLoader(samples, batch_sampler=batches, collate_fn=list)
     answers: dict[int, Answer] = {}
-    with tqdm(total=len(samples), desc=title, unit=" answers", dynamic_ncols=True) as bar:
+    shown = {"desc": title, "unit": " answers", "dynamic_ncols": True, "leave": False, "disable": title is None}
+    with tqdm(total=len(samples), **shown) as bar:
         for indices, pairs in zip(batches, loader, strict=True):
             texts = answerer.answers([prompt for prompt, _ in pairs], max_new_tokens)
             losses = answerer.losses([whole for _, whole in pairs])

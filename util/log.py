@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import socket
 import sys
 import time
 from datetime import datetime
@@ -33,7 +34,6 @@ class Run:
         self.peak_flops = flops.peak_flops(device)
         self.bar: tqdm | None = None
         self.began = self.last = time.perf_counter()
-        self.data_seconds = 0.0
         self.trained_seconds = 0.0
 
     @staticmethod
@@ -55,6 +55,7 @@ class Run:
             raise UserError(f"--output_dir {self.directory}: cannot be written ({error.strerror})") from None
         settings = {**dataclasses.asdict(self.config), **resolved, "output_dir": str(self.directory)}
         settings["versions"] = versions()
+        settings["launched_by"] = [socket.gethostname(), os.getppid()]  # a process that is started again finds its run
         (self.directory / "training_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         self.keep_metrics_before(first_step)
         self.metrics = open(self.directory / "metrics.jsonl", "a", buffering=1)
@@ -67,11 +68,9 @@ class Run:
         """A run resumed at a checkpoint repeats the steps after it: drop their lines. A fresh run starts empty."""
         path = self.directory / "metrics.jsonl"
         lines = path.read_text().splitlines() if first_step and path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        whole = [line for line in lines if line.endswith("}")]  # a process that was killed may leave half a line
+        kept = [line for line in whole if json.loads(line)["step"] <= first_step]
         path.write_text("".join(line + "\n" for line in kept))
-
-    def waited_for_data(self, seconds: float) -> None:
-        self.data_seconds += seconds
 
     def log_step(self, values: dict, step_flops: float) -> None:
         """One optimizer step: a line in metrics.jsonl, and the bar."""
@@ -81,7 +80,6 @@ class Run:
         line = {
             **values,
             "step_seconds": round(seconds, 4),
-            "data_seconds": round(self.data_seconds, 4),
             "tokens_per_second": round(values["tokens"] / seconds, 1),
             "peak_memory_gib": round(memory.peak_bytes(self.device) / GIB, 3),
         }
@@ -97,9 +95,11 @@ class Run:
         self.bar.update()
         self.restart_clock()
 
-    def log_evaluation(self, step: int, loss: float) -> None:
-        self.write({"step": step, "eval_loss": loss})
-        self.say(f"step {step}: loss on held-out data {loss:.4f}")
+    def log_evaluation(self, step: int, loss: float, scores: dict[str, float]) -> None:
+        """The loss on held-out data and the scores of what the model answered there, if it was asked."""
+        self.write({"step": step, "eval_loss": loss, **{f"eval_{key}": value for key, value in scores.items()}})
+        answered = [f"; {scores['questions']} answers: exact match {scores['exact_match']:.1%}"] if scores else []
+        self.say(f"step {step}: loss on held-out data {loss:.4f}" + "".join(answered))
 
     def write(self, line: dict) -> None:
         self.metrics.write(json.dumps(line) + "\n")
@@ -113,7 +113,7 @@ class Run:
 
     def restart_clock(self) -> None:
         """Begin the next step's time now; what lies between (evaluation, saving) is nobody's step."""
-        self.last, self.data_seconds = time.perf_counter(), 0.0
+        self.last = time.perf_counter()
 
     def finish(self, steps: int) -> None:
         """Close the files, draw loss.png, and say what was done and how to try it."""

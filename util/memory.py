@@ -8,6 +8,7 @@ import resource
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
+from util.checkpoint import is_distributed
 from util.config import Config, UserError
 from util.dataset import Size
 from util.loss import LOGIT_ROWS
@@ -44,7 +45,7 @@ def forecast(
         "gradients": width * trained / shards,
         "moments": trained * (2 if config.optimizer == "adamw_8bit" else 2 * width) / shards,
     }
-    if shards > 1 and config.sharding != "full":
+    if (shards > 1 or is_distributed()) and config.sharding != "full":
         parts["whole weights"] = dtype.itemsize * total
         parts["whole gradients"] = width * trained if config.sharding == "optimizer" else 0
     elif shards > 1 or dtype == torch.bfloat16:
@@ -119,14 +120,15 @@ def describe(parts: dict[str, float]) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What this process can still allocate on the device."""
+    """What this process can still allocate on the device; processes on one CPU machine share what is free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except OSError:  # not Linux: all there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 import atexit
 import json
 import shutil
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -156,9 +157,34 @@ def shard(packed: PackedLoss, mesh, dtype: torch.dtype, reshard_after_forward: b
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if dtype == torch.bfloat16:
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    packed.reshard_after_forward = reshard_after_forward
     for layer in layers(packed.model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(packed, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # needed again at once
+
+
+@contextmanager
+def whole_weights(packed: PackedLoss):
+    """Inside, this process holds all weights in the precision of compute, and runs layers one by one as it likes.
+
+    No forward pass then needs another rank, so ranks may generate answers of different lengths. Every rank must enter
+    and leave. Packed, compiled or recomputing layers are of no use to generation and are themselves again afterwards.
+    """
+    units = [module for module in packed.modules() if hasattr(module, "unshard")]
+    compiled = {layer: layer._compiled_call_impl for layer in layers(packed.model)}
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    for layer in compiled:
+        layer._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for layer, implementation in compiled.items():
+            layer._compiled_call_impl = implementation
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not packed and packed.reshard_after_forward, recurse=False)
 
 
 def one_process_mesh(device: torch.device):

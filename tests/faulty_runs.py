@@ -1,0 +1,70 @@
+"""Started by torchrun in test_faults.py: trains with one fault put into rank 1.
+
+python -m util.launch --nproc_per_node 2 tests/faulty_runs.py FAULT SETTINGS     (FAULT: see below; SETTINGS: JSON)
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import finetune_distributed
+from util import dataset
+from util.command_line import run_command
+from util.config import Config
+from util.loss import PackedLoss
+
+torch.set_num_threads(1)
+fault, settings = sys.argv[1], json.loads(sys.argv[2])
+load, forward = dataset.Samples.__getitem__, PackedLoss.forward
+calls = 0
+
+
+def once(action, call=3):
+    """Do it in a rank's third forward pass."""
+    global calls
+    calls += 1
+    if calls == call:
+        print(f"FAULT AT {time.time()}", flush=True)
+        action()
+
+
+def broken_worker(self, index):
+    if "data" not in sys.argv[1] or index == 5:
+        raise RuntimeError("the disk of this machine is on fire")
+    return load(self, index)
+
+
+def raise_in_step():
+    raise RuntimeError("a bug on rank 1")
+
+
+if os.environ["RANK"] == "1":
+    if fault == "raises in data worker":
+        dataset.Samples.__getitem__ = broken_worker
+    elif fault == "raises":
+        PackedLoss.forward = lambda *args, **kwargs: once(raise_in_step) or forward(*args, **kwargs)
+    elif fault == "hangs":
+        PackedLoss.forward = lambda *args, **kwargs: once(lambda: time.sleep(600)) or forward(*args, **kwargs)
+    elif fault == "dies":
+        PackedLoss.forward = lambda *args, **kwargs: (
+            once(lambda: os.kill(os.getpid(), 9), 5) or forward(*args, **kwargs)
+        )
+    elif fault == "slow":
+        from transformers.models.qwen2_vl import modeling_qwen2_vl as modeling
+
+        layer_forward = modeling.Qwen2VLDecoderLayer.forward
+
+        def slow_forward(*args, **kwargs):
+            time.sleep(0.1)
+            return layer_forward(*args, **kwargs)
+
+        modeling.Qwen2VLDecoderLayer.forward = slow_forward
+    elif fault == "slow data":
+        dataset.Samples.__getitem__ = lambda *args: time.sleep(0.1) or load(*args)
+run_command(finetune_distributed.train, Config(**settings))

@@ -1,0 +1,190 @@
+"""Faults in a job of several processes: it ends quickly, says why, and starts again where it was."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from util.faults import name_slow_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings(tiny_path: Path, directory: Path, **changes) -> dict:
+    common = {
+        "model": str(tiny_path), "device": "cpu", "dtype": "float64", "max_steps": 8, "epochs": 9, "keep": 99,
+        "global_batch_size": 8, "learning_rate": 1e-3, "max_pixels": 28 * 28 * 16, "min_pixels": 3136,
+        "video_max_frames": 4, "num_workers": 1, "output_dir": str(directory),
+    }  # fmt: skip
+    return {**common, **changes}
+
+
+def launch(fault: str, config: dict, restarts: int = 0, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "util.launch", "--nproc_per_node", "2", "--max_restarts", str(restarts),
+               "tests/faulty_runs.py", fault, json.dumps(config)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(job: subprocess.Popen, expect: int) -> tuple[str, str, float]:
+    """Standard output, the last 20 lines of standard error, and the seconds from the fault to the end."""
+    out, err = job.communicate(timeout=400)
+    ended = time.time()
+    assert job.returncode == expect, f"{out[-2000:]}\n{err[-4000:]}"
+    fault = re.search(r"FAULT AT ([\d.]+)", out)
+    return out, "\n".join(err.strip().splitlines()[-20:]), ended - float(fault[1]) if fault else 0.0
+
+
+@pytest.mark.parametrize(
+    ("fault", "last_line"),
+    [
+        ("raises", r"RuntimeError: a bug on rank 1"),
+        ("raises in data worker", r"RuntimeError: the disk of this machine is on fire"),
+        ("dies", r"rank 1 was killed by signal 9 \(SIGKILL\).*"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_job_with_the_first_cause_last(fault, last_line, tiny_path, tmp_path):
+    began = time.time()
+    _, printed, seconds = finish(launch(fault, settings(tiny_path, tmp_path / "run")), expect=1)
+    assert re.fullmatch(last_line, printed.splitlines()[-1]), printed
+    assert seconds < 30, f"ended {seconds:.0f} s after the fault"
+    assert time.time() - began < 60
+
+
+def test_a_job_that_hangs_ends_and_says_where_every_rank_is(tiny_path, tmp_path):
+    job = launch("hangs", settings(tiny_path, tmp_path / "run"), COLLECTIVE_TIMEOUT="8")
+    _, printed, seconds = finish(job, expect=1)
+    assert 7 < seconds < 30, f"ended {seconds:.0f} s after the fault"
+    assert "no progress for 8 s" in printed
+    for rank in (0, 1):
+        assert re.search(rf"rank {rank} \(.*, step 3, training on train_data/data.json, sample \d+", printed), printed
+
+
+def test_a_slow_rank_is_named(tiny_path, tmp_path):
+    config = settings(tiny_path, tmp_path / "run", max_steps=20, dtype="float32")
+    printed, _, _ = finish(launch("slow", config), expect=0)
+    named = re.findall(r"step 20: (rank \d) is slow: ([\d.]+) s of computing", printed)
+    assert [rank for rank, _ in named] == ["rank 1"], printed[-2000:]
+    assert float(named[0][1]) > 0.1 * 2 * 5, "2 layers slept 0.1 s in each of 5 steps"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (compared,) = [line for line in lines if "compute_seconds_by_rank" in line]
+    assert compared["step"] == 20
+    assert len(compared["compute_seconds_by_rank"]) == len(compared["data_seconds_by_rank"]) == 2
+
+
+def test_a_rank_that_waits_for_its_data_is_named(tiny_path, tmp_path):
+    config = settings(tiny_path, tmp_path / "run", max_steps=20, dtype="float32", num_workers=0)
+    printed, _, _ = finish(launch("slow data", config), expect=0)
+    assert re.findall(r"step 20: (rank \d) waits for its data", printed) == ["rank 1"], printed[-2000:]
+
+
+def test_slow_ranks_by_hand():
+    even = [1.0, 1.1, 0.9, 1.0]
+    assert name_slow_ranks(even, [1e9] * 4, [0.0] * 4, 5.0) == []
+    assert name_slow_ranks([1.0, 2.0, 1.0, 4.0], [1e9, 2e9, 1e9, 4e9], [0.0] * 4, 5.0) == [], "more work, not slow"
+    (line,) = name_slow_ranks([1.0, 1.0, 3.0, 1.0], [1e9] * 4, [0.0] * 4, 5.0)
+    assert line == "rank 2 is slow: 3.00 s of computing for what takes the others 1.00 s"
+    (line,) = name_slow_ranks(even, [1e9] * 4, [0.1, 0.1, 0.1, 2.0], 5.0)
+    assert line.startswith("rank 3 waits for its data: 2.00 s")
+    assert name_slow_ranks([0.0, 1.0], [0.0, 1e9], [0.0, 0.0], 5.0) == [], "a rank without samples"
+
+
+def test_a_wrong_flag_is_answered_once_before_any_process_starts():
+    command = [sys.executable, "-m", "util.launch", "--nproc_per_node", "2", "finetune_distributed.py", "--epoch", "3"]
+    began = time.time()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "finetune_distributed.py: unknown flag --epoch; --help lists them all\n"
+    assert time.time() - began < 2
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_path, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    finish(launch("none", settings(tiny_path, directory)), expect=0)
+    return directory
+
+
+def same_run(run: Path, whole: Path) -> None:
+    """Bit for bit the same weights, and every step once in the log with the same loss."""
+    ours, theirs = weights(run), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    logs = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (run, whole)]
+    first, second = ([(line["step"], line["loss"]) for line in log if "loss" in line] for log in logs)
+    assert first == second
+
+
+def test_restarts_go_on_at_the_newest_checkpoint_of_the_same_run(uninterrupted, tiny_path):
+    """Rank 1 is killed in the fifth step of every attempt. Without --output_dir the run directory's name is a time of
+    day, and a restart must not make another."""
+    from util.log import RUNS
+
+    before = set(RUNS.glob("2*"))
+    config = settings(tiny_path, Path("unused"), save_every=1)
+    out, _, _ = finish(launch("dies", {**config, "output_dir": None}, restarts=4), expect=0)
+    assert 1 <= out.count("FAULT AT") <= 4
+    (run,) = set(RUNS.glob("2*")) - before
+    same_run(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_two_machines_start_again_together(uninterrupted, tiny_path, tmp_path):
+    """Two launchers that meet at one address, as finetune_distributed.sh starts them with NNODES=2."""
+    config = settings(tiny_path, tmp_path / "run", save_every=1)
+    port = 29500 + random.SystemRandom().randrange(2000)
+    jobs = []
+    for machine in (0, 1):
+        command = [sys.executable, "-m", "util.launch", "--nproc_per_node", "1", "--max_restarts", "4", "--nnodes", "2",
+                   "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "job",
+                   "--rdzv_conf", f"is_host={1 - machine}", "tests/faulty_runs.py", "dies", json.dumps(config)]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        jobs.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE, text=True))  # fmt: skip
+    outs = [finish(job, expect=0)[0] for job in jobs]
+    assert "FAULT AT" in outs[0] + outs[1]
+    same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
+def test_kill_9_at_ten_random_moments(uninterrupted, tiny_path, tmp_path):
+    """One rank, at any moment of an attempt: while it starts, trains or saves."""
+    generator = random.Random(0)
+    job = launch("none", settings(tiny_path, tmp_path / "run", save_every=1, num_workers=0), restarts=10)
+    kills = []
+    while job.poll() is None and len(kills) < 10:
+        time.sleep(generator.uniform(0, 14))
+        ranks = [int(pid) for pid in children(job.pid) if "faulty_runs.py" in command_of(pid)]
+        if ranks:
+            victim = generator.choice(ranks)
+            kills.append(victim)
+            os.kill(victim, 9)
+            while job.poll() is None and victim in map(int, children(job.pid)):
+                time.sleep(0.05)
+    finish(job, expect=0)
+    print(f"{len(kills)} kills")
+    same_run(tmp_path / "run", uninterrupted)
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split() if Path(f"/proc/{pid}").exists() else []
+
+
+def command_of(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
