@@ -19,9 +19,10 @@ def train(config: Config) -> str:
     from util import flops, memory, show
     from util.checkpoint import Saver, load_checkpoint, resolve_resume
     from util.collator import Collator
-    from util.dataset import Samples, load_examples, measure, plan_epoch
+    from util.dataset import Examples, Samples, measure, plan_epoch
     from util.evaluate import evaluate_answers, evaluate_loss
     from util.log import RUNS, Run
+    from util.media import MediaReader
     from util.model import build_model, choose_device, choose_dtype, find_model, load_config, load_processor, save_model
     from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
     from util.plan import print_plan, worker_count
@@ -36,10 +37,11 @@ def train(config: Config) -> str:
     workers = worker_count(config, device)
 
     # ---- data: checked, measured from file headers, and every step of every epoch planned before any weight is loaded
-    budget = Budget.of(config)
-    samples = Samples(load_examples(config.data, processor), processor, budget)
+    budget, reader = Budget.of(config), MediaReader(config)
+    samples = Samples(Examples(config.data, processor), processor, budget, reader)
     sizes = measure(samples, config.max_tokens)
-    steps = [(epoch, step) for epoch in range(config.epochs) for step in plan_epoch(sizes, config.seed, epoch, config)]
+    orders = [samples.examples.order(config.seed, epoch) for epoch in range(config.epochs)]
+    steps = [(epoch, step) for epoch, order in enumerate(orders) for step in plan_epoch(sizes, order, config)]
     steps = steps[: config.max_steps]
 
     def load(data: Samples, micro_batches: list[list[int]]) -> DataLoader:
@@ -49,9 +51,9 @@ def train(config: Config) -> str:
 
     held_out, held_out_plan = None, []
     if config.eval_data:
-        held_out = Samples(load_examples(config.eval_data, processor), processor, budget)
+        held_out = Samples(Examples(config.eval_data, processor), processor, budget, reader)
         held_out_sizes = measure(held_out, config.max_tokens)
-        held_out_plan = [micro for step in plan_epoch(held_out_sizes, config.seed, 0, config) for micro in step]
+        held_out_plan = [micro for step in plan_epoch(held_out_sizes, range(len(held_out)), config) for micro in step]
 
     # ---- the plan, before anything is loaded or written
     run = Run(config, device, resumed)
@@ -80,7 +82,7 @@ def train(config: Config) -> str:
         micro_batches = [next(batches) for _ in step]
         data_seconds = time.perf_counter() - began
         totals = {key: sum(batch.counts[key] for batch in micro_batches) for key in micro_batches[0].counts}
-        assert totals["samples"] in (config.global_batch_size, len(sizes) % config.global_batch_size)
+        assert totals["samples"] in (config.global_batch_size, len(orders[epoch]) % config.global_batch_size)
 
         # One division, by the supervised tokens of the whole global batch, which are known before the first backward:
         # how samples are spread over micro-batches then changes nothing.
@@ -100,7 +102,7 @@ def train(config: Config) -> str:
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
         values["data_seconds"] = round(data_seconds, 4)
         work = flops.training_flops(model_config, [sizes[i] for micro in step for i in micro], config.freeze)
-        run.log_step({"step": number, "epoch": epoch, **values, **totals}, work)
+        run.log_step({"step": number, "epoch": epoch, **values, **totals, **reader.statistics()}, work)
 
         if held_out and (number == len(steps) or (config.eval_every and number % config.eval_every == 0)):
             evaluate(number)

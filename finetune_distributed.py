@@ -18,9 +18,10 @@ def train(config: Config) -> str:
 
     from util import distributed, faults, flops, memory, show
     from util.checkpoint import Saver, load_checkpoint, resolve_resume
-    from util.dataset import Samples, load_examples, measure
+    from util.dataset import Examples, Samples, measure
     from util.evaluate import evaluate_answers, evaluate_loss
     from util.log import RUNS
+    from util.media import MediaReader
     from util.model import choose_dtype, find_model, load_config, load_processor, save_model
     from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
     from util.plan import print_plan, worker_count
@@ -37,10 +38,11 @@ def train(config: Config) -> str:
     workers = worker_count(config, device)
 
     # ---- data: checked, measured from file headers, and every step of every epoch planned before any weight is loaded
-    budget = Budget.of(config)
-    samples = Samples(load_examples(config.data, processor), processor, budget)
+    budget, reader = Budget.of(config), MediaReader(config)
+    samples = Samples(Examples(config.data, processor), processor, budget, reader)
     sizes = measure(samples, config.max_tokens)
-    steps = distributed.plan_epochs(sizes, range(config.epochs), config, model_config, world)
+    orders = [samples.examples.order(config.seed, epoch) for epoch in range(config.epochs)]
+    steps = distributed.plan_epochs(sizes, orders, config, model_config, world)
     steps = steps[: config.max_steps]
 
     def load(data: Samples, micro_batches: list[list[int]]) -> DataLoader:
@@ -51,9 +53,9 @@ def train(config: Config) -> str:
 
     held_out, held_out_plan = None, []
     if config.eval_data:
-        held_out = Samples(load_examples(config.eval_data, processor), processor, budget)
+        held_out = Samples(Examples(config.eval_data, processor), processor, budget, reader)
         held_out_sizes = measure(held_out, config.max_tokens)
-        held_out_steps = distributed.plan_epochs(held_out_sizes, [0], config, model_config, world)
+        held_out_steps = distributed.plan_epochs(held_out_sizes, [range(len(held_out))], config, model_config, world)
         held_out_plan = [micro for _, step in held_out_steps for micro in step]
 
     # ---- the plan, before anything is loaded or written
@@ -89,7 +91,7 @@ def train(config: Config) -> str:
         data_seconds = time.perf_counter() - began
         totals = {key: sum(batch.counts[key] for batch in micro_batches) for key in micro_batches[0].counts}
         totals = world.sum(totals)
-        assert totals["samples"] in (config.global_batch_size, len(sizes) % config.global_batch_size)
+        assert totals["samples"] in (config.global_batch_size, len(orders[epoch]) % config.global_batch_size)
 
         # One division, by the supervised tokens of the whole global batch, which are known before the first backward:
         # how samples are spread over micro-batches then changes nothing.
@@ -111,7 +113,7 @@ def train(config: Config) -> str:
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
         values["data_seconds"] = round(data_seconds, 4)
         work = flops.training_flops(model_config, [sizes[i] for micro in step for i in micro], config.freeze)
-        run.log_step({"step": number, "epoch": epoch, **values, **totals}, work)
+        run.log_step({"step": number, "epoch": epoch, **values, **totals, **reader.statistics()}, work)
         watch.end(work, data_seconds)
 
         if held_out and (number == len(steps) or (config.eval_every and number % config.eval_every == 0)):

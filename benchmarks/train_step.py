@@ -343,7 +343,7 @@ def main(arguments: list[str]) -> None:
         data = make_data(Path(directory), own, count, config.seed)
         samples = Samples(load_examples([str(data)], processor), processor, budget)
         sizes = measure(samples, config.max_tokens)
-        steps = plan_epoch(sizes, config.seed, 0, config)
+        steps = plan_epoch(sizes, samples.examples.order(config.seed, 0), config)
         # The plain loop takes the samples of a step in the order they come, sorted by length by nobody.
         plain_steps = []
         for step in steps:

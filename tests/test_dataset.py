@@ -1,10 +1,12 @@
 """Data files, what is refused and how it is said; the order of an epoch and its batches; the sample shown."""
 
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -336,7 +338,7 @@ def test_refused_samples_are_named(name, folder, processor):
 @pytest.mark.parametrize(
     "item",
     [
-        {"type": "image", "image": "data:image/png;base64," + "iVBORw0KGgo" * 500},
+        {"type": "image", "image": "x" * 5000 + ".png"},
         {"type": "image", "image": "x\0.png"},
         {"type": "image", "image": "x\ud83d.png"},
         {"type": "image", "image": "picture.png", "max_pixels": 10**400},
@@ -420,18 +422,51 @@ def test_a_data_error_is_the_users_mistake():
 # ---- the order of an epoch and its batches ---------------------------------------------------------------------------
 
 
+def epoch_order(counts: list[int], weights: list[float], seed: int, epoch: int) -> list[int]:
+    """The order of an epoch over files of so many samples, without the files."""
+    examples = dataset.Examples.__new__(dataset.Examples)
+    examples.ends, examples.weights = list(itertools.accumulate(counts)), weights
+    return examples.order(seed, epoch)
+
+
+def test_weights_of_files_repeat_samples_or_take_a_share():
+    for epoch in range(3):
+        order = epoch_order([10, 20, 30], [2.0, 0.5, 1.0], 0, epoch)
+        counts = Counter(order)
+        assert [counts[index] for index in range(10)] == [2] * 10
+        assert sum(counts[index] for index in range(10, 30)) == 10
+        assert max(counts[index] for index in range(10, 30)) == 1
+        assert [counts[index] for index in range(30, 60)] == [1] * 30
+        assert len(order) == 60
+    halves = [frozenset(i for i in epoch_order([20], [0.5], 0, epoch)) for epoch in range(4)]
+    assert len(set(halves)) == 4, "another half in every epoch"
+    assert Counter(epoch_order([8], [2.5], 3, 1)).most_common()[0][1] == 3
+    assert epoch_order([5, 5], [1.0, 1.0], 1, 2) == epoch_order([10], [1.0], 1, 2), "files change nothing"
+
+
+def test_a_weight_is_read_from_the_file_name(folder, processor):
+    file = write(folder, [asking({"text": "A?"}), asking({"text": "B?"})])
+    examples = load_examples([f"{file}*3", f"{file}*0.5"], processor)
+    assert len(examples) == 4
+    assert examples.weights == (3.0, 0.5)
+    assert len(examples.order(0, 0)) == 7
+    for wrong in ("0", "-1", "much", "inf"):
+        with pytest.raises(DataError, match="how often its samples come"):
+            load_examples([f"{file}*{wrong}"], processor)
+
+
 def test_epoch_order_is_a_permutation_of_seed_and_epoch_alone():
     orders, state = {}, torch.get_rng_state()
     for seed in (0, 1, 2):
         for epoch in (0, 1, 2):
-            order = dataset.epoch_order(100, seed, epoch)
+            order = epoch_order([100], [1.0], seed, epoch)
             assert sorted(order) == list(range(100))
             orders[tuple(order)] = seed, epoch
     assert len(orders) == 9, f"different seeds and epochs give different orders: {sorted(orders.values())}"
     assert tuple(range(100)) not in orders
     assert (torch.get_rng_state() == state).all(), "the global random state is left alone"
     torch.rand(1)  # and has no say
-    again = {tuple(dataset.epoch_order(100, *seed_and_epoch)): seed_and_epoch for seed_and_epoch in orders.values()}
+    again = {tuple(epoch_order([100], [1.0], *seed_and_epoch)): seed_and_epoch for seed_and_epoch in orders.values()}
     assert again == orders
 
 
@@ -448,12 +483,12 @@ def test_every_sample_of_an_epoch_once_and_no_row_too_long():
             global_batch_size=rng.randint(1, 12), max_tokens=most, micro_batch_size=rng.choice([None, 1, 2, 3, 8])
         )
         seed, epoch = rng.randrange(1000), rng.randrange(10)
-        steps = dataset.plan_epoch(sizes, seed, epoch, config)
+        order = epoch_order([count], [1.0], seed, epoch)
+        steps = dataset.plan_epoch(sizes, order, config)
         samples = [[index for row in step for index in row] for step in steps]
         assert sorted(index for step in samples for index in step) == list(range(count)), "every sample exactly once"
         full, rest = divmod(count, config.global_batch_size)
         assert [len(step) for step in samples] == [config.global_batch_size] * full + [rest] * (rest > 0)
-        order = dataset.epoch_order(count, seed, epoch)
         for number, step in enumerate(samples):
             begin = number * config.global_batch_size
             assert set(step) == set(order[begin : begin + config.global_batch_size]), "a step takes the next in order"
@@ -462,7 +497,7 @@ def test_every_sample_of_an_epoch_once_and_no_row_too_long():
             assert sum(sizes[index].tokens for index in row) <= most
             assert len(row) <= (config.micro_batch_size or count)
             shared += len(row) > 1
-        assert dataset.plan_epoch(sizes, seed, epoch, config) == steps, "the same plan again"
+        assert dataset.plan_epoch(sizes, order, config) == steps, "the same plan again"
         steps_seen, shorter = steps_seen + len(steps), shorter + (rest > 0)
     assert steps_seen > 500
     assert shared > 500
@@ -472,7 +507,11 @@ def test_every_sample_of_an_epoch_once_and_no_row_too_long():
 def test_memory_settings_do_not_change_which_samples_a_step_has():
     sizes = sizes_of([10 * (number % 7 + 1) for number in range(40)])
     plans = [
-        dataset.plan_epoch(sizes, 0, 0, Config(global_batch_size=8, micro_batch_size=micro, max_tokens=tokens))
+        dataset.plan_epoch(
+            sizes,
+            epoch_order([40], [1.0], 0, 0),
+            Config(global_batch_size=8, micro_batch_size=micro, max_tokens=tokens),
+        )
         for micro, tokens in ((None, 10000), (1, 10000), (3, 10000), (None, 80))
     ]
     assert len({len(step) for plan in plans for step in plan}) > 2, "the rows do differ"

@@ -166,7 +166,7 @@ def test_kill_9_at_ten_random_moments(uninterrupted, tiny_path, tmp_path):
     job = launch("none", settings(tiny_path, tmp_path / "run", save_every=1, num_workers=0), restarts=10)
     kills = []
     while job.poll() is None and len(kills) < 10:
-        time.sleep(generator.uniform(0, 14))
+        time.sleep(generator.uniform(0, 10))
         ranks = [int(pid) for pid in children(job.pid) if "faulty_runs.py" in command_of(pid)]
         if ranks:
             victim = generator.choice(ranks)

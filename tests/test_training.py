@@ -70,7 +70,7 @@ def test_max_tokens_changes_nothing(train):
 def test_the_mean_of_means_is_another_number(train, tiny_path, processor):
     """What a loop that averages micro-batch means would report differs: answers are of unequal length."""
     from util.collator import Collator
-    from util.dataset import Samples, epoch_order, load_examples
+    from util.dataset import Samples, load_examples
     from util.model import build_model
     from util.vision import Budget
 
@@ -79,7 +79,7 @@ def test_the_mean_of_means_is_another_number(train, tiny_path, processor):
     model = build_model(config, str(tiny_path), processor, torch.device("cpu"))
     budget = Budget(min_pixels=3136, max_pixels=28 * 28 * 16, video_max_frames=4)
     samples = Samples(load_examples([SHOWCASE], processor), processor, budget)
-    batches = [Collator()([samples[index]]) for index in epoch_order(len(samples), 0, 0)[:8]]
+    batches = [Collator()([samples[index]]) for index in samples.examples.order(0, 0)[:8]]
     sums, counts = [model(batch).item() for batch in batches], [len(batch.target_ids) for batch in batches]
     assert ours == pytest.approx(sum(sums) / sum(counts), abs=1e-5)
     mean_of_means = sum(total / count for total, count in zip(sums, counts, strict=True)) / len(sums)

@@ -6,7 +6,9 @@ Only the standard library is imported here, so that `--help` and a wrong flag an
 from dataclasses import dataclass
 from typing import Literal
 
+from util.cache import CacheSettings
 from util.command_line import UserError, parse, run_command, setting
+from util.fetch import FetchSettings
 
 __all__ = ["OFFICIAL_MODEL", "Config", "UserError", "parse_arguments", "run_command"]
 
@@ -14,7 +16,7 @@ OFFICIAL_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 
 
 @dataclass
-class Config:
+class Config(FetchSettings, CacheSettings):
     # fmt: off
     model: str | None = setting(None, f"checkpoint directory, hub name or `tiny`; default: {OFFICIAL_MODEL} on a GPU, tiny without one")
     data: list[str] = setting(["train_data/data.json"], "training data, .json or .jsonl, one or several files")
@@ -64,9 +66,9 @@ class Config:
     def problems(self) -> list[str]:
         """Every setting that cannot be, each with the rule it breaks."""
         found = []
-        at_least_one = ("epochs", "max_steps", "global_batch_size", "micro_batch_size", "max_tokens", "min_pixels",
+        at_least_one = ("fetch_concurrency", "epochs", "max_steps", "global_batch_size", "micro_batch_size", "max_tokens", "min_pixels",
                         "max_pixels", "video_max_tokens", "keep", "shard_group_size")  # fmt: skip
-        not_negative = ("learning_rate", "vision_learning_rate", "merger_learning_rate", "weight_decay",
+        not_negative = ("fetch_retries", "learning_rate", "vision_learning_rate", "merger_learning_rate", "weight_decay",
                         "max_grad_norm", "eval_every", "eval_samples", "save_every", "num_workers")  # fmt: skip
         for names, least in ((at_least_one, 1), (not_negative, 0)):
             for name in names:
@@ -79,6 +81,9 @@ class Config:
             found.append(f"--warmup_ratio {self.warmup_ratio}: must be between 0 and 1")
         if not self.video_fps > 0:
             found.append(f"--video_fps {self.video_fps}: must be above 0")
+        for name in ("fetch_timeout", "cache_max_gib"):
+            if not getattr(self, name) > 0:
+                found.append(f"--{name} {getattr(self, name)}: must be above 0")
         if self.video_max_frames < 4:
             found.append(f"--video_max_frames {self.video_max_frames}: must be at least 4")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:

@@ -5,10 +5,11 @@ A data file holds conversations: `{"messages": [{"role": ..., "content": "text" 
 Samples and messages are counted from 0.
 """
 
-import json
+import itertools
 import math
 import os
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +17,12 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from util import conversation, vision
-from util.config import UserError
+from util import conversation, fetch, vision
+from util.lines import DataError, open_entries, split_weight
+from util.media import MediaReader
 
 ROLES = ("system", "user", "assistant")
 MOST_PROBLEMS_SHOWN = 20
-
-
-class DataError(UserError):
-    """Data that cannot be trained on; the message names file, sample, rule and fix."""
 
 
 @dataclass
@@ -58,55 +56,58 @@ class Size:
     grids: list[vision.Grid]
 
 
-def load_examples(files: list[str], processor) -> list[Example]:
-    """Read and check data files. Raises DataError that names every bad sample (the first 20 in full)."""
-    forbidden = conversation.control_tokens(processor)
-    examples, problems = [], []
-    for file in files:
-        for number, entry in enumerate(read_entries(file)):
-            where = f"{file}, sample {number}"
-            try:
-                messages = check_messages(entry, forbidden, Path(file).parent)
-                examples.append(Example(messages, where, entry.get("kind")))
-            except DataError as error:
-                problems.append(f"{where}{error}")
-    stop_on(problems)
-    if not examples:
-        raise DataError(f"{', '.join(files)}: no samples. A data file is a JSON list of {{'messages': [...]}}.")
-    return examples
+class Examples(Sequence):
+    """The conversations of data files, each read and checked when it is asked for, so that files may be of any size.
 
+    `FILE*2` gives each of a file's samples twice in an epoch, `FILE*0.5` half of them, another half each time.
+    """
 
-def read_entries(file: str) -> list:
-    """The raw entries of one data file: a JSON list, or one JSON object per line in `.jsonl`."""
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{file}: no such data file (looked in {os.getcwd()})") from None
-    except IsADirectoryError:
-        raise DataError(f"{file}: a folder; name the .json or .jsonl file in it") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
-    lines = [text] if not file.endswith(".jsonl") else text.split("\n")
-    entries = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    def __init__(self, files: list[str], processor) -> None:
+        self.forbidden = conversation.control_tokens(processor)
+        self.files, self.weights = zip(*map(split_weight, files), strict=True)
+        self.entries = [open_entries(file) for file in self.files]
+        self.ends = list(itertools.accumulate(map(len, self.entries)))
+        if not self.ends[-1]:
+            raise DataError(f"{', '.join(files)}: no samples. A data file is a JSON list of {{'messages': [...]}}.")
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        """Raises DataError that names the sample, the message, the rule and the fix."""
+        index = range(len(self))[index]
+        number = bisect_right(self.ends, index)
+        index -= self.ends[number - 1] if number else 0
+        entry, where = self.entries[number][index], f"{self.files[number]}, sample {index}"
         try:
-            entries.append(json.loads(line))
-        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-            line_number = number if file.endswith(".jsonl") else getattr(error, "lineno", 1)
-            deep = isinstance(error, RecursionError)
-            reason = "nested too deeply" if deep else getattr(error, "msg", str(error).split(";")[0])
-            raise DataError(f"{file}, line {line_number}: not valid JSON ({reason})") from None
-    if file.endswith(".jsonl"):
-        return entries
-    if entries and not isinstance(entries[0], list):
-        raise DataError(
-            f"{file}: must hold a list of samples, holds {type(entries[0]).__name__}; one sample per line is .jsonl"
-        )
-    return entries[0] if entries else []
+            messages = check_messages(entry, self.forbidden, Path(self.files[number]).parent)
+        except DataError as error:
+            raise DataError(f"{where}{error}") from None
+        return Example(messages, where, entry.get("kind"))
+
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """The samples of an epoch in order: a function of (seed, epoch) alone, so that resuming needs no replay."""
+        generator = torch.Generator().manual_seed((seed << 20) + epoch)
+        chosen, begin = [], 0
+        for end, weight in zip(self.ends, self.weights, strict=True):
+            chosen += [torch.arange(begin, end)] * int(weight)
+            if part := round(weight % 1 * (end - begin)):
+                chosen.append(begin + torch.randperm(end - begin, generator=generator)[:part])
+            begin = end
+        chosen = torch.cat([*chosen, torch.zeros(0, dtype=torch.int64)])
+        return chosen[torch.randperm(len(chosen), generator=generator)].tolist()
+
+
+def load_examples(files: list[str], processor) -> Examples:
+    """Data files, all of their samples checked now. Raises DataError that names every bad one (20 in full)."""
+    examples, problems = Examples(files, processor), []
+    for index in range(len(examples)):
+        try:
+            examples[index]
+        except DataError as error:
+            problems.append(str(error))
+    stop_on(problems)
+    return examples
 
 
 def check_messages(entry: object, forbidden: list[str], folder: Path) -> list[dict]:
@@ -172,10 +173,12 @@ def check_item(item: dict, role: str, folder: Path, where: str) -> dict:
 
 
 def resolve_path(path: object, folder: Path, where: str) -> str:
-    """A media path as written if absolute, else under the data file's folder, else under the current folder."""
+    """A media path as written if absolute or remote, else under the data file's folder, else under the current one."""
     if not isinstance(path, str) or not path or "\0" in path:
         raise DataError(f"{where}a media path must be a non-empty string, is {path!r}")
-    path = path.removeprefix("file://")
+    if fetch.is_remote(path):
+        return path
+    path = fetch.local_path(path)
     tried = [Path(path)] if os.path.isabs(path) else [folder / path, Path.cwd() / path]
     for candidate in tried:
         if os.path.isfile(candidate):  # unlike Path.is_file, False for a path too long or not allowed to be looked at
@@ -193,8 +196,8 @@ def stop_on(problems: list[str]) -> None:
 class Samples(Dataset):
     """Examples by index, encoded and with their pixels: what a data worker does for one sample."""
 
-    def __init__(self, examples: list[Example], processor, budget: vision.Budget) -> None:
-        self.examples, self.processor, self.budget = examples, processor, budget
+    def __init__(self, examples: Sequence[Example], processor, budget: vision.Budget, reader=MediaReader()):
+        self.examples, self.processor, self.budget, self.reader = examples, processor, budget, reader
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -205,8 +208,8 @@ class Samples(Dataset):
 
     def size(self, index: int) -> Size:
         """The cost of one sample from its text and its media's headers, without decoding a pixel."""
-        encoded = self._encode(self.examples[index])
-        grids = self._media(self.examples[index], vision.read_grid)
+        example = self.examples[index]
+        encoded, grids = self._encode(example), self._media(example, vision.read_grid)
         tokens = len(encoded.input_ids) + sum(grid.tokens - 1 for grid in grids)
         return Size(tokens, sum(encoded.supervised), grids)
 
@@ -215,13 +218,16 @@ class Samples(Dataset):
 
     def _media(self, example: Example, read: Callable) -> list:
         try:
-            return [read(item, self.budget) for item in example.media]
+            return self.reader.each(read, example.media, self.budget)
         except (ValueError, OSError) as error:
             raise DataError(f"{example.where}: {error}") from None
+        except Exception as error:  # a fault of ours or of a library: which sample was it?
+            error.add_note(f"while reading {example.where}")
+            raise
 
 
 def measure(samples: Samples, max_tokens: int) -> list[Size]:
-    """The size of every sample; DataError names those whose media cannot be read or that exceed `max_tokens`."""
+    """The size of every sample; DataError names those that break a rule, cannot be read or exceed `max_tokens`."""
     sizes, problems = [], []
     for index in tqdm(range(len(samples)), desc="reading headers", unit=" samples", leave=False, delay=1):
         try:
@@ -237,12 +243,6 @@ def measure(samples: Samples, max_tokens: int) -> list[Size]:
             )
     stop_on(problems)
     return sizes
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of the samples in an epoch: a function of (seed, epoch) alone, so that resuming needs no replay."""
-    generator = torch.Generator().manual_seed((seed << 20) + epoch)
-    return torch.randperm(count, generator=generator).tolist()
 
 
 def plan_step(sizes: list[Size], indices: list[int], max_tokens: int, micro_batch_size: int | None) -> list[list[int]]:
@@ -262,11 +262,10 @@ def plan_step(sizes: list[Size], indices: list[int], max_tokens: int, micro_batc
     return [members for _, members in rows]
 
 
-def plan_epoch(sizes: list[Size], seed: int, epoch: int, config) -> list[list[list[int]]]:
+def plan_epoch(sizes: list[Size], order: list[int], config) -> list[list[list[int]]]:
     """The optimizer steps of an epoch: each a list of micro-batches, each a list of sample indices.
 
     The last, shorter global batch is a step like the others.
     """
-    order = epoch_order(len(sizes), seed, epoch)
     batches = [order[i : i + config.global_batch_size] for i in range(0, len(order), config.global_batch_size)]
     return [plan_step(sizes, batch, config.max_tokens, config.micro_batch_size) for batch in batches]

@@ -7,7 +7,7 @@ moments over a DeviceMesh, and four settings of it are ZeRO 3, 2, 1 and plain da
 import atexit
 import heapq
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
@@ -24,7 +24,7 @@ from util.attention import Segments
 from util.collator import Batch, Collator, patch_positions
 from util.config import Config, UserError
 from util.conversation import Encoded
-from util.dataset import Sample, Size, epoch_order, plan_step
+from util.dataset import Sample, Size, plan_step
 from util.flops import training_flops
 from util.log import Run
 from util.loss import PackedLoss
@@ -127,7 +127,7 @@ def deal(costs: list[float], ranks: int) -> list[list[int]]:
     return dealt
 
 
-def plan_epochs(sizes: list[Size], epochs: Iterable[int], config: Config, model_config, world: World):
+def plan_epochs(sizes: list[Size], orders: list[Sequence[int]], config: Config, model_config, world: World):
     """(epoch, step) in order, as finetune.py has them, each step this rank's part: a list of micro-batches.
 
     Each global batch holds the same samples on any number of ranks. Every rank makes equally many forward passes in a
@@ -135,8 +135,7 @@ def plan_epochs(sizes: list[Size], epochs: Iterable[int], config: Config, model_
     """
     costs = [training_flops(model_config, [size], config.freeze) for size in sizes]
     steps = []
-    for epoch in epochs:
-        order = epoch_order(len(sizes), config.seed, epoch)
+    for epoch, order in enumerate(orders):
         for begin in range(0, len(order), config.global_batch_size):
             batch = order[begin : begin + config.global_batch_size]
             hands = [[batch[i] for i in hand] for hand in deal([costs[i] for i in batch], world.size)]

@@ -20,6 +20,7 @@ from util.collator import Batch, Collator
 from util.config import UserError
 from util.dataset import Example, Sample, Samples
 from util.loss import PackedLoss
+from util.media import MediaReader
 from util.model import choose_attention, load_weights, set_attention, whole_weights
 
 BATCH_SIZE = 32  # questions answered at a time while training
@@ -200,7 +201,7 @@ def ask(answerer: Answerer, messages: list[dict], budget: vision.Budget, max_new
     """The answer to one conversation that ends with a user message (content as items, as in a data file)."""
     encoded = conversation.encode(conversation.render_prompt(messages, answerer.processor), answerer.processor)
     try:
-        media = [vision.load(item, budget) for item in Example(messages, "").media]
+        media = MediaReader().each(vision.load, Example(messages, "").media, budget)
     except ValueError as error:
         raise UserError(f"the question: {error}") from None
     return answerer.answers([Sample(encoded, media, "the question")], max_new_tokens)[0]

@@ -43,7 +43,7 @@ def names(path):
         if line.startswith("-r "):
             yield from names(path.rpartition("/")[0] + "/" + line[3:].strip())
         elif line:
-            yield re.split("[<>=]", line)[0].strip()
+            yield re.split(r"[<>=\[]", line)[0].strip()
 print(*[n for n in names(sys.argv[1]) if importlib.util.find_spec(modules.get(n, n.replace("-", "_"))) is None])
 PYTHON_END
 )" || stop "$python cannot run; set PYTHON to a working Python 3.11 or newer"

@@ -4,6 +4,10 @@ Opening reads every packet without decoding it, which tells the number of frames
 the wanted frames the reader seeks once per needed group of pictures, and inside a group FFmpeg drops the frames that
 nobody asked for and no other frame refers to. Where a seek does not bring the wanted frame, decoding starts over from
 further back, at last from the start of the file.
+
+A remote file (util/fetch.py) is read by ranges. Of an MP4 or MOV file only its index and what is decoded are fetched:
+the demuxer takes times and sizes of the packets from the index, so reading them all goes over zeros instead of media
+data. Other formats keep these facts beside each packet, and are fetched in full.
 """
 
 import os
@@ -13,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import av
 import numpy as np
@@ -26,6 +30,11 @@ from av.video.stream import VideoStream
 # In these codecs a frame that none refers to can be dropped without a trace; in others every frame may leave state.
 CODECS_THAT_MAY_SKIP = {"h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"}
 
+# Codecs whose packets are told in full by the index of an MP4 or MOV file (the tests compare). Of others, such as VP8,
+# FFmpeg reads the packets themselves.
+CODECS_THAT_MAY_BE_SKIMMED = {"h264", "hevc", "vp9", "av1", "mpeg4"}
+READ_BEYOND = 2**15  # bytes that FFmpeg reads past what it needs: the size of PyAV's buffer
+
 # A title that is not UTF-8 must not stop PyAV 18; PyAV 19 has no such option and needs none.
 OPEN_OPTIONS = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 
@@ -35,7 +44,9 @@ class VideoError(ValueError):
 
 
 class VideoReader:
-    """Frames of the best video stream (FFmpeg's choice) of a local file, upright, decoded on one thread.
+    """Frames of the best video stream (FFmpeg's choice) of a file, upright, decoded on one thread.
+
+    The file is a local path, or a file object of `util.fetch.open_media`; then FetchError may come out of any call.
 
     `pts` are seconds on the file's own clock, which need not start at 0. Non-square pixels are left as stored. The file
     is open only while frames are being read, so several iterators may run side by side.
@@ -44,13 +55,15 @@ class VideoReader:
     `warnings` (what was wrong but did not stop reading), `frames_decoded` (so far; a measure of work, for tests).
     """
 
-    def __init__(self, path: str | os.PathLike, stream: Literal["video"] = "video"):
+    def __init__(self, path: str | os.PathLike | BinaryIO, stream: Literal["video"] = "video"):
         if stream != "video":
             raise ValueError(f"VideoReader reads the stream 'video', not {stream!r}")
-        self.path = os.fspath(path)
+        self._file = path if hasattr(path, "read") else None
+        self.path = os.fspath(path) if self._file is None else str(path)
         self.warnings: list[str] = []
         self.frames_decoded = 0
         self._packet_times: list[tuple[int | None, int | None]] = []  # (pts, dts) of each packet
+        self._packet_bytes: list[tuple[int, int]] = []  # (first, end) of each packet, where skimmed
         self._next_index = 0
         self._iterator: Iterator | None = None
         self._read_index()
@@ -117,14 +130,24 @@ class VideoReader:
     # Index, plan and decoding. Packets are numbered as they stand in the file, frames as they are shown (the indices);
     # the presentation timestamp (pts, in ticks of the time base) connects the two.
 
+    def _source(self) -> str | BinaryIO:
+        """What PyAV opens: several containers over one file object need a cursor each."""
+        if self._file is None:
+            return f"file:{self.path}"
+        source = self._file.reopen()
+        # Only the suffix, as FFmpeg weighs it: for a name with a scheme of a network it reads megabytes at a time.
+        source.name = f"video{os.path.splitext(self.path.removesuffix('?...'))[1]}"
+        return source
+
     @contextmanager
-    def _open(self) -> Iterator[VideoStream]:
-        """The video stream of the newly opened file, ready to decode on one thread."""
-        if not os.path.isfile(self.path):
+    def _open(self, source: str | BinaryIO | None = None) -> Iterator[VideoStream]:
+        """The video stream of the newly opened file (or of `source`), ready to decode on one thread."""
+        if self._file is None and not os.path.isfile(self.path):
             raise VideoError(f"{self.path}: no such file")
         try:
-            container = av.open(f"file:{self.path}", **OPEN_OPTIONS)
+            container = av.open(source or self._source(), **OPEN_OPTIONS)
         except av.FFmpegError as error:
+            self._stop_on_failed_fetch()
             raise VideoError(f"{self.path}: not a video, or damaged beyond use ({error.strerror})") from error
         with container:
             stream = container.streams.best("video")
@@ -138,16 +161,28 @@ class VideoReader:
     def _read_index(self) -> None:
         """Read all packets; decode the first two frames, which tell the size and whether packets match frames."""
         packets, frames = [], []  # packets: (pts, duration, is key, is shown)
-        with self._open() as stream:
+        source, positions, is_skimmed = self._source(), [], False
+        with self._open(source) as stream:
             codec = stream.codec_context
+            may_be_skimmed = self._file is not None and stream.container.format.name.startswith("mov,")
+            may_be_skimmed &= codec.codec.canonical_name in CODECS_THAT_MAY_BE_SKIMMED
             for packet in chain(self._demux(stream), [None]):
                 if packet is not None:
                     # Edit lists hide packets; so does VP8 (bit unset: a frame only to refer to, RFC 6386, 9.1).
                     hidden = packet.is_discard or (codec.name == "vp8" and not memoryview(packet)[0] & 0x10)
                     packets.append((packet.pts, packet.duration, packet.is_keyframe, not hidden))
                     self._packet_times.append((packet.pts, packet.dts))
+                    positions.append((packet.pos, packet.pos + packet.size) if may_be_skimmed else None)
                 if len(frames) < 2:
                     frames += self._decode(stream, packet)
+                    is_skimmed = may_be_skimmed and len(frames) >= 2 and source.skim_media_data()
+            if is_skimmed:  # FFmpeg marks key packets by what is in them, which was zeros: take the mark of the index
+                keys = {entry.pos for entry in stream.index_entries if entry.is_keyframe}
+                packets = [
+                    (pts, duration, position[0] in keys, is_shown)
+                    for (pts, duration, _, is_shown), position in zip(packets, positions, strict=True)
+                ]
+                self._packet_bytes = positions
             if not frames:
                 raise VideoError(f"{self.path}: not one frame can be decoded from {len(packets)} packets of video")
             self.height, self.width = to_image(frames[0], VideoReformatter()).shape[1:]
@@ -238,6 +273,9 @@ class VideoReader:
         """Frames of the packets `start` to `end`, less those that FFmpeg can drop; none where the seek failed."""
         start_pts = self._packet_times[start][0]
         is_confirmed = start == 0
+        if self._packet_bytes:
+            stretch = self._packet_bytes[start : end + 2]  # the packet after the last tells that the run is over
+            self._file.prefetch(min(first for first, _ in stretch), max(last for _, last in stretch) + READ_BEYOND)
         for packet in chain(self._packets_from(stream, start), [None]):
             number = end + 1 if packet is None else self._packet_number.get(packet.pts, end + 1)
             is_wanted = number > end or number == start or packet.pts in wanted_pts
@@ -264,6 +302,8 @@ class VideoReader:
             for packet in packets:
                 number = self._packet_number.get(packet.pts, len(self._packet_number))
                 if number == start:
+                    if self._packet_bytes and start and not packet.is_keyframe:
+                        break  # the mark of the index was wrong, as the packet itself tells
                     yield packet
                     yield from packets
                     return
@@ -283,12 +323,20 @@ class VideoReader:
         """Packets that carry data, as far as the file can be read."""
         try:
             for packet in stream.container.demux(stream):
+                self._stop_on_failed_fetch()
                 if packet.size:  # an empty one would tell the decoder that the stream has ended
                     yield packet
         except av.FFmpegError as error:
+            self._stop_on_failed_fetch()
             self._warn(f"reading stops early ({error.strerror})")
         except IndexError:  # PyAV trips at the end over a stream that appeared late (MPEG-TS); all packets were read
-            return
+            pass
+        self._stop_on_failed_fetch()
+
+    def _stop_on_failed_fetch(self) -> None:
+        """FFmpeg takes what could not be fetched for damage or the end of the file; it is neither."""
+        if self._file is not None and self._file.failure:
+            raise self._file.failure
 
     def _decode(self, stream: VideoStream, packet: av.Packet | None) -> list[VideoFrame]:
         """Frames that come out when a packet goes in (None: all that the decoder still holds back)."""

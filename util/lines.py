@@ -1,0 +1,110 @@
+"""The raw entries of data files: a JSON list read whole, or the lines of a `.jsonl` file of any size when asked for."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from util.command_line import UserError
+
+CHUNK = 2**24  # bytes read at a time while looking for line ends
+
+
+class DataError(UserError):
+    """Data that cannot be trained on; the message names file, sample, rule and fix."""
+
+
+def split_weight(file: str) -> tuple[str, float]:
+    """`a.jsonl*2` as file and weight."""
+    name, star, weight = file.rpartition("*")
+    if not star or os.path.exists(file):
+        return file, 1.0
+    try:
+        if 0 < float(weight) < math.inf:
+            return name, float(weight)
+    except ValueError:
+        pass
+    raise DataError(f"{file}: after the * stands how often its samples come in an epoch, a number above 0")
+
+
+def open_entries(file: str) -> Sequence:
+    """The entries of one data file. Raises DataError for a file that is not there or holds something else."""
+    try:
+        if file.endswith(".jsonl"):
+            return JsonLines(file)
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{file}: no such data file (looked in {os.getcwd()})") from None
+    except IsADirectoryError:
+        raise DataError(f"{file}: a folder; name the .json or .jsonl file in it") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    entries = parse(text, file) if text.strip() else []
+    if not isinstance(entries, list):
+        raise DataError(
+            f"{file}: must hold a list of samples, holds {type(entries).__name__}; one sample per line is .jsonl"
+        )
+    return entries
+
+
+def parse(text: str, file: str, line: int | None = None):
+    """JSON, or DataError with file, line and reason."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        deep = isinstance(error, RecursionError)
+        reason = "nested too deeply" if deep else getattr(error, "msg", str(error).split(";")[0])
+        where = line or getattr(error, "lineno", 1)
+        raise DataError(f"{file}, line {where}: not valid JSON ({reason})") from None
+
+
+class JsonLines(Sequence):
+    """The lines of a `.jsonl` file that are not blank, found by an index of offsets (16 bytes a line) and parsed when
+    asked for. Lines are read at their offset and not mapped: touched pages of a mapping would count as this process's
+    memory, in every data worker anew.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file, self.descriptor = file, None
+        ends, position = [], 0
+        with open(file, "rb", buffering=0) as handle:
+            while chunk := handle.read(CHUNK):
+                ends.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + position)
+                position += len(chunk)
+        ends = np.concatenate([*ends, [position]]).astype(np.int64)
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        if self._read(0, 3) == b"\xef\xbb\xbf":  # a byte order mark
+            starts[0] = 3
+        blank = ends <= starts
+        for line in np.flatnonzero(~blank & (ends - starts < 16)):
+            blank[line] = not self._read(starts[line], ends[line]).strip()
+        self.starts, self.ends = starts[~blank], ends[~blank]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int):
+        content = self._read(self.starts[index], self.ends[index])
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            byte = int(self.starts[index]) + error.start
+            raise DataError(f"{self.file}: not UTF-8 text (byte {byte}); save the file as UTF-8") from None
+        try:
+            return parse(text, self.file, 1)
+        except DataError:  # counting lines is for those who need it
+            before = self._read(0, self.starts[index]).count(b"\n")
+            return parse(text, self.file, before + 1)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "descriptor": None}  # a spawned data worker opens the file itself
+
+    def _read(self, start: int, end: int) -> bytes:
+        if self.descriptor is None:
+            self.descriptor = os.open(self.file, os.O_RDONLY)
+        return os.pread(self.descriptor, int(end - start), int(start))
