@@ -289,6 +289,7 @@ def test_the_identity_of_a_url_comes_from_outside(tmp_path, numbered):
 
 
 def load_all(frames: FrameCache, numbered: Numbered, numbers: list[int], wrong) -> None:
+    torch.set_num_threads(1)  # as a data worker does: the threads of the forked process are not here
     for number in numbers:
         if not numbered.is_right(frames, number):
             wrong.value = 1
@@ -317,6 +318,7 @@ def test_concurrent_writers(frames, numbered, kind):
 
 
 def store_for_ever(frames: FrameCache, numbered: Numbered) -> None:
+    torch.set_num_threads(1)  # as a data worker does: the threads of the forked process are not here
     while True:
         number = random.randrange(10)
         frames._store(frames.key(numbered.item(number), BUDGET), numbered.read(numbered.item(number), BUDGET))
@@ -469,6 +471,7 @@ def test_a_call_that_fails(frames, numbered, monkeypatch, call, number):
 
 
 def store_under_a_limit(frames: FrameCache, numbered: Numbered, failed) -> None:
+    torch.set_num_threads(1)  # as a data worker does: the threads of the forked process are not here
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     try:
         assert_goes_on(frames, numbered, "File too large", stored=0)
@@ -637,6 +640,7 @@ def test_a_folder_that_cannot_be_used(tmp_path):
 
 
 def open_as_nobody(path: Path, failed) -> None:
+    torch.set_num_threads(1)  # as a data worker does: the threads of the forked process are not here
     os.setuid(65534)
     try:
         FrameCache(path, 1.0)

@@ -743,3 +743,37 @@ def test_a_shape_that_cannot_be_resized_is_named(kind, tmp_path):
         with pytest.raises(ValueError, match="one side is more than 200 times the other") as error:
             function(item, Budget())
         assert "long.png" in str(error.value), "which file?"
+
+
+# ---- photos ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("size", [(64, 48), (333, 501), (1, 7)])
+def test_a_photo_is_what_pil_makes_of_it(size, subsampling, progressive, picture, tmp_path):
+    from util import jpeg
+
+    path = tmp_path / "a.jpg"
+    Image.fromarray(picture(*size)).save(path, quality=87, subsampling=subsampling, progressive=progressive)
+    with Image.open(path) as image:
+        pixels = jpeg.decode(image)
+        assert pixels is not None, "torchvision's decoder is not used"
+        assert (pixels.permute(1, 2, 0).numpy() == np.asarray(image.convert("RGB"))).all()
+
+
+def test_what_torchvision_would_read_otherwise_is_left_to_pil(picture, tmp_path):
+    from util import jpeg
+
+    pixels = picture(96, 64)
+    Image.fromarray(pixels).save(tmp_path / "whole.jpg")
+    content = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) * 2 // 3])
+    Image.fromarray(pixels).convert("L").save(tmp_path / "grey.jpg")
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for name in ("cut.jpg", "grey.jpg", "cmyk.jpg", "a.png"):
+        with Image.open(tmp_path / name) as image:
+            assert jpeg.decode(image) is None, name
+    with pytest.raises(ValueError, match=r"cut\.jpg: not a readable image"):
+        vision.load(image_item(tmp_path / "cut.jpg"), Budget())

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import Qwen2VLForConditionalGeneration
 
+from util import model
 from util.attention import Segments
 from util.collator import Batch, Collator, patch_positions
 from util.config import Config, UserError
@@ -188,18 +189,19 @@ def make_mesh(config: Config, world: World) -> DeviceMesh:
 
 def build_model(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
     """As model.build_model, sharded. Rank 0 alone reads the weights; the others begin without memory for them."""
+    if world.size == 1:
+        return model.build_model(config, path, processor, world.device)
     dtype = choose_dtype(config.dtype, world.device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     cpu = torch.device("cpu")
     if world.is_first:
         whole = PackedLoss(load_weights(path, wide, cpu), processor, dtype)
     with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(model_config).to(wide)
-    model = prepare_layers(model, config, world.device)
-    packed = PackedLoss(model, processor, dtype)
+        bare = Qwen2VLForConditionalGeneration(model_config).to(wide)
+    packed = PackedLoss(prepare_layers(bare, config, world.device), processor, dtype)
     # ZeRO-3 frees a layer's weights after its forward pass; the others keep them until the backward pass
     shard(packed, make_mesh(config, world), dtype, reshard_after_forward=config.sharding == "full")
-    for layer, following in pairwise(layers(model)):
+    for layer, following in pairwise(layers(packed.model)):
         layer.set_modules_to_forward_prefetch([following])
     packed.to_empty(device=world.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -221,6 +223,8 @@ def drop_blank_gradients(packed: PackedLoss, visual_tokens: int) -> None:
 
 def before_backward(packed: FSDPModule, config: Config, is_last: bool) -> None:
     """ZeRO-1 and replicas add up their gradients once a step, in its last backward pass."""
+    if dist.get_world_size() == 1:
+        return
     if config.sharding == "optimizer":
         packed.set_requires_gradient_sync(is_last)
         packed.set_reshard_after_backward(is_last)

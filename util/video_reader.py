@@ -22,6 +22,7 @@ from typing import BinaryIO, Literal
 import av
 import numpy as np
 import torch
+from av.sidedata.sidedata import SideDataContainer
 from av.stream import Discard, Disposition
 from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import VideoReformatter
@@ -361,7 +362,9 @@ class VideoReader:
 def to_image(frame: VideoFrame, reformatter: VideoReformatter) -> torch.Tensor:
     """A decoded frame as an upright uint8 RGB tensor (3, H, W) in channels-last memory."""
     rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    # Not frame.side_data: that keeps a container in the frame that points back at it, and no frame would be freed
+    # before the garbage collector happens to run.
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     if matrix is not None:  # x' = a x + c y, y' = b x + d y: which axis goes where, and which way round
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
         if abs(b) > abs(a):

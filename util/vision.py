@@ -5,7 +5,7 @@ training sees what inference sees. Each frame is resized once and stays uint8 un
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
+from util import jpeg
 from util.video_reader import VideoReader
 
 PATCH = 14  # pixels, the side of a patch
@@ -111,12 +112,14 @@ def load(item: dict, budget: Budget) -> Medium:
     """Decode, resize and cut into patches one image or video item. Raises ValueError that names the file."""
     if item["type"] == "image":
         image = open_image(item["image"])
-        size = named(image_size, item, image.height, image.width, budget)
-        return patchify(resize(to_tensor(image, item["image"]), size)[None], frames_per_patch=1)
+        height, width = size = named(image_size, item, image.height, image.width, budget)
+        grid = Grid(1, height // PATCH, width // PATCH)
+        return patchify([resize(to_tensor(image, item["image"]), size)], grid, frames_per_patch=1)
     with open_video(item) as video:
-        indices, size, capped = plan_video(item, video, budget)
-        frames = torch.stack([resize(frame, size) for frame in video.frames_at(indices)])
-    return patchify(frames, frames_per_patch=TEMPORAL, capped=capped)
+        indices, (height, width), capped = plan_video(item, video, budget)
+        grid = Grid(len(indices) // TEMPORAL, height // PATCH, width // PATCH, capped)
+        frames = (resize(frame, (height, width)) for frame in video.frames_at(indices))
+        return patchify(frames, grid, frames_per_patch=TEMPORAL)
 
 
 def read_grid(item: dict, budget: Budget) -> Grid:
@@ -256,6 +259,8 @@ def open_image(path: str) -> Image.Image:
 def to_tensor(image: Image.Image, path: str) -> torch.Tensor:
     """RGB pixels, uint8 (3, H, W) in channels-last memory; transparency is laid on white."""
     try:
+        if (pixels := jpeg.decode(image)) is not None:
+            return pixels
         if image.mode.startswith("I"):  # 16 bits per pixel; convert("RGB") would clip them to 255
             deep = np.asarray(image, dtype=np.int64)
             grey = (deep >> 8).clip(0, 255).astype(np.uint8)
@@ -263,7 +268,7 @@ def to_tensor(image: Image.Image, path: str) -> torch.Tensor:
         elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.array(image.convert("RGB"))
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -298,13 +303,16 @@ def resize(frame: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return transforms.resize(frame, list(size), transforms.InterpolationMode.BICUBIC, antialias=True)
 
 
-def patchify(frames: torch.Tensor, frames_per_patch: int, capped: bool = False) -> Medium:
-    """Frames (F, 3, H, W) -> patches (P, 3 * frames_per_patch * 14 * 14), the four patches of a token together.
+def patchify(frames: Iterable[torch.Tensor], grid: Grid, frames_per_patch: int) -> Medium:
+    """Frames (3, H, W) one by one -> patches (P, 3 * frames_per_patch * 14 * 14), the four patches of a token together.
 
     The order is the official processor's (image_processing_qwen2_vl.py: patchify).
     """
-    count, channels, height, width = frames.shape
-    t, h, w = count // frames_per_patch, height // PATCH, width // PATCH
-    patches = frames.reshape(t, frames_per_patch, channels, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
-    patches = patches.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, block row, block column, row, column, c, frame, y, x
-    return Medium(patches.reshape(t * h * w, -1), Grid(t, h, w, capped))
+    rows, columns = grid.h // MERGE, grid.w // MERGE
+    shape = (grid.t, rows, columns, MERGE, MERGE, 3, frames_per_patch, PATCH, PATCH)
+    patches = torch.empty(shape, dtype=torch.uint8)
+    for number, frame in enumerate(frames):
+        blocks = frame.unflatten(2, (columns, MERGE, PATCH)).unflatten(1, (rows, MERGE, PATCH))
+        place = patches[number // frames_per_patch, ..., number % frames_per_patch, :, :]
+        place.copy_(blocks.permute(1, 4, 2, 5, 0, 3, 6))  # block row, block column, row, column, channel, y, x
+    return Medium(patches.reshape(grid.patches, -1), grid)
