@@ -17,11 +17,14 @@ def train(config: Config) -> str:
     from torch.utils.data import DataLoader
 
     from util import flops, memory, show
+    from util.bad_samples import Lenient
     from util.checkpoint import Saver, load_checkpoint, resolve_resume
     from util.collator import Collator
-    from util.dataset import Examples, Samples, measure, plan_epoch
+    from util.dataset import Examples, Samples, plan_epoch
     from util.evaluate import evaluate_answers, evaluate_loss
+    from util.guard import FiniteGuard, StopSignal
     from util.log import RUNS, Run
+    from util.measure import measure
     from util.media import MediaReader
     from util.model import build_model, choose_device, choose_dtype, find_model, load_config, load_processor, save_model
     from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
@@ -33,27 +36,27 @@ def train(config: Config) -> str:
     dtype = choose_dtype(config.dtype, device)
     path = find_model(config.model, device)
     model_config, processor = load_config(path), load_processor(path)
-    resumed = resolve_resume(config.resume, config.output_dir, RUNS / "latest")
+    resumed = resolve_resume(config, RUNS / "latest")
     workers = worker_count(config, device)
 
     # ---- data: checked, measured from file headers, and every step of every epoch planned before any weight is loaded
     budget, reader = Budget.of(config), MediaReader(config)
     samples = Samples(Examples(config.data, processor), processor, budget, reader)
-    sizes = measure(samples, config.max_tokens)
+    sizes = measure(samples, config.max_tokens, config, config.num_workers)
     orders = [samples.examples.order(config.seed, epoch) for epoch in range(config.epochs)]
     steps = [(epoch, step) for epoch, order in enumerate(orders) for step in plan_epoch(sizes, order, config)]
     steps = steps[: config.max_steps]
 
     def load(data: Samples, micro_batches: list[list[int]]) -> DataLoader:
         """The packed batches of `micro_batches`, made in data workers."""
-        pin = device.type == "cuda"
+        data, pin = Lenient(data, config.on_bad_sample), device.type == "cuda"
         return DataLoader(data, batch_sampler=micro_batches, collate_fn=Collator(), num_workers=workers, pin_memory=pin)
 
     held_out, held_out_plan = None, []
     if config.eval_data:
         held_out = Samples(Examples(config.eval_data, processor), processor, budget, reader)
-        held_out_sizes = measure(held_out, config.max_tokens)
-        held_out_plan = [micro for step in plan_epoch(held_out_sizes, range(len(held_out)), config) for micro in step]
+        held_out_sizes = measure(held_out, config.max_tokens, config, config.num_workers)
+        held_out_plan = [micro for step in plan_epoch(held_out_sizes, held_out_sizes.usable, config) for micro in step]
 
     # ---- the plan, before anything is loaded or written
     run = Run(config, device, resumed)
@@ -61,19 +64,21 @@ def train(config: Config) -> str:
     heaviest = [[sizes[i] for i in micro] for _, step in steps for micro in step]
     needs = memory.forecast(model_config, counts, config, dtype, heaviest)
     print_plan(config, run.directory, path, device, dtype, counts, needs, sizes, steps, workers)
-    print(show.describe(samples, 0), flush=True)
+    print(show.describe_first(samples, config.on_bad_sample), flush=True)
     memory.check(model_config, config, dtype, device, heaviest, needs)
 
     model = build_model(config, path, processor, device)
     optimizer = build_optimizer(model, config)
     first = load_checkpoint(resumed, model, optimizer)["step"] if resumed else 0
     run.open(first, len(steps), {"model": path, "dtype": str(dtype).removeprefix("torch."), "device": str(device)})
-    saver = Saver(run.directory, config.keep, run.say)
+    saver = Saver(run.directory, config, len(steps), run.say)
+    stop, guard = StopSignal(run.say), FiniteGuard(run.say)
 
-    def evaluate(step: int) -> None:
+    def evaluate(step: int) -> float:
         loss_sum, tokens = evaluate_loss(model, load(held_out, held_out_plan), device)
         scores = evaluate_answers(model, processor, device, budget, held_out.examples, config.eval_samples)
         run.log_evaluation(step, loss_sum / tokens, scores)
+        return loss_sum / tokens
 
     # ---- the loop
     batches = iter(load(samples, [micro for _, step in steps[first:] for micro in step]))
@@ -82,35 +87,42 @@ def train(config: Config) -> str:
         micro_batches = [next(batches) for _ in step]
         data_seconds = time.perf_counter() - began
         totals = {key: sum(batch.counts[key] for batch in micro_batches) for key in micro_batches[0].counts}
-        assert totals["samples"] in (config.global_batch_size, len(orders[epoch]) % config.global_batch_size)
+        planned = totals["samples"] + totals["skipped"]
+        assert planned in (config.global_batch_size, len(orders[epoch]) % config.global_batch_size)
 
         # One division, by the supervised tokens of the whole global batch, which are known before the first backward:
         # how samples are spread over micro-batches then changes nothing.
-        supervised_tokens = totals["supervised_tokens"]
+        supervised_tokens = totals["supervised_tokens"] or float("nan")  # all were skipped: the guard leaves it out
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for batch in micro_batches:
             batch_loss_sum = model(batch.to(device))
             (batch_loss_sum / supervised_tokens).backward()
             loss_sum += batch_loss_sum.detach()
 
-        grad_norm = clip_gradient(model, config.max_grad_norm)
+        grad_norm = clip_gradient(model, config.max_grad_norm).item()
         learning_rate = set_learning_rate(optimizer, number - 1, len(steps), config)
-        optimizer.step()
+        loss, stopping, due = loss_sum.item() / supervised_tokens, stop.requested, saver.is_due(number)
+        if guard.allows(number, loss, grad_norm, [name for batch in micro_batches for name in batch.where]):
+            optimizer.step()
         optimizer.zero_grad()
 
-        loss = loss_sum.item() / supervised_tokens
-        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
+        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         values["data_seconds"] = round(data_seconds, 4)
         work = flops.training_flops(model_config, [sizes[i] for micro in step for i in micro], config.freeze)
         run.log_step({"step": number, "epoch": epoch, **values, **totals, **reader.statistics()}, work)
 
-        if held_out and (number == len(steps) or (config.eval_every and number % config.eval_every == 0)):
-            evaluate(number)
-        if config.save_every and (number == len(steps) or number % config.save_every == 0):
-            saver.save(model, optimizer, {"step": number})
+        is_last, state = number == len(steps), {"step": number}
+        if held_out and not stopping and (is_last or (config.eval_every and number % config.eval_every == 0)):
+            state["eval_loss"] = evaluate(number)
+        if due or stopping:
+            saver.save(model, optimizer, state)
+        if stopping and not is_last:
+            saver.wait()
+            raise stop.end(number, run)
         run.restart_clock()
 
     saver.wait()
+    stop.restore()
     save_model(model, processor, budget, run.directory)
     run.finish(len(steps) - first)
     return str(run.directory)

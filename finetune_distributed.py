@@ -17,10 +17,13 @@ def train(config: Config) -> str:
     from torch.utils.data import DataLoader
 
     from util import distributed, faults, flops, memory, show
+    from util.bad_samples import Lenient
     from util.checkpoint import Saver, load_checkpoint, resolve_resume
-    from util.dataset import Examples, Samples, measure
+    from util.dataset import Examples, Samples
     from util.evaluate import evaluate_answers, evaluate_loss
+    from util.guard import FiniteGuard, StopSignal
     from util.log import RUNS
+    from util.measure import measure
     from util.media import MediaReader
     from util.model import choose_dtype, find_model, load_config, load_processor, save_model
     from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
@@ -34,28 +37,28 @@ def train(config: Config) -> str:
     dtype = choose_dtype(config.dtype, device)
     path = distributed.first_rank_first(find_model, config.model, device)
     model_config, processor = load_config(path), load_processor(path)
-    resumed = distributed.from_first_rank(resolve_resume, config.resume, config.output_dir, RUNS / "latest")
+    resumed = distributed.from_first_rank(resolve_resume, config, RUNS / "latest")
     workers = worker_count(config, device)
 
     # ---- data: checked, measured from file headers, and every step of every epoch planned before any weight is loaded
     budget, reader = Budget.of(config), MediaReader(config)
     samples = Samples(Examples(config.data, processor), processor, budget, reader)
-    sizes = measure(samples, config.max_tokens)
+    sizes = measure(samples, config.max_tokens, config, config.num_workers)
     orders = [samples.examples.order(config.seed, epoch) for epoch in range(config.epochs)]
     steps = distributed.plan_epochs(sizes, orders, config, model_config, world)
     steps = steps[: config.max_steps]
 
     def load(data: Samples, micro_batches: list[list[int]]) -> DataLoader:
         """The packed batches of `micro_batches`, made in data workers."""
-        pin = device.type == "cuda"
+        data, pin = Lenient(data, config.on_bad_sample), device.type == "cuda"
         collator = distributed.EvenCollator()
         return DataLoader(data, batch_sampler=micro_batches, collate_fn=collator, num_workers=workers, pin_memory=pin)
 
     held_out, held_out_plan = None, []
     if config.eval_data:
         held_out = Samples(Examples(config.eval_data, processor), processor, budget, reader)
-        held_out_sizes = measure(held_out, config.max_tokens)
-        held_out_steps = distributed.plan_epochs(held_out_sizes, [range(len(held_out))], config, model_config, world)
+        held_out_sizes = measure(held_out, config.max_tokens, config, config.num_workers)
+        held_out_steps = distributed.plan_epochs(held_out_sizes, [held_out_sizes.usable], config, model_config, world)
         held_out_plan = [micro for _, step in held_out_steps for micro in step]
 
     # ---- the plan, before anything is loaded or written
@@ -66,36 +69,39 @@ def train(config: Config) -> str:
     needs = memory.forecast(model_config, counts, config, dtype, heaviest, shards)
     if world.is_first:
         print_plan(config, run.directory, path, device, dtype, counts, needs, sizes, steps, workers)
-        print(show.describe(samples, 0), flush=True)
+        print(show.describe_first(samples, config.on_bad_sample), flush=True)
     memory.check(model_config, config, dtype, device, heaviest, needs, shards)
 
     model = distributed.build_model(config, path, model_config, processor, world)
     optimizer = build_optimizer(model, config)
     first = load_checkpoint(resumed, model, optimizer)["step"] if resumed else 0
     run.open(first, len(steps), {"model": path, "dtype": str(dtype).removeprefix("torch."), "device": str(device)})
-    saver = Saver(run.directory, config.keep, run.say)
+    saver = Saver(run.directory, config, len(steps), run.say)
+    stop, guard = StopSignal(run.say), FiniteGuard(run.say)
     watch = faults.Watch(world, model, run, len(steps))
 
-    def evaluate(step: int) -> None:
+    def evaluate(step: int) -> float:
         loss_sum, tokens = evaluate_loss(model, load(held_out, held_out_plan), device)
         totals = world.sum({"loss_sum": loss_sum, "tokens": tokens})
         scores = evaluate_answers(model, processor, device, budget, held_out.examples, config.eval_samples)
         run.log_evaluation(step, totals["loss_sum"] / totals["tokens"], scores)
+        return totals["loss_sum"] / totals["tokens"]
 
     # ---- the loop
     batches = iter(load(samples, [micro for _, step in steps[first:] for micro in step]))
     for number, (epoch, step) in enumerate(steps[first:], first + 1):
-        watch.begin(number, [samples.examples[i].where for micro in step for i in micro])
+        watch.begin(number, [samples.examples.where(i) for micro in step for i in micro])
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in step]
         data_seconds = time.perf_counter() - began
         totals = {key: sum(batch.counts[key] for batch in micro_batches) for key in micro_batches[0].counts}
         totals = world.sum(totals)
-        assert totals["samples"] in (config.global_batch_size, len(orders[epoch]) % config.global_batch_size)
+        planned = totals["samples"] + totals["skipped"]
+        assert planned in (config.global_batch_size, len(orders[epoch]) % config.global_batch_size)
 
         # One division, by the supervised tokens of the whole global batch, which are known before the first backward:
         # how samples are spread over micro-batches then changes nothing.
-        supervised_tokens = totals["supervised_tokens"]
+        supervised_tokens = totals["supervised_tokens"] or float("nan")  # all were skipped: the guard leaves it out
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for batch in micro_batches:
             distributed.before_backward(model, config, is_last=batch is micro_batches[-1])
@@ -104,25 +110,32 @@ def train(config: Config) -> str:
             loss_sum += batch_loss_sum.detach()
 
         distributed.drop_blank_gradients(model, totals["visual_tokens"])
-        grad_norm = clip_gradient(model, config.max_grad_norm)
+        grad_norm = clip_gradient(model, config.max_grad_norm).item()
         learning_rate = set_learning_rate(optimizer, number - 1, len(steps), config)
-        optimizer.step()
+        sums = world.sum({"loss": loss_sum.item(), "stop": stop.requested, "due": saver.is_due(number)})
+        loss, stopping, due = sums["loss"] / supervised_tokens, sums["stop"], sums["due"]
+        if guard.allows(number, loss, grad_norm, [name for batch in micro_batches for name in batch.where]):
+            optimizer.step()
         optimizer.zero_grad()
 
-        loss = world.sum({"loss_sum": loss_sum.item()})["loss_sum"] / supervised_tokens
-        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
+        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         values["data_seconds"] = round(data_seconds, 4)
         work = flops.training_flops(model_config, [sizes[i] for micro in step for i in micro], config.freeze)
         run.log_step({"step": number, "epoch": epoch, **values, **totals, **reader.statistics()}, work)
         watch.end(work, data_seconds)
 
-        if held_out and (number == len(steps) or (config.eval_every and number % config.eval_every == 0)):
-            evaluate(number)
-        if config.save_every and (number == len(steps) or number % config.save_every == 0):
-            saver.save(model, optimizer, {"step": number})
+        is_last, state = number == len(steps), {"step": number}
+        if held_out and not stopping and (is_last or (config.eval_every and number % config.eval_every == 0)):
+            state["eval_loss"] = evaluate(number)
+        if due or stopping:
+            saver.save(model, optimizer, state)
+        if stopping and not is_last:
+            saver.wait()
+            raise stop.end(number, run)
         run.restart_clock()
 
     saver.wait()
+    stop.restore()
     save_model(model, processor, budget, run.directory)
     run.finish(len(steps) - first)
     distributed.stop()

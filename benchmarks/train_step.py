@@ -42,8 +42,9 @@ from benchmarks import plain_loop
 from util import flops
 from util.collator import Collator
 from util.config import Config, UserError, parse_arguments, run_command
-from util.dataset import Samples, load_examples, measure, plan_epoch
+from util.dataset import Samples, load_examples, plan_epoch
 from util.log import versions
+from util.measure import measure
 from util.memory import GIB, peak_bytes
 from util.model import (
     choose_device,

@@ -10,7 +10,8 @@ from transformers import Qwen2VLForConditionalGeneration
 from util.attention import Segments, stacked_sdpa
 from util.collator import Collator
 from util.config import Config
-from util.dataset import Samples, load_examples, measure
+from util.dataset import Samples, load_examples
+from util.measure import measure
 from util.model import PARTS, build_model, part_of
 from util.vision import Budget
 

@@ -33,8 +33,13 @@ def test_the_tree_is_the_tree():
 
 def test_every_flag_exists():
     known = {f"--{item.name}" for item in dataclasses.fields(Config)} | {"--no-check_memory", "--help"}
-    for script in ("test_on_trained_model.py", "util/show.py", "train_data/make_data.py", "benchmarks/train_step.py"):
-        module = ["-m", "util.show"] if script == "util/show.py" else [script]
+    scripts = ("test_on_trained_model.py", "train_data/make_data.py", "benchmarks/train_step.py")
+    for module in (
+        ["-m", "util.show"],
+        ["-m", "util.convert"],
+        ["-m", "util.check_data"],
+        *([script] for script in scripts),
+    ):
         printed = subprocess.run(
             [sys.executable, *module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         )

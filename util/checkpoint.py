@@ -3,11 +3,17 @@
 A checkpoint holds tensors and one JSON file, nothing that is executed when it is read.
 """
 
+import dataclasses
+import importlib.metadata
 import json
 import os
 import pickle
+import re
 import shutil
 import threading
+import time
+import warnings
+import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,7 +23,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 
-from util.config import UserError
+from util.config import Config, UserError
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a process alone is meant
 
 ADMITTED = {
     ("torch", "Size"),
@@ -36,8 +44,10 @@ class Saver:
     says so and goes on; what was complete stays. With several processes every rank calls `save` and `wait`.
     """
 
-    def __init__(self, run: Path, keep: int, say: Callable[[str], None]) -> None:
-        self.run, self.keep, self.say = run, keep, say
+    def __init__(self, run: Path, config: Config, last_step: int, say: Callable[[str], None]) -> None:
+        self.run, self.config, self.last_step, self.say = run, config, last_step, say
+        self.every, self.minutes = split_interval(config.save_every)
+        self.saved_at = time.monotonic()
         self.folder = run / "checkpoints"
         self.idle = threading.Event()
         self.idle.set()
@@ -47,16 +57,25 @@ class Saver:
         # The thread's collectives must not mix with those of the training: a group of their own, on the CPU.
         self.group = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
 
+    def is_due(self, step: int) -> int:
+        """1 where a checkpoint should follow this step, by `--save_every`; ranks, whose clocks differ, add it up."""
+        if self.minutes:
+            return int(step == self.last_step or time.monotonic() - self.saved_at >= 60 * self.minutes)
+        return int(self.every > 0 and (step == self.last_step or step % self.every == 0))
+
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-        """Begin to write `checkpoints/step_000100`, named by `state["step"]`."""
+        """Begin to write `checkpoints/step_000100`, named by `state["step"]`; its "eval_loss" may make it the best."""
         self.wait()
+        self.saved_at = time.monotonic()
         final = self.folder / f"step_{state['step']:06d}"
         unfinished = self.folder / f".unfinished_{final.name}"
         tensors, scalars = gather(model, optimizer)
         tensors["random.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
-        state = json.dumps({**state, "optimizer": scalars}, indent=2)
+        state |= {"settings": dataclasses.asdict(self.config), "data": data_fingerprint(self.config.data)}
+        state["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+        state["optimizer"] = scalars
         self.idle.clear()
         writing = dcp.async_save(
             tensors,
@@ -86,14 +105,58 @@ class Saver:
         finally:
             self.idle.set()
 
-    def _publish(self, unfinished: Path, final: Path, state: str) -> None:
-        write_flushed(unfinished / "state.json", state)
+    def _publish(self, unfinished: Path, final: Path, state: dict) -> None:
+        state["files"] = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
+        body = json.dumps(state, indent=2)
+        write_flushed(unfinished / "state.json", f"{body}\n{zlib.crc32(body.encode()):08x}\n")
         if final.exists():
             discard(final)
         os.rename(unfinished, final)
         flush_folder(self.folder)
-        for old in find_checkpoints(self.run)[: -self.keep]:
+        found = find_checkpoints(self.run)
+        losses = {path: read_state(path).get("eval_loss") for path in found}
+        evaluated = [path for path in found if losses[path] is not None]
+        kept = {*found[-self.config.keep :], *sorted(evaluated, key=losses.get)[:1]}
+        for old in set(found) - kept:
             discard(old)
+
+
+def split_interval(text: str | int) -> tuple[int, int]:
+    """`--save_every` as (steps, minutes), one of them 0."""
+    count, minutes = re.fullmatch(r"(\d+)(min)?", str(text)).groups()
+    return (0, int(count)) if minutes else (int(count), 0)
+
+
+def checksum(path: Path) -> list[int]:
+    """Bytes and CRC-32 of a file: against damage, not against malice."""
+    size, found = 0, 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(2**24):
+            size, found = size + len(chunk), zlib.crc32(chunk, found)
+    return [size, found]
+
+
+def data_fingerprint(files: list[str]) -> list[str]:
+    """What the data files hold, so that a resumed run notices other data."""
+    paths = [re.sub(r"\*[\d.]+$", "", file) if not os.path.exists(file) else file for file in files]
+    return [f"{file} {checksum(Path(path))}" for file, path in zip(files, paths, strict=True)]
+
+
+def read_state(checkpoint: Path) -> dict:
+    """What a checkpoint says of itself. Raises ValueError or OSError where that file is damaged."""
+    body, _, check = (checkpoint / "state.json").read_text(encoding="utf-8").rstrip("\n").rpartition("\n")
+    if check != f"{zlib.crc32(body.encode()):08x}":
+        raise ValueError("state.json is damaged")
+    return json.loads(body)
+
+
+def verify(checkpoint: Path) -> dict:
+    """The state of a checkpoint whose files are all as they were written, else ValueError or OSError."""
+    state = read_state(checkpoint)
+    for name, expected in state["files"].items():
+        if checksum(checkpoint / name) != expected:
+            raise ValueError(f"{name} is damaged")
+    return state
 
 
 def reason(error: BaseException) -> str:
@@ -112,7 +175,7 @@ def discard(checkpoint: Path) -> None:
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Put weights, optimizer and random state back as they were; return the `state` they were saved with."""
-    state = json.loads((path / "state.json").read_text())
+    state = read_state(path)
     reader = TensorReader(path)
     saved = reader.read_metadata().state_dict_metadata
     parameters = dict(model.named_parameters())
@@ -161,19 +224,59 @@ def find_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step_*") if (path / "state.json").exists())
 
 
-def resolve_resume(resume: str, output_dir: str | None, latest: Path) -> Path | None:
-    """The checkpoint that `--resume` means; None to start fresh. Raises UserError for a path without one."""
-    if resume == "none":
+def resolve_resume(config: Config, latest: Path) -> Path | None:
+    """The checkpoint that `--resume` means; None to start fresh.
+
+    A damaged one is named and the one before it taken. Settings that are not those it was made with are named, too.
+    Raises UserError for a path without a checkpoint, where all are damaged, and for settings that change what the rest
+    of the run computes, without `--resume_anyway`.
+    """
+    if config.resume == "none":
         return None
-    if resume == "auto":
-        found = find_checkpoints(Path(output_dir) if output_dir else latest)
-        return found[-1].resolve() if found else None
-    path = Path(resume)
-    if (path / "state.json").exists():
-        return path.resolve()
-    if found := find_checkpoints(path):
-        return found[-1].resolve()
-    raise UserError(f"--resume {resume}: no checkpoint there (a checkpoint is a folder checkpoints/step_... of a run)")
+    path = Path(config.resume)
+    if config.resume == "auto":
+        found = find_checkpoints(Path(config.output_dir) if config.output_dir else latest)
+    else:
+        found = [path] if (path / "state.json").exists() else find_checkpoints(path)
+        if not found:
+            raise UserError(
+                f"--resume {config.resume}: no checkpoint there (it is a folder checkpoints/step_... of a run)"
+            )
+    for checkpoint in reversed(found):
+        try:
+            state = verify(checkpoint)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"{checkpoint}: not used ({error})", flush=True)
+            continue
+        compare_settings(config, state, checkpoint)
+        return checkpoint.resolve()
+    if found:
+        raise UserError(f"--resume {config.resume}: every checkpoint there is damaged (see above)")
+    return None
+
+
+# What may change when a run goes on: where and how it computes, not what.
+HARMLESS = {"output_dir", "micro_batch_size", "max_tokens", "device", "attention", "activation_checkpointing",
+            "compile", "check_memory", "eval_data", "eval_every", "eval_samples", "save_every", "keep", "sharding",
+            "shard_group_size", "resume", "resume_anyway", "num_workers", "fetch_concurrency", "fetch_retries",
+            "fetch_timeout", "cache_dir", "cache_max_gib"}  # fmt: skip
+
+
+def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:
+    """Say which settings are not those of a checkpoint; UserError for one that changes what is computed."""
+    now, then = dataclasses.asdict(config), state["settings"]
+    changed = {name: (then[name], now[name]) for name in now if name in then and then[name] != now[name]}
+    if config.data == then["data"] and data_fingerprint(config.data) != state["data"]:
+        changed["data"] = ("the files as they were", "files with other content")
+    lines = {name: f"  --{name}: {old} -> {new}" for name, (old, new) in changed.items()}
+    serious = [line for name, line in lines.items() if name not in HARMLESS]
+    if serious and not config.resume_anyway:
+        raise UserError(
+            f"{checkpoint} was made with other settings:\n" + "\n".join(serious) + "\n"
+            "They change what the rest of the run computes. Give the old ones, or --resume_anyway to go on with these"
+        )
+    if told := [line for name, line in lines.items() if name not in ("resume", "output_dir", "resume_anyway")]:
+        print(f"going on from {checkpoint} with other settings:\n" + "\n".join(told), flush=True)
 
 
 def is_distributed() -> bool:

@@ -4,11 +4,13 @@ Letters in shapes: B samples in the batch, T tokens in the packed row, P patches
 S supervised tokens, N images and videos.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from util.attention import Segments
+from util.bad_samples import Skipped, apart, count
+from util.conversation import Encoded
 from util.dataset import Sample
 from util.vision import MERGE, PATCH, TEMPORAL, Grid
 
@@ -29,6 +31,7 @@ class Batch:
     vision_position_ids: torch.Tensor  # (P, 2) int64: row and column of each patch
     vision_segments: Segments  # each image, each pair of video frames attends within itself
     where: list[str]  # the samples' names, for error messages
+    skipped: list[Skipped] = field(default_factory=list)  # samples that could not be read and are not in the batch
 
     @property
     def counts(self) -> dict[str, int]:
@@ -38,6 +41,7 @@ class Batch:
             "tokens": len(self.input_ids) if self.where else 0,
             "visual_tokens": len(self.visual_index),
             "supervised_tokens": len(self.target_ids),
+            **count(self.skipped),
         }
 
     def _map(self, method: str, *args, **kwargs) -> "Batch":
@@ -52,13 +56,14 @@ class Batch:
 
 
 class Collator:
-    """Packs samples into one row. Nothing is padded and nothing is truncated."""
+    """Packs samples into one row; nothing is padded or truncated. Of no samples: one token that is not supervised."""
 
-    def __call__(self, samples: list[Sample]) -> Batch:
+    def __call__(self, samples: list[Sample | Skipped]) -> Batch:
+        samples, skipped = apart(samples)
         ids, positions, supervised_index, targets = [], [], [], []
         visual = {False: ([], [], [], []), True: ([], [], [], [])}  # images, videos: rows, patches, grids, positions
         lengths, start = [], 0
-        for sample in samples:
+        for sample in samples or [Sample(Encoded([0], [False], []), [], "")]:
             grids = [medium.grid for medium in sample.media]
             row_ids, row_supervised, spans = expand(sample.encoded, grids)
             ids.append(row_ids)
@@ -90,6 +95,7 @@ class Collator:
             vision_position_ids=torch.cat(patch_rows_and_columns + [torch.zeros(0, 2, dtype=torch.int64)]),
             vision_segments=Segments.of([grid.h * grid.w for grid in grids for _ in range(grid.t)]),
             where=[sample.where for sample in samples],
+            skipped=skipped,
         )
 
 

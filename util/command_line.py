@@ -5,8 +5,10 @@ Only the standard library is imported here, so that `--help` and a wrong flag an
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -23,6 +25,14 @@ class UserError(ValueError):
         if message.startswith("Caught "):
             message = message.rpartition(f"{type(self).__name__}: ")[2]
         super().__init__(message)
+
+
+class Ended(Exception):
+    """A run that ended before its time in an orderly way; its message says where it stands. `code` is the exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def setting(default, description: str):
@@ -108,9 +118,17 @@ def run_command(command: Callable, *arguments) -> None:
         command(*arguments)
     except UserError as error:
         end(f"{sys.argv[0].rpartition('/')[2]}: {error}", 2)
+    except Ended as error:
+        end(f"\n{error}", error.code)
     except KeyboardInterrupt:
         end("\ninterrupted", 130)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            where = f" ({error.filename})" if error.filename else ""
+            end(f"{error.strerror}{where}: make room or name another --output_dir, then go on with --resume auto", 1)
+        if re.search(r"DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)):
+            end(f"{str(error).splitlines()[0]}\na data worker was killed, most often because memory ran out: fewer "
+                "--num_workers, a smaller --max_pixels or --video_max_tokens; go on with --resume auto", 1)  # fmt: skip
         if type(error).__name__ == "OutOfMemoryError":  # torch's, named so that this file need not import torch
             end(f"{error}\nout of memory on the device. What helps: --micro_batch_size 1 or a smaller --max_tokens, "
                 "--activation_checkpointing full, a smaller --max_pixels, --freeze vision", 1)  # fmt: skip
@@ -121,6 +139,14 @@ def run_command(command: Callable, *arguments) -> None:
 
 def end(text: str, code: int) -> None:
     """Say why this process ends, and end it."""
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()  # else it would draw itself once more, below the last word
+    if code == 3 and "STOPPED_FILE" in os.environ:  # util/launch.py says it
+        if os.environ["RANK"] == "0":
+            with open(os.environ["STOPPED_FILE"], "w", encoding="utf-8") as file:
+                file.write(text)
+        os._exit(0)
     if not record_failure(text):
         print(text, file=sys.stderr)
         sys.exit(code)

@@ -3,9 +3,11 @@
 Only the standard library is imported here, so that `--help` and a wrong flag answer at once.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
+from util.bad_samples import SampleSettings
 from util.cache import CacheSettings
 from util.command_line import UserError, parse, run_command, setting
 from util.fetch import FetchSettings
@@ -16,7 +18,7 @@ OFFICIAL_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 
 
 @dataclass
-class Config(FetchSettings, CacheSettings):
+class Config(FetchSettings, CacheSettings, SampleSettings):
     # fmt: off
     model: str | None = setting(None, f"checkpoint directory, hub name or `tiny`; default: {OFFICIAL_MODEL} on a GPU, tiny without one")
     data: list[str] = setting(["train_data/data.json"], "training data, .json or .jsonl, one or several files")
@@ -49,11 +51,12 @@ class Config(FetchSettings, CacheSettings):
     eval_data: list[str] = setting([], "held-out data for the evaluation loss")
     eval_every: int = setting(100, "steps between evaluations, when there is --eval_data; 0: only at the end")
     eval_samples: int = setting(0, "held-out questions also answered and scored in each evaluation; 0: the loss alone")
-    save_every: int = setting(0, "steps between checkpoints (the last step makes one too); 0: only the final model")
-    keep: int = setting(2, "newest checkpoints kept")
+    save_every: str | int = setting("0", "steps between checkpoints, or minutes (`15min`); the last step makes one too; 0: only the final model")
+    keep: int = setting(2, "newest checkpoints kept, and beside them the one with the lowest evaluation loss")
     sharding: Literal["full", "gradients", "optimizer", "none"] = setting("full", "several GPUs: what is sharded, ZeRO 3, 2, 1 or plain data parallelism")
     shard_group_size: int | None = setting(None, "several GPUs: shard inside groups of this many, replicate between; default: over all")
     resume: str = setting("none", "none, auto (newest checkpoint of --output_dir or of the latest run) or a checkpoint directory")
+    resume_anyway: bool = setting(False, "go on from a checkpoint with settings that change what the rest of the run computes")
     seed: int = setting(0, "seed of the data order and of every random choice")
     num_workers: int | None = setting(None, "data worker processes; default: up to 8 with a GPU, 1 without one")
     # fmt: on
@@ -69,12 +72,14 @@ class Config(FetchSettings, CacheSettings):
         at_least_one = ("fetch_concurrency", "epochs", "max_steps", "global_batch_size", "micro_batch_size", "max_tokens", "min_pixels",
                         "max_pixels", "video_max_tokens", "keep", "shard_group_size")  # fmt: skip
         not_negative = ("fetch_retries", "learning_rate", "vision_learning_rate", "merger_learning_rate", "weight_decay",
-                        "max_grad_norm", "eval_every", "eval_samples", "save_every", "num_workers")  # fmt: skip
+                        "max_grad_norm", "eval_every", "eval_samples", "num_workers")  # fmt: skip
         for names, least in ((at_least_one, 1), (not_negative, 0)):
             for name in names:
                 value = getattr(self, name)
                 if value is not None and not value >= least:
                     found.append(f"--{name} {value}: must be at least {least}")
+        if not re.fullmatch(r"\d+(min)?", str(self.save_every)):
+            found.append(f"--save_every {self.save_every}: must be a number of steps, or of minutes such as 15min")
         if not self.data:
             found.append("--data: name at least one file")
         if not 0 <= self.warmup_ratio <= 1:

@@ -15,14 +15,12 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from util import conversation, fetch, vision
-from util.lines import DataError, open_entries, split_weight
+from util.lines import DataError, open_entries, split_weight, stop_on
 from util.media import MediaReader
 
 ROLES = ("system", "user", "assistant")
-MOST_PROBLEMS_SHOWN = 20
 
 
 @dataclass
@@ -67,6 +65,7 @@ class Examples(Sequence):
         self.files, self.weights = zip(*map(split_weight, files), strict=True)
         self.entries = [open_entries(file) for file in self.files]
         self.ends = list(itertools.accumulate(map(len, self.entries)))
+        self.left_out: frozenset[int] = frozenset()  # what --on_bad_sample skip keeps out of every epoch
         if not self.ends[-1]:
             raise DataError(f"{', '.join(files)}: no samples. A data file is a JSON list of {{'messages': [...]}}.")
 
@@ -75,15 +74,23 @@ class Examples(Sequence):
 
     def __getitem__(self, index: int) -> Example:
         """Raises DataError that names the sample, the message, the rule and the fix."""
-        index = range(len(self))[index]
-        number = bisect_right(self.ends, index)
-        index -= self.ends[number - 1] if number else 0
-        entry, where = self.entries[number][index], f"{self.files[number]}, sample {index}"
+        file, index = self._place(index)
+        entry, where = self.entries[file][index], f"{self.files[file]}, sample {index}"
         try:
-            messages = check_messages(entry, self.forbidden, Path(self.files[number]).parent)
+            messages = check_messages(entry, self.forbidden, Path(self.files[file]).parent)
         except DataError as error:
-            raise DataError(f"{where}{error}") from None
+            raise DataError(f"{where}{error}", error.reason) from None
         return Example(messages, where, entry.get("kind"))
+
+    def where(self, index: int) -> str:
+        """The name of a sample, its file unread."""
+        file, index = self._place(index)
+        return f"{self.files[file]}, sample {index}"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        index = range(len(self))[index]
+        file = bisect_right(self.ends, index)
+        return file, index - (self.ends[file - 1] if file else 0)
 
     def order(self, seed: int, epoch: int) -> list[int]:
         """The samples of an epoch in order: a function of (seed, epoch) alone, so that resuming needs no replay."""
@@ -95,7 +102,8 @@ class Examples(Sequence):
                 chosen.append(begin + torch.randperm(end - begin, generator=generator)[:part])
             begin = end
         chosen = torch.cat([*chosen, torch.zeros(0, dtype=torch.int64)])
-        return chosen[torch.randperm(len(chosen), generator=generator)].tolist()
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+        return [index for index in chosen.tolist() if index not in self.left_out]
 
 
 def load_examples(files: list[str], processor) -> Examples:
@@ -183,14 +191,7 @@ def resolve_path(path: object, folder: Path, where: str) -> str:
     for candidate in tried:
         if os.path.isfile(candidate):  # unlike Path.is_file, False for a path too long or not allowed to be looked at
             return str(candidate)
-    raise DataError(f"{where}no such file {path!r} (tried {', '.join(str(p) for p in dict.fromkeys(tried))})")
-
-
-def stop_on(problems: list[str]) -> None:
-    """Raise one DataError that shows the problems, if there are any."""
-    if problems:
-        more = len(problems) - MOST_PROBLEMS_SHOWN
-        raise DataError("\n".join(problems[:MOST_PROBLEMS_SHOWN] + [f"... and {more} more"] * (more > 0)))
+    raise DataError(f"{where}no such file {path!r} (tried {', '.join(map(str, dict.fromkeys(tried)))})", "no such file")
 
 
 class Samples(Dataset):
@@ -198,51 +199,34 @@ class Samples(Dataset):
 
     def __init__(self, examples: Sequence[Example], processor, budget: vision.Budget, reader=MediaReader()):
         self.examples, self.processor, self.budget, self.reader = examples, processor, budget, reader
+        self.shrunk: dict[int, vision.Budget] = {}  # what --on_long_sample shrink found for samples that were too long
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Sample:
         example = self.examples[index]
-        return Sample(self._encode(example), self._media(example, vision.load), example.where)
+        return Sample(self._encode(example), self._media(example, vision.load, self.shrunk.get(index)), example.where)
 
     def size(self, index: int) -> Size:
         """The cost of one sample from its text and its media's headers, without decoding a pixel."""
         example = self.examples[index]
-        encoded, grids = self._encode(example), self._media(example, vision.read_grid)
+        encoded, grids = self._encode(example), self._media(example, vision.read_grid, self.shrunk.get(index))
         tokens = len(encoded.input_ids) + sum(grid.tokens - 1 for grid in grids)
         return Size(tokens, sum(encoded.supervised), grids)
 
     def _encode(self, example: Example) -> conversation.Encoded:
         return conversation.encode(conversation.render(example.messages, self.processor), self.processor)
 
-    def _media(self, example: Example, read: Callable) -> list:
+    def _media(self, example: Example, read: Callable, budget: vision.Budget | None = None) -> list:
         try:
-            return self.reader.each(read, example.media, self.budget)
+            return self.reader.each(read, example.media, budget or self.budget)
         except (ValueError, OSError) as error:
-            raise DataError(f"{example.where}: {error}") from None
+            lost = fetch.FetchError in (type(error), type(error.__context__))
+            raise DataError(f"{example.where}: {error}", "not fetched" if lost else "not readable") from None
         except Exception as error:  # a fault of ours or of a library: which sample was it?
             error.add_note(f"while reading {example.where}")
             raise
-
-
-def measure(samples: Samples, max_tokens: int) -> list[Size]:
-    """The size of every sample; DataError names those that break a rule, cannot be read or exceed `max_tokens`."""
-    sizes, problems = [], []
-    for index in tqdm(range(len(samples)), desc="reading headers", unit=" samples", leave=False, delay=1):
-        try:
-            size = samples.size(index)
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        sizes.append(size)
-        if size.tokens > max_tokens:
-            problems.append(
-                f"{samples.examples[index].where}: {size.tokens:,} tokens, above --max_tokens {max_tokens:,}; "
-                "raise it, or lower --max_pixels or --video_max_tokens"
-            )
-    stop_on(problems)
-    return sizes
 
 
 def plan_step(sizes: list[Size], indices: list[int], max_tokens: int, micro_batch_size: int | None) -> list[list[int]]:

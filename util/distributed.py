@@ -22,9 +22,9 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from util import model
 from util.attention import Segments
+from util.bad_samples import Skipped
 from util.collator import Batch, Collator, patch_positions
 from util.config import Config, UserError
-from util.conversation import Encoded
 from util.dataset import Sample, Size, plan_step
 from util.flops import training_flops
 from util.log import Run
@@ -47,6 +47,8 @@ class World:
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """The sums of numbers over all ranks; whole numbers stay whole."""
+        if self.size == 1:
+            return values
         total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return {key: type(value)(number) for (key, value), number in zip(values.items(), total.tolist(), strict=True)}
@@ -134,7 +136,7 @@ def plan_epochs(sizes: list[Size], orders: list[Sequence[int]], config: Config, 
     Each global batch holds the same samples on any number of ranks. Every rank makes equally many forward passes in a
     step, since the passes talk to each other; a rank that has fewer micro-batches gets empty ones.
     """
-    costs = [training_flops(model_config, [size], config.freeze) for size in sizes]
+    costs = [training_flops(model_config, [size] if size else [], config.freeze) for size in sizes]
     steps = []
     for epoch, order in enumerate(orders):
         for begin in range(0, len(order), config.global_batch_size):
@@ -147,14 +149,11 @@ def plan_epochs(sizes: list[Size], orders: list[Sequence[int]], config: Config, 
 
 
 class EvenCollator(Collator):
-    """A rank without a picture, or without a sample, still runs every layer: gradients are summed layer by layer over
-    all ranks, and who leaves one out stops all. It gets four blank patches, or one unsupervised token, that no
-    other token sees and whose gradient is zero."""
+    """A rank without a picture still runs every layer: gradients are summed layer by layer over all ranks, and who
+    leaves one out stops all. It gets four blank patches that no token sees and whose gradient is zero."""
 
-    def __call__(self, samples: list[Sample]) -> Batch:
-        blank = Sample(Encoded([0], [False], []), [], "")
-        batch = super().__call__(samples or [blank])
-        batch.where = [sample.where for sample in samples]
+    def __call__(self, samples: list[Sample | Skipped]) -> Batch:
+        batch = super().__call__(samples)
         if len(batch.vision_position_ids):
             return batch
         grid = Grid(1, 2, 2)

@@ -85,7 +85,8 @@ class Answer:
 def questions_of(examples: list[Example]) -> list[Example]:
     """Every assistant message is a question: the conversation up to and with it, earlier answers as given."""
     questions = []
-    for example in examples:
+    left_out = getattr(examples, "left_out", ())  # by --on_bad_sample skip
+    for example in (examples[index] for index in range(len(examples)) if index not in left_out):
         turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
         for number, turn in enumerate(turns):
             where = example.where + (f", turn {number}" if len(turns) > 1 else "")

@@ -8,10 +8,13 @@ Its arguments are torchrun's. A wrong flag of finetune_distributed.py is answere
 import os
 import signal
 import sys
+import tempfile
+from pathlib import Path
 
 from util.config import parse_arguments
 
 SCRIPT = "finetune_distributed.py"
+interrupted = False
 
 
 def first_cause(failures: dict) -> tuple[str, int]:
@@ -52,15 +55,38 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    try:
-        run.run(run.parse_args(arguments))
-    except ChildFailedError as error:
-        text, code = first_cause(error.failures)
-        print(f"\n{text}", file=sys.stderr)
-        sys.exit(code)
-    except SignalException as error:
-        print(f"\nended by signal {error.sigval}", file=sys.stderr)
-        sys.exit(128 + error.sigval)
+    own = run.parse_args(arguments)
+    if hasattr(own, "signals_to_handle"):  # torch 2.12 and newer; older ones give the ranks 30 seconds
+        own.signals_to_handle = "SIGHUP,SIGQUIT"
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, pass_on)
+    with tempfile.TemporaryDirectory() as folder:
+        # Ranks that were asked to stop leave word here and exit with 0, as torchrun would start others again.
+        os.environ["STOPPED_FILE"] = stopped = os.path.join(folder, "stopped")
+        try:
+            run.run(own)
+        except ChildFailedError as error:
+            text, code = first_cause(error.failures)
+        except SignalException as error:
+            text, code = f"ended by signal {error.sigval}", 128 + error.sigval
+        except KeyboardInterrupt:
+            text, code = "interrupted", 130
+        else:
+            text, code = (Path(stopped).read_text(), 3) if os.path.exists(stopped) else ("", 0)
+    if text:
+        print(f"\n{text.strip()}", file=sys.stderr)
+    sys.exit(code)
+
+
+def pass_on(number: int, frame) -> None:
+    """Hand a signal to the ranks and wait for what they make of it; a second SIGINT ends them."""
+    global interrupted
+    if number == signal.SIGINT and interrupted:
+        raise KeyboardInterrupt
+    interrupted |= number == signal.SIGINT
+    for task in Path("/proc/self/task").iterdir():
+        for child in (task / "children").read_text().split():
+            os.kill(int(child), number)
 
 
 if __name__ == "__main__":

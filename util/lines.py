@@ -1,7 +1,6 @@
 """The raw entries of data files: a JSON list read whole, or the lines of a `.jsonl` file of any size when asked for."""
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,30 @@ import numpy as np
 from util.command_line import UserError
 
 CHUNK = 2**24  # bytes read at a time while looking for line ends
+MOST_PROBLEMS_SHOWN = 20
+MOST_WEIGHT = 1000
 
 
 class DataError(UserError):
-    """Data that cannot be trained on; the message names file, sample, rule and fix."""
+    """Data that cannot be trained on; the message names file, sample, rule and fix, `reason` is one of its few kinds
+    (bad_samples.REASONS), by which samples that are left out are counted."""
+
+    def __init__(self, message: str, reason: str = "bad conversation") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def shortened(message: object, most: int = 600) -> str:
+    """A message without its middle where that is long: a name in the data may have a million characters."""
+    text = str(message)
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+def stop_on(problems: list[str]) -> None:
+    """Raise one DataError that shows the problems (20 in full), if there are any."""
+    if problems:
+        more = len(problems) - MOST_PROBLEMS_SHOWN
+        raise DataError("\n".join(problems[:MOST_PROBLEMS_SHOWN] + [f"... and {more} more"] * (more > 0)))
 
 
 def split_weight(file: str) -> tuple[str, float]:
@@ -23,11 +42,13 @@ def split_weight(file: str) -> tuple[str, float]:
     if not star or os.path.exists(file):
         return file, 1.0
     try:
-        if 0 < float(weight) < math.inf:
+        if 0 < float(weight) <= MOST_WEIGHT:
             return name, float(weight)
     except ValueError:
         pass
-    raise DataError(f"{file}: after the * stands how often its samples come in an epoch, a number above 0")
+    raise DataError(
+        f"{file}: after the * stands how often its samples come in an epoch, a number above 0 and up to {MOST_WEIGHT}"
+    )
 
 
 def open_entries(file: str) -> Sequence:
@@ -60,7 +81,7 @@ def parse(text: str, file: str, line: int | None = None):
         deep = isinstance(error, RecursionError)
         reason = "nested too deeply" if deep else getattr(error, "msg", str(error).split(";")[0])
         where = line or getattr(error, "lineno", 1)
-        raise DataError(f"{file}, line {where}: not valid JSON ({reason})") from None
+        raise DataError(f"{file}, line {where}: not valid JSON ({reason})", "not valid JSON") from None
 
 
 class JsonLines(Sequence):
@@ -94,7 +115,8 @@ class JsonLines(Sequence):
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             byte = int(self.starts[index]) + error.start
-            raise DataError(f"{self.file}: not UTF-8 text (byte {byte}); save the file as UTF-8") from None
+            message = f"{self.file}: not UTF-8 text (byte {byte}); save the file as UTF-8"
+            raise DataError(message, "not valid JSON") from None
         try:
             return parse(text, self.file, 1)
         except DataError:  # counting lines is for those who need it

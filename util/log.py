@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import socket
@@ -102,7 +103,14 @@ class Run:
         self.say(f"step {step}: loss on held-out data {loss:.4f}" + "".join(answered))
 
     def write(self, line: dict) -> None:
-        self.metrics.write(json.dumps(line) + "\n")
+        # What is no number is null: JSON knows no NaN.
+        line = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+        }
+        try:
+            self.metrics.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk must not end the training; the next line may fit again
+            self.say(f"NOT LOGGED: step {line['step']} in {self.metrics.name} ({error.strerror})")
 
     def say(self, text: str) -> None:
         """A line that does not break the progress bar."""
@@ -115,10 +123,14 @@ class Run:
         """Begin the next step's time now; what lies between (evaluation, saving) is nobody's step."""
         self.last = time.perf_counter()
 
-    def finish(self, steps: int) -> None:
-        """Close the files, draw loss.png, and say what was done and how to try it."""
+    def close(self) -> None:
+        """Close the files and the bar."""
         self.bar.close()
         self.metrics.close()
+
+    def finish(self, steps: int) -> None:
+        """Close the files, draw loss.png, and say what was done and how to try it."""
+        self.close()
         draw_loss(self.directory)
         total = time.perf_counter() - self.began
         print(
@@ -145,8 +157,8 @@ def draw_loss(directory: Path) -> None:
 
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps, losses = (
-        [line["step"] for line in lines if "loss" in line],
-        [line["loss"] for line in lines if "loss" in line],
+        [line["step"] for line in lines if line.get("loss") is not None],
+        [line["loss"] for line in lines if line.get("loss") is not None],
     )
     evaluated = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     window = max(1, len(losses) // 50)

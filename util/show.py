@@ -41,6 +41,20 @@ def describe(samples, index: int) -> str:
     return "\n".join(lines)
 
 
+def describe_first(samples, on_bad_sample: str) -> str:
+    """`describe` of the first sample that can be shown. Raises DataError; with "skip", where there is none."""
+    from util.lines import DataError
+
+    for index in range(len(samples)):
+        if index not in samples.examples.left_out:
+            try:
+                return describe(samples, index)
+            except DataError:  # its pixels: headers were read
+                if on_bad_sample == "stop":
+                    raise
+    raise DataError("no sample can be read")
+
+
 def one_piece(text: str, supervised: bool, position: list[int]) -> str:
     """One piece, its position before it, its further lines indented under the first."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

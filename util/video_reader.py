@@ -34,6 +34,7 @@ CODECS_THAT_MAY_SKIP = {"h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"}
 # Codecs whose packets are told in full by the index of an MP4 or MOV file (the tests compare). Of others, such as VP8,
 # FFmpeg reads the packets themselves.
 CODECS_THAT_MAY_BE_SKIMMED = {"h264", "hevc", "vp9", "av1", "mpeg4"}
+MOST_PIXELS = 2**26  # of a frame, twice those of 8K; a few more copies of a larger one would take gigabytes
 READ_BEYOND = 2**15  # bytes that FFmpeg reads past what it needs: the size of PyAV's buffer
 
 # A title that is not UTF-8 must not stop PyAV 18; PyAV 19 has no such option and needs none.
@@ -157,6 +158,8 @@ class VideoReader:
             for other in container.streams:
                 other.discard = Discard.default if other.index == stream.index else Discard.all
             stream.codec_context.thread_count = 1
+            self._check_size(stream.codec_context)
+            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # headers may lie, or sizes change midway
             yield stream
 
     def _read_index(self) -> None:
@@ -348,6 +351,12 @@ class VideoReader:
         self.frames_decoded += len(frames)
         return frames
 
+    def _check_size(self, picture) -> None:
+        """VideoError where a codec or frame is so large that no frame of it should be made."""
+        if picture.width * picture.height > MOST_PIXELS:
+            size = f"{picture.width}x{picture.height}"
+            raise VideoError(f"{self.path}: frames of {size} pixels, above {MOST_PIXELS:,}; make it smaller")
+
     def _miss(self, index: int, reason: str, on_missing: str) -> None:
         if on_missing == "error":
             raise VideoError(f"{self.path}: frame {index} {reason}")
@@ -364,7 +373,10 @@ def to_image(frame: VideoFrame, reformatter: VideoReformatter) -> torch.Tensor:
     rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
     # Not frame.side_data: that keeps a container in the frame that points back at it, and no frame would be freed
     # before the garbage collector happens to run.
-    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
+    try:
+        matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
+    except ValueError:  # PyAV trips over kinds of side data that it has no name for, such as EXIF; mirroring is lost
+        return torch.from_numpy(np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))).permute(2, 0, 1)
     if matrix is not None:  # x' = a x + c y, y' = b x + d y: which axis goes where, and which way round
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
         if abs(b) > abs(a):

@@ -26,6 +26,7 @@ TOKEN_PIXELS = FACTOR * FACTOR
 IMAGE_PIXELS = (4 * TOKEN_PIXELS, 1280 * TOKEN_PIXELS)  # default budget of an image
 FRAME_PIXELS = (128 * TOKEN_PIXELS, 768 * TOKEN_PIXELS)  # default budget of a video frame
 TOTAL_PIXELS = 0.9 * 128000 * TOKEN_PIXELS  # default budget of a video, before video_max_tokens
+RESIZED_PIXELS = (4 * TOKEN_PIXELS, 16384 * TOKEN_PIXELS)  # what an item may ask for by resized_*
 MOST_ASPECT = 200
 
 NUMBER_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
@@ -71,12 +72,13 @@ class Budget:
     video_fps: float = 2.0
     video_max_frames: int = 768
     video_max_tokens: int = 16384
+    cap_pixels: int = 2**53  # no image or frame is larger whatever an item says: --on_long_sample shrink, by sample
 
     @classmethod
     def of(cls, config) -> "Budget":
         """The budget in a Config or in the training_config.json of a run."""
         values = config if isinstance(config, dict) else vars(config)
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name != "cap_pixels"})
 
     def pixels(self, default: tuple[int, int]) -> tuple[int, int]:
         """(fewest, most) pixels of an image or frame. One that is given moves the other's default out of its way."""
@@ -88,14 +90,14 @@ def check_keys(item: dict) -> None:
     """Refuse keys of an image or video item that are unknown or not numbers above 0."""
     kind = item["type"]
     numbers = NUMBER_KEYS + (VIDEO_KEYS if kind == "video" else ())
-    known = {"type", kind, "text", *numbers}
+    known = {"type", kind, *numbers}
     if unknown := sorted(set(item) - known):
         raise ValueError(f"unknown key {unknown[0]!r} in an item of type {kind}; known are {', '.join(sorted(known))}")
     for key in set(item) & set(numbers):
         value, zero_is_fine = item[key], key in ("video_start", "video_end")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e15 < value < 1e15:
             raise ValueError(f"{key} must be a number, is {value!r:.40}")
-        if value < 0 or (value == 0 and not zero_is_fine):
+        if value < (0 if zero_is_fine else 1e-9):  # below, a product of two would be no number
             raise ValueError(f"{key} must be {'at least' if zero_is_fine else 'above'} 0, is {value!r}")
     if ("resized_height" in item) != ("resized_width" in item):
         raise ValueError("resized_height and resized_width come together")
@@ -118,7 +120,7 @@ def load(item: dict, budget: Budget) -> Medium:
     with open_video(item) as video:
         indices, (height, width), capped = plan_video(item, video, budget)
         grid = Grid(len(indices) // TEMPORAL, height // PATCH, width // PATCH, capped)
-        frames = (resize(frame, (height, width)) for frame in video.frames_at(indices))
+        frames = map(lambda frame: resize(frame, (height, width)), video.frames_at(indices))  # keeps no full frame
         return patchify(frames, grid, frames_per_patch=TEMPORAL)
 
 
@@ -161,11 +163,12 @@ def smart_resize(height: float, width: float, least: float, most: float) -> tupl
 
 def image_size(item: dict, height: int, width: int, budget: Budget) -> tuple[int, int]:
     """The size an image is resized to: its item's `resized_*`, else its item's or the budget's pixel limits."""
-    if "resized_height" in item:
-        return smart_resize(item["resized_height"], item["resized_width"], 4 * TOKEN_PIXELS, 16384 * TOKEN_PIXELS)
     least, most = budget.pixels(IMAGE_PIXELS)
-    most = item.get("max_pixels", max(most, item.get("min_pixels", 0)))
-    return smart_resize(height, width, min(item.get("min_pixels", least), most), most)
+    least, most = item.get("min_pixels", least), item.get("max_pixels", max(most, item.get("min_pixels", 0)))
+    if "resized_height" in item:
+        (height, width), (least, most) = (item["resized_height"], item["resized_width"]), RESIZED_PIXELS
+    most = min(most, budget.cap_pixels)
+    return smart_resize(height, width, min(least, most), most)
 
 
 def frame_size(item: dict, height: int, width: int, frames: int, budget: Budget) -> tuple[tuple[int, int], bool]:
@@ -175,13 +178,13 @@ def frame_size(item: dict, height: int, width: int, frames: int, budget: Budget)
     limit = max(min(FRAME_PIXELS[1], share), int(least * 1.05))
     most = min(item.get("max_pixels", max(budget.max_pixels or limit, item.get("min_pixels", 0))), limit)
     if "resized_height" in item:
-        wanted = smart_resize(item["resized_height"], item["resized_width"], 4 * TOKEN_PIXELS, 16384 * TOKEN_PIXELS)
+        wanted = smart_resize(item["resized_height"], item["resized_width"], *RESIZED_PIXELS)
     else:
         wanted = smart_resize(height, width, min(least, most), most)
     cap = budget.video_max_tokens * TOKEN_PIXELS * TEMPORAL // frames
-    if wanted[0] * wanted[1] <= cap:
-        return wanted, False
-    return smart_resize(*wanted, 0, cap), True
+    capped = wanted[0] * wanted[1] > cap
+    cap = min(cap, budget.cap_pixels)
+    return smart_resize(*wanted, 0, cap) if wanted[0] * wanted[1] > cap else wanted, capped
 
 
 def plan_video(item: dict, video, budget: Budget) -> tuple[list[int], tuple[int, int], bool]:
@@ -244,15 +247,12 @@ def open_image(path: str) -> Image.Image:
     try:
         image = Image.open(path)
         # Asking a PNG without EXIF for it would decode all its pixels.
-        may_be_turned = image.format != "PNG" or image.info.keys() & {
-            "exif",
-            "Raw profile type exif",
-            "XML:com.adobe.xmp",
-        }
+        exif_keys = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
+        may_be_turned = image.format != "PNG" or image.info.keys() & exif_keys
         if may_be_turned and image.getexif().get(0x0112, 1) != 1:  # 0x0112: orientation; turning decodes the pixels
             image = ImageOps.exif_transpose(image)
         return image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # over a damaged file Pillow's formats raise whatever they stumble on
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
@@ -261,15 +261,18 @@ def to_tensor(image: Image.Image, path: str) -> torch.Tensor:
     try:
         if (pixels := jpeg.decode(image)) is not None:
             return pixels
-        if image.mode.startswith("I"):  # 16 bits per pixel; convert("RGB") would clip them to 255
-            deep = np.asarray(image, dtype=np.int64)
-            grey = (deep >> 8).clip(0, 255).astype(np.uint8)
-            image = Image.fromarray(np.where(deep == image.info.get("transparency"), np.uint8(255), grey))
-        elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        pixels = np.empty((image.height, image.width, 3), np.uint8)
+        for top in range(0, image.height, 256):  # copies of all of a large image would take gigabytes
+            strip = image.crop((0, top, image.width, min(top + 256, image.height)))
+            if strip.mode.startswith("I"):  # 16 bits per pixel; convert("RGB") would clip them to 255
+                deep = np.asarray(strip, dtype=np.int64)
+                grey = (deep >> 8).clip(0, 255).astype(np.uint8)
+                strip = Image.fromarray(np.where(deep == image.info.get("transparency"), np.uint8(255), grey))
+            elif strip.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                strip = strip.convert("RGBA")
+                strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+            pixels[top : top + 256] = strip if strip.mode == "RGB" else strip.convert("RGB")
+    except Exception as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -287,8 +290,7 @@ class FrameList:
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
-        first = open_image(paths[0])
-        self.height, self.width = first.height, first.width
+        self.width, self.height = open_image(paths[0]).size
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -1,0 +1,435 @@
+"""Nothing is lost: signals, kills, full disks, damaged and hostile checkpoints, steps that are no numbers."""
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import finetune
+from util import checkpoint
+from util.command_line import Ended
+from util.config import Config, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings(tiny_path: Path, directory: Path, **changes) -> dict:
+    common = {
+        "model": str(tiny_path), "device": "cpu", "dtype": "float32", "max_steps": 6, "epochs": 9, "keep": 99,
+        "global_batch_size": 8, "learning_rate": 1e-3, "max_pixels": 28 * 28 * 16, "min_pixels": 3136,
+        "video_max_frames": 4, "num_workers": 0, "output_dir": str(directory),
+    }  # fmt: skip
+    return {**common, **changes}
+
+
+def start(config: dict, *python: str) -> subprocess.Popen:
+    """finetune.py in a process of its own."""
+    flags = [text for name, value in config.items() for text in (f"--{name}", str(value))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *python, "finetune.py", *flags], cwd=ROOT, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def wait_for(run: Path, step: int, job: subprocess.Popen) -> None:
+    """Until a run has logged so many steps."""
+    deadline = time.time() + 120
+    while time.time() < deadline and job.poll() is None:
+        log = run / "metrics.jsonl"
+        if log.exists() and log.read_text().count('"loss"') >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step}: {job.communicate()}")
+
+
+def losses(run: Path) -> list:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def same_run(run: Path, whole: Path) -> None:
+    """Bit for bit: weights, and every step once with the same loss."""
+    ours, theirs = load_file(run / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert losses(run) == losses(whole)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_path, tmp_path_factory) -> Path:
+    """An uninterrupted run of 6 steps."""
+    torch.set_num_threads(1)  # as the processes that are compared with it
+    return Path(finetune.train(Config(**settings(tiny_path, tmp_path_factory.mktemp("whole") / "run"))))
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_finishes_the_step_saves_and_exits_with_3(name, whole, tiny_path, tmp_path):
+    config = settings(tiny_path, tmp_path / "run", num_workers=1)
+    job = start(config)
+    wait_for(tmp_path / "run", 2, job)
+    job.send_signal(getattr(signal, name))
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 3, err
+    assert f"{name}: finishing this step, then saving" in out
+    last = err.strip().splitlines()[-1]
+    assert re.fullmatch(rf"stopped by {name} after step \d, which is saved; go on with --resume .*/run", last), err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    job = start({**config, "resume": "auto"})
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
+    same_run(tmp_path / "run", whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(tiny_path, tmp_path):
+    job = start(settings(tiny_path, tmp_path / "run", max_steps=500, epochs=999))
+    wait_for(tmp_path / "run", 2, job)
+    job.send_signal(signal.SIGINT)
+    job.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    job.send_signal(signal.SIGINT)
+    _, err = job.communicate(timeout=30)
+    assert job.returncode in (130, 3), err
+    assert "Traceback" not in err
+
+
+def test_a_signal_during_evaluation_is_served(tiny_path, tmp_path):
+    config = settings(tiny_path, tmp_path / "run", max_steps=500, epochs=999, eval_every=1, eval_samples=20,
+                      eval_data=str(ROOT / "test_data" / "data.json"))  # fmt: skip
+    job = start(config)
+    wait_for(tmp_path / "run", 1, job)  # the step is logged, its evaluation begins
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 3, err
+    assert len(checkpoint.find_checkpoints(tmp_path / "run")) == 1
+
+
+def test_many_processes_stop_together(tiny_path, tmp_path):
+    """torchrun's launcher hands the signal on; all ranks stop after the same step; the exit code is 3."""
+    config = settings(tiny_path, tmp_path / "run", max_steps=500, epochs=999, dtype="float64")
+    flags = [text for name, value in config.items() for text in (f"--{name}", str(value))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "util.launch", "--nproc_per_node", "2", "--max_restarts", "2",
+               "finetune_distributed.py", *flags]  # fmt: skip
+    job = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(tmp_path / "run", 2, job)
+    job.send_signal(signal.SIGTERM)
+    out, err = job.communicate(timeout=90)
+    assert job.returncode == 3, f"{out[-1000:]}\n{err[-3000:]}"
+    (saved,) = checkpoint.find_checkpoints(tmp_path / "run")
+    assert f"after step {int(saved.name[5:])}, which is saved" in err.strip().splitlines()[-1]
+    assert checkpoint.verify(saved)["step"] == len(losses(tmp_path / "run"))
+
+
+# ---- kills ----------------------------------------------------------------------------------------------------------
+
+
+def kill_and_resume(tiny_path: Path, run: Path, whole: Path, kills: int, seed: int) -> str:
+    """kill -9 at random moments, during saves too (every step makes one), until it is done."""
+    generator, lost, attempts = random.Random(seed), 0, 0
+    config = settings(tiny_path, run, save_every=1, resume="auto")
+    while True:
+        attempts += 1
+        job = start(config)
+        if attempts <= kills:
+            if generator.random() < 0.8:  # while it trains and saves; else while it starts
+                before = len(losses(run)) if (run / "metrics.jsonl").exists() else 0
+                with contextlib.suppress(AssertionError):
+                    wait_for(run, min(before + 1, 6), job)
+                time.sleep(generator.uniform(0, 0.3))
+            else:
+                time.sleep(generator.uniform(0, 4))
+            job.kill()
+            job.communicate()
+            logged = (
+                len(losses(run))
+                if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().endswith("\n")
+                else 0
+            )
+            found = checkpoint.find_checkpoints(run)
+            for path in found:
+                assert checkpoint.verify(path)["step"] == int(path.name[5:]), "complete or absent"
+            lost += max(0, logged - (int(found[-1].name[5:]) if found else 0))
+            if (run / "model.safetensors").exists():
+                shutil.rmtree(run)  # it was done: begin anew
+        else:
+            _, err = job.communicate(timeout=120)
+            assert job.returncode == 0, err
+            break
+    same_run(run, whole)
+    return f"{kills} kills, {attempts - 1} resumes, {lost} steps computed twice"
+
+
+def test_kill_9_at_random_moments(whole, tiny_path, tmp_path):
+    print(kill_and_resume(tiny_path, tmp_path / "run", whole, kills=3, seed=0))
+
+
+@pytest.mark.slow
+def test_kill_9_at_50_random_moments(whole, tiny_path, tmp_path):
+    print(kill_and_resume(tiny_path, tmp_path / "run", whole, kills=50, seed=1))
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tiny_path, tmp_path) -> Path:
+    """A run of 4 steps with checkpoints after 2 and 4."""
+    return Path(finetune.train(Config(**settings(tiny_path, tmp_path / "saved", max_steps=4, save_every=2))))
+
+
+def resume(run: Path, tiny_path: Path, **changes) -> Path:
+    config = settings(tiny_path, run, max_steps=4, save_every=2, resume="auto")
+    return Path(finetune.train(Config(**{**config, **changes})))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "state"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, saved, tiny_path, capsys):
+    before = load_file(saved / "model.safetensors")
+    newest = saved / "checkpoints" / "step_000004"
+    victim = newest / "state.json" if damage == "state" else next(newest.glob("*.distcp"))
+    content = bytearray(victim.read_bytes())
+    if damage == "truncate":
+        victim.write_bytes(content[: len(content) // 2])
+    elif damage == "remove":
+        victim.unlink()
+    else:
+        content[len(content) // 2] ^= 0x10
+        victim.write_bytes(content)
+    again = resume(saved, tiny_path)
+    printed = capsys.readouterr().out
+    assert "step_000004: not used" in printed
+    assert [step for step, _ in losses(again)] == [1, 2, 3, 4]
+    after = load_file(again / "model.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_when_all_are_damaged_it_stops(saved, tiny_path):
+    for state in saved.glob("checkpoints/*/state.json"):
+        state.write_text("{}")
+    with pytest.raises(UserError, match="every checkpoint there is damaged"):
+        resume(saved, tiny_path)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hostile pickle was executed",)
+
+
+def test_no_file_of_a_checkpoint_can_run_code(saved, tiny_path, tmp_path, monkeypatch):
+    """A hostile pickle in the place of each file in turn, the checksums made to fit."""
+    monkeypatch.chdir(tmp_path)
+    newest = saved / "checkpoints" / "step_000004"
+    kept = {path.name: path.read_bytes() for path in newest.iterdir()}
+    assert {".metadata", "state.json"} < set(kept)
+    for name in kept:
+        for protocol in (0, 2, 5):
+            (newest / name).write_bytes(pickle.dumps(Hostile(), protocol=protocol))
+            if name != "state.json":
+                body = json.loads(kept["state.json"].decode().rstrip("\n").rpartition("\n")[0])
+                body["files"][name] = checkpoint.checksum(newest / name)
+                text = json.dumps(body)
+                import zlib
+
+                (newest / "state.json").write_text(f"{text}\n{zlib.crc32(text.encode()):08x}\n")
+            try:
+                resume(saved, ROOT and tiny_path, resume=str(newest), data=[str(ROOT / "train_data" / "data.json")],
+                       resume_anyway=True, output_dir=str(tmp_path / f"out {name} {protocol}"))  # fmt: skip
+                refused = False
+            except BaseException:
+                refused = True
+            assert refused, f"{name} was read"
+            assert not (tmp_path / "hostile pickle was executed").exists(), name
+            for other, content in kept.items():
+                (newest / other).write_bytes(content)
+
+
+def test_changed_settings_are_listed_and_those_that_matter_refused(saved, tiny_path, capsys, tmp_path):
+    with pytest.raises(UserError) as error:
+        resume(saved, tiny_path, max_steps=6, learning_rate=2e-3, micro_batch_size=2)
+    said = str(error.value)
+    assert "--learning_rate: 0.001 -> 0.002" in said
+    assert "--max_steps: 4 -> 6" in said
+    assert "micro_batch_size" not in said
+    assert "--resume_anyway" in said
+    resume(saved, tiny_path, max_steps=6, learning_rate=2e-3, micro_batch_size=2, resume_anyway=True)
+    printed = capsys.readouterr().out
+    assert "--micro_batch_size: None -> 2" in printed
+    assert "--learning_rate: 0.001 -> 0.002" in printed
+    assert [step for step, _ in losses(saved)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_data_under_the_same_name_is_noticed(tiny_path, tmp_path):
+    data = tmp_path / "data.jsonl"
+
+    def write(first: str) -> None:
+        lines = [
+            [{"role": "user", "content": f"{first}{n}?"}, {"role": "assistant", "content": "yes"}] for n in range(16)
+        ]
+        data.write_text("\n".join(json.dumps({"messages": line}) for line in lines))
+
+    write("Is it ")
+    config = settings(tiny_path, tmp_path / "run", data=[str(data)], max_steps=2, save_every=1)
+    finetune.train(Config(**config))
+    write("Was it ")
+    with pytest.raises(UserError, match="files with other content"):
+        finetune.train(Config(**{**config, "resume": "auto"}))
+
+
+def test_the_newest_and_the_best_are_kept(tiny_path, tmp_path):
+    run = Path(finetune.train(Config(**settings(
+        tiny_path, tmp_path / "run", max_steps=5, save_every=1, keep=2, eval_every=1, learning_rate=0.3,
+        eval_data=[str(ROOT / "test_data" / "data.json")],
+    ))))  # fmt: skip
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluated = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    best = min(evaluated, key=evaluated.get)
+    kept = {int(path.name[5:]) for path in checkpoint.find_checkpoints(run)}
+    assert kept == {best, 4, 5}, f"{evaluated}"
+
+
+def test_checkpoints_by_the_minute(tiny_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("util.checkpoint.split_interval", lambda text: (0, 1e-6))
+    run = Path(finetune.train(Config(**settings(tiny_path, tmp_path / "run", max_steps=3, save_every="1min"))))
+    assert len(checkpoint.find_checkpoints(run)) == 3
+    assert checkpoint.split_interval is not None
+
+
+def test_intervals():
+    assert checkpoint.split_interval("100") == checkpoint.split_interval(100) == (100, 0)
+    assert checkpoint.split_interval("15min") == (0, 15)
+    with pytest.raises(UserError, match="--save_every often"):
+        Config(save_every="often")
+
+
+def test_what_is_saved_is_what_was_there_when_saving_began(tiny_path, tmp_path, monkeypatch):
+    """Training goes on while a slow disk takes the files: the copy must be a copy."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    write = FileSystemWriter.write_data
+
+    def slow_write(self, plan, planner):
+        time.sleep(1.0)
+        return write(self, plan, planner)
+
+    plain = Path(finetune.train(Config(**settings(tiny_path, tmp_path / "plain", max_steps=2, save_every=2))))
+    monkeypatch.setattr(FileSystemWriter, "write_data", slow_write)
+    run = Path(finetune.train(Config(**settings(tiny_path, tmp_path / "slow", max_steps=6, save_every=2))))
+    monkeypatch.undo()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step_seconds"] for line in lines) < 1.0, "a step waited for the disk"
+    shutil.rmtree(run / "checkpoints" / "step_000006")
+    shutil.rmtree(run / "checkpoints" / "step_000004")
+    other = Path(finetune.train(Config(**settings(tiny_path, tmp_path / "on", max_steps=6, resume=str(run)))))
+    assert losses(other) == losses(run)[2:]
+    assert losses(run)[:2] == losses(plain)
+
+
+# ---- disks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs of 24 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(small_disk, whole, tiny_path, tmp_path):
+    """A checkpoint takes 14 MB: the first fits, the second does not. Training goes on and its end says what to do."""
+    config = settings(tiny_path, small_disk / "run", save_every=2)
+    job = start(config)
+    out, err = job.communicate(timeout=120)
+    assert out.count("NOT SAVED") == 2, out[-1500:]
+    assert "step_000002" in out.split("NOT SAVED")[1], "the newest complete one is named"
+    (first,) = checkpoint.find_checkpoints(small_disk / "run")
+    assert checkpoint.verify(first)["step"] == 2
+    assert not list((small_disk / "run" / "checkpoints").glob(".*")), "no half of a checkpoint is left"
+    assert "Traceback" not in err
+    assert job.returncode in (0, 1)
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(tiny_path, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--output_dir"):
+        finetune.train(Config(**settings(tiny_path, tmp_path / "file" / "run")))
+
+
+# ---- numbers that are none, workers that are gone -------------------------------------------------------------------
+
+
+def test_a_step_that_is_no_number_is_left_out_and_names_its_samples(tiny_path, tmp_path, monkeypatch, capsys):
+    from util.loss import PackedLoss
+
+    forward, calls = PackedLoss.forward, []
+
+    def broken(self, batch, *args, **kwargs):
+        calls.append(1)
+        return forward(self, batch, *args, **kwargs) * (float("nan") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(PackedLoss, "forward", broken)
+    run = Path(finetune.train(Config(**settings(tiny_path, tmp_path / "run", max_steps=4))))
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"step 2: loss nan, gradient norm nan: this update is left out. Its samples: train_data/data.json, sample",
+        printed,
+    )
+    found = losses(run)
+    assert found[1] == (2, None)
+    assert all(value is not None for step, value in found if step != 2)
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(run / "model.safetensors").values())
+
+
+def test_three_steps_in_a_row_that_are_no_numbers_end_the_run(tiny_path, tmp_path, monkeypatch):
+    from util.loss import PackedLoss
+
+    forward = PackedLoss.forward
+    monkeypatch.setattr(PackedLoss, "forward", lambda self, batch: forward(self, batch) * float("inf"))
+    with pytest.raises(Ended, match="3 steps in a row, up to step 3") as ended:
+        finetune.train(Config(**settings(tiny_path, tmp_path / "run")))
+    assert ended.value.code == 1
+
+
+def test_a_killed_data_worker_is_a_clear_message(tiny_path, tmp_path):
+    job = start(settings(tiny_path, tmp_path / "run", max_steps=500, epochs=999, num_workers=2))
+    wait_for(tmp_path / "run", 2, job)
+    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 1, err
+    assert "a data worker was killed" in err.strip().splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_a_million_samples_are_skipped_in_no_time():
+    """Resuming at position 1,000,000 looks at no sample: the plan is a list, and the rest of it is what is left."""
+    from util.dataset import Size, plan_epoch
+
+    sizes = [Size(100 + n % 50, 10, []) for n in range(1_000_008)]
+    steps = plan_epoch(sizes, range(len(sizes)), Config(global_batch_size=8))
+    began = time.perf_counter()
+    rest = steps[125_000:]
+    assert time.perf_counter() - began < 2
+    assert sorted(index for micro in rest[0] for index in micro) == list(range(1_000_000, 1_000_008))
