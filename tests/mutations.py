@@ -324,7 +324,7 @@ def path_that_leads_nowhere(shop, sample):
         loop.symlink_to(loop)
         gone.symlink_to("nowhere")
     path = shop.choose.choice([str(folder), str(fifo), str(loop), str(gone), "", ".", "/", "~", "gone.jpg", "x" * 5000, "\0", "a\0.png",
-        "\ud83d.png", "../" * 2000, "/dev/null", "/dev/zero", "/proc/self/mem", 3, True, {}, [], [["a.png"]], {"path": "a.png"},
+        "\ud83d.png", "../" * 2000, "/dev/null", "/dev/zero", "/proc/self", 3, True, {}, [], [["a.png"]], {"path": "a.png"},
         "foo://bar/a.png", "data:", "data:image/png;base64,@@@", "data:image/png;base64,", "data:,hello", "http://[", "http://",
         "file://", "file:///nowhere/a.png", "file://%00", "line\nbreak.png", "x" * 1_000_000, "nul", "s3://"])  # fmt: skip
     put(shop, sample, with_path(shop, path))

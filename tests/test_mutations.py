@@ -79,7 +79,7 @@ def test_media_files(judge):
 
 
 def test_data_files_through_the_command_line(media, tiny_path, tmp_path):
-    through_the_command_line((0, 7, 9), media, tiny_path, tmp_path)
+    through_the_command_line((0, 9, 13), media, tiny_path, tmp_path)
 
 
 @pytest.mark.slow

@@ -204,7 +204,12 @@ def test_packed_row_written_by_hand(batch):
     assert batch.segments.cu_seqlens.tolist() == [0, 4, 12, 14, 17]
     assert batch.segments.max_seqlen == 8
     assert batch.where == ["a", "b", "c", "d"]
-    assert {key: n for key, n in batch.counts.items() if n} == {"samples": 4, "tokens": 17, "visual_tokens": 5, "supervised_tokens": 6}
+    assert {key: n for key, n in batch.counts.items() if n} == {
+        "samples": 4,
+        "tokens": 17,
+        "visual_tokens": 5,
+        "supervised_tokens": 6,
+    }
 
 
 def test_targets_written_by_hand(batch):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from util import flops, memory
+from util import bad_samples, flops, memory
 from util.config import Config, UserError
 from util.memory import GIB
 
@@ -34,6 +34,7 @@ class Run:
             )
         self.peak_flops = flops.peak_flops(device)
         self.bar: tqdm | None = None
+        self.tally = bad_samples.Tally()
         self.began = self.last = time.perf_counter()
         self.trained_seconds = 0.0
 
@@ -76,6 +77,7 @@ class Run:
     def log_step(self, values: dict, step_flops: float) -> None:
         """One optimizer step: a line in metrics.jsonl, and the bar."""
         now = time.perf_counter()
+        values = self.tally.take(values)
         seconds = now - self.last
         self.trained_seconds += seconds
         line = {
@@ -128,7 +130,7 @@ class Run:
         self.bar.close()
         self.metrics.close()
 
-    def finish(self, steps: int) -> None:
+    def finish(self, steps: int, left_out=None) -> None:
         """Close the files, draw loss.png, and say what was done and how to try it."""
         self.close()
         draw_loss(self.directory)
@@ -139,6 +141,8 @@ class Run:
             f"  {relative(self.directory)}: model, processor, metrics.jsonl, loss.png\n"
             f"try it: {relative(sys.executable)} test_on_trained_model.py {relative(self.directory)}"
         )
+        if text := self.tally.summary(left_out):
+            print(text)
 
 
 def point_latest_at(directory: Path) -> None:
