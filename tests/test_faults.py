@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -133,12 +134,20 @@ def test_restarts_go_on_at_the_newest_checkpoint_of_the_same_run(uninterrupted, 
     day, and a restart must not make another."""
     from util.log import RUNS
 
-    before = set(RUNS.glob("2*"))
+    before, latest = set(RUNS.glob("2*")), RUNS / "latest"
+    pointed_at = os.readlink(latest) if latest.is_symlink() else None
     config = settings(tiny_path, Path("unused"), save_every=1)
-    out, _, _ = finish(launch("dies", {**config, "output_dir": None}, restarts=4), expect=0)
-    assert 1 <= out.count("FAULT AT") <= 4
-    (run,) = set(RUNS.glob("2*")) - before
-    same_run(run, uninterrupted)
+    try:
+        out, _, _ = finish(launch("dies", {**config, "output_dir": None}, restarts=4), expect=0)
+        assert 1 <= out.count("FAULT AT") <= 4
+        (run,) = set(RUNS.glob("2*")) - before
+        same_run(run, uninterrupted)
+    finally:  # leave the user's runs as they were
+        for run in set(RUNS.glob("2*")) - before:
+            shutil.rmtree(run)
+        latest.unlink(missing_ok=True)
+        if pointed_at:
+            latest.symlink_to(pointed_at, target_is_directory=True)
 
 
 @pytest.mark.slow
