@@ -63,7 +63,7 @@ def train(config: Config) -> str:
     counts = memory.count_parameters(model_config)
     heaviest = [[sizes[i] for i in micro] for _, step in steps for micro in step]
     needs = memory.forecast(model_config, counts, config, dtype, heaviest)
-    print_plan(config, run.directory, path, device, dtype, counts, needs, sizes, steps, workers)
+    print_plan(config, run.directory, path, device, dtype, counts, needs, sizes, len(orders[0]), steps, workers)
     print(show.describe_first(samples, config.on_bad_sample), flush=True)
     memory.check(model_config, config, dtype, device, heaviest, needs)
 

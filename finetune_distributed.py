@@ -68,7 +68,7 @@ def train(config: Config) -> str:
     shards = distributed.shard_group(config, world)
     needs = memory.forecast(model_config, counts, config, dtype, heaviest, shards)
     if world.is_first:
-        print_plan(config, run.directory, path, device, dtype, counts, needs, sizes, steps, workers)
+        print_plan(config, run.directory, path, device, dtype, counts, needs, sizes, len(orders[0]), steps, workers)
         print(show.describe_first(samples, config.on_bad_sample), flush=True)
     memory.check(model_config, config, dtype, device, heaviest, needs, shards)
 

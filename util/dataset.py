@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from util import conversation, fetch, vision
-from util.lines import DataError, open_entries, split_weight, stop_on
+from util.lines import MOST_TEXT, DataError, open_entries, shortened, split_weight, stop_on
 from util.media import MediaReader
 
 ROLES = ("system", "user", "assistant")
@@ -66,7 +66,7 @@ class Examples(Sequence):
         self.entries = [open_entries(file) for file in self.files]
         self.ends = list(itertools.accumulate(map(len, self.entries)))
         self.left_out: frozenset[int] = frozenset()  # what --on_bad_sample skip keeps out of every epoch
-        if not self.ends[-1]:
+        if not any(len(entries) * weight > 0.5 for entries, weight in zip(self.entries, self.weights, strict=True)):
             raise DataError(f"{', '.join(files)}: no samples. A data file is a JSON list of {{'messages': [...]}}.")
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class Examples(Sequence):
         try:
             messages = check_messages(entry, self.forbidden, Path(self.files[file]).parent)
         except DataError as error:
-            raise DataError(f"{where}{error}", error.reason) from None
+            raise DataError(f"{where}{shortened(error)}", error.reason) from None
         return Example(messages, where, entry.get("kind"))
 
     def where(self, index: int) -> str:
@@ -144,6 +144,8 @@ def check_messages(entry: object, forbidden: list[str], folder: Path) -> list[di
         checked.append({"role": role, "content": items})
     if checked[-1]["role"] != "assistant":
         raise DataError(f": ends with a {checked[-1]['role']} message, so nothing is supervised; add the answer")
+    if (length := sum(len(conversation.text_of(message["content"])) for message in checked)) > MOST_TEXT:
+        raise DataError(f": {length:,} characters of text, above {MOST_TEXT:,}; make several samples of it", "too long")
     return checked
 
 
@@ -151,9 +153,8 @@ def check_text(text: str, forbidden: list[str], where: str) -> None:
     """DataError for a message's text, its items joined, that would control the conversation or is no text."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise DataError(f"{where}text holds half of a surrogate pair, which is no character; repair the file")
-    for token in forbidden:
-        if token in text:
-            raise DataError(f"{where}text contains the control token {token!r}; take it out")
+    if found := [token for token in forbidden if token in text]:
+        raise DataError(f"{where}text contains the control token {found[0]!r}; take it out")
 
 
 def check_item(item: dict, role: str, folder: Path, where: str) -> dict:
@@ -223,7 +224,7 @@ class Samples(Dataset):
             return self.reader.each(read, example.media, budget or self.budget)
         except (ValueError, OSError) as error:
             lost = fetch.FetchError in (type(error), type(error.__context__))
-            raise DataError(f"{example.where}: {error}", "not fetched" if lost else "not readable") from None
+            raise DataError(f"{example.where}: {shortened(error)}", "not fetched" if lost else "not readable") from None
         except Exception as error:  # a fault of ours or of a library: which sample was it?
             error.add_note(f"while reading {example.where}")
             raise

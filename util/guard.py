@@ -3,6 +3,7 @@
 import math
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -24,7 +25,9 @@ class StopSignal:
         self.say, self.name = say, ""
         self.before = {}
         if threading.current_thread() is threading.main_thread():  # Python lets no other one listen
-            self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            note = weakref.WeakMethod(self._note)
+            self.before = {number: signal.signal(number, lambda *heard: note()(*heard)) for number in SIGNALS}
+            weakref.finalize(self, restore, self.before)  # also where the training ends by an exception
 
     @property
     def requested(self) -> int:
@@ -41,8 +44,7 @@ class StopSignal:
 
     def restore(self) -> None:
         """Signals do again what they did before."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        restore(self.before)
 
     def end(self, step: int, run) -> Ended:
         """What to raise when all is saved."""
@@ -50,6 +52,12 @@ class StopSignal:
         run.close()
         name = self.name or "a signal to another process"
         return Ended(f"stopped by {name} after step {step}, which is saved; go on with --resume {run.directory}", 3)
+
+
+def restore(handlers: dict) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    handlers.clear()
 
 
 class FiniteGuard:

@@ -12,6 +12,7 @@ from util.command_line import UserError
 CHUNK = 2**24  # bytes read at a time while looking for line ends
 MOST_PROBLEMS_SHOWN = 20
 MOST_WEIGHT = 1000
+MOST_TEXT = 1_000_000  # characters of a sample; ten times as many take gigabytes to tokenise, or end the tokenizer
 
 
 class DataError(UserError):

@@ -21,7 +21,7 @@ def worker_count(config: Config, device: torch.device) -> int:
 
 def print_plan(
     config: Config, directory: Path, path: str, device: torch.device, dtype: torch.dtype, counts: dict[str, int],
-    needs: dict[str, float], sizes: Sizes, steps: list[tuple[int, list[list[int]]]], workers: int,
+    needs: dict[str, float], sizes: Sizes, epoch_samples: int, steps: list[tuple[int, list[list[int]]]], workers: int,
 ) -> None:  # fmt: skip
     """Print device, precision, parts, data, steps as arithmetic, memory and output path, a line each."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -34,9 +34,9 @@ def print_plan(
     total = sum(counts[part] for part in PARTS)
     micro = [len(step) for _, step in steps]
     usable = [sizes[index] for index in sizes.usable]
-    per_epoch = -(-len(usable) // config.global_batch_size)
+    per_epoch = -(-epoch_samples // config.global_batch_size)
     arithmetic = (
-        f"{config.epochs} epochs x {per_epoch} steps ({len(usable):,} / {config.global_batch_size}, rounded up)"
+        f"{config.epochs} epochs x {per_epoch} steps ({epoch_samples:,} / {config.global_batch_size}, rounded up)"
     )
     if len(steps) < config.epochs * per_epoch:
         arithmetic = f"the first {len(steps) / per_epoch:.1f} of {arithmetic}: --max_steps {config.max_steps}"
