@@ -137,7 +137,7 @@ def train(config: Config) -> str:
     saver.wait()
     stop.restore()
     save_model(model, processor, budget, run.directory)
-    run.finish(len(steps) - first, sizes.left_out)
+    run.finish(len(steps) - first, sizes.left_out, guard.left_out)
     distributed.stop()
     return str(run.directory)
 

@@ -396,6 +396,7 @@ def test_a_step_that_is_no_number_is_left_out_and_names_its_samples(tiny_path, t
         r"step 2: loss nan, gradient norm nan: this update is left out. Its samples: train_data/data.json, sample",
         printed,
     )
+    assert "updates left out: 1, whose loss" in printed
     found = losses(run)
     assert found[1] == (2, None)
     assert all(value is not None for step, value in found if step != 2)

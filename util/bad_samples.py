@@ -8,10 +8,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from util.command_line import setting
+from util.command_line import MOST_TOLD, setting
 
 REASONS = ("bad conversation", "not valid JSON", "no such file", "not fetched", "not readable", "too long")
-MOST_SAID = 20  # by one process; the counts go on
 
 
 @dataclass
@@ -54,8 +53,8 @@ class Lenient:
             if self.on_bad_sample == "stop":
                 raise
             self.said += 1
-            if self.said <= MOST_SAID:
-                more = " (of further ones this process only keeps count)" if self.said == MOST_SAID else ""
+            if self.said <= MOST_TOLD:
+                more = " (of further ones this process only keeps count)" if self.said == MOST_TOLD else ""
                 print(f"\nskipped: {error}{more}", file=sys.stderr, flush=True)
             return Skipped(str(error), error.reason)
 

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from util.command_line import UserError, parse, run_command, setting
+from util.command_line import MOST_TOLD, UserError, parse, run_command, setting
 from util.config import Config
 
-MOST_SHOWN = 20  # refused samples and pairs in both sets; more go to a file
 REPORT = "test_output/refused.txt"
 ASSUMED_MFU = 0.35  # share of a GPU's peak that training reaches
 ASSUMED_SHARE = 0.1  # of the rate of a large matrix product that training reaches on a CPU: `tiny` does, about
@@ -28,7 +27,7 @@ ASSUMED_SHARE = 0.1  # of the rate of a large matrix product that training reach
 @dataclass
 class CheckSettings(Config):
     report: str | None = setting(
-        None, f"write all refused samples into this file; default: {REPORT}, when they are more than {MOST_SHOWN}"
+        None, f"write all refused samples into this file; default: {REPORT}, when they are more than {MOST_TOLD}"
     )
 
 
@@ -218,7 +217,7 @@ def show_table(title: str, lines: dict[str, str]) -> None:
 
 def say_refused(problems: list[str], report: str | None) -> None:
     """Name the samples that cannot be trained on: up to 20 here, all of them in a file when they are more."""
-    if report or len(problems) > MOST_SHOWN:
+    if report or len(problems) > MOST_TOLD:
         file = Path(report or REPORT)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -227,9 +226,9 @@ def say_refused(problems: list[str], report: str | None) -> None:
             raise UserError(f"--report {file}: cannot be written ({error.strerror})") from None
     if problems:
         print("refused")
-        print("".join(f"  {problem}\n" for problem in problems[:MOST_SHOWN]), end="")
-        if len(problems) > MOST_SHOWN:
-            print(f"  ... and {len(problems) - MOST_SHOWN:,} more: all are in {file}")
+        print("".join(f"  {problem}\n" for problem in problems[:MOST_TOLD]), end="")
+        if len(problems) > MOST_TOLD:
+            print(f"  ... and {len(problems) - MOST_TOLD:,} more: all are in {file}")
         print(flush=True)
 
 
@@ -262,7 +261,7 @@ def check(config: CheckSettings) -> None:
         both = overlap(train, held_out)
         lines = {name: f"{len(same):,}" for name, same in both.items()}
         show_table("the same in training and evaluation data", lines)
-        print("".join(f"  {line}\n" for same in both.values() for line in same[:MOST_SHOWN]), flush=True)
+        print("".join(f"  {line}\n" for same in both.values() for line in same[:MOST_TOLD]), flush=True)
     sizes = Sizes(found["training data"])
     if sizes.usable:
         samples = looked["training data"]

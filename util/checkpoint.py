@@ -23,7 +23,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 
+from util import ranks
 from util.config import Config, UserError
+from util.lines import split_weight
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a process alone is meant
 
@@ -51,7 +53,8 @@ class Saver:
         self.folder = run / "checkpoints"
         self.idle = threading.Event()
         self.idle.set()
-        if is_first_rank():
+        if ranks.is_first():
+            self.data = data_fingerprint(config.data)
             for leftover in self.folder.glob(".*"):  # of a process that was killed while saving
                 shutil.rmtree(leftover, ignore_errors=True)
         # The thread's collectives must not mix with those of the training: a group of their own, on the CPU.
@@ -73,15 +76,13 @@ class Saver:
         tensors["random.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
-        state |= {"settings": dataclasses.asdict(self.config), "data": data_fingerprint(self.config.data)}
-        state["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         state["optimizer"] = scalars
         self.idle.clear()
         writing = dcp.async_save(
             tensors,
             storage_writer=FileSystemWriter(unfinished, sync_files=True),
             process_group=self.group,
-            no_dist=not is_distributed(),
+            no_dist=not ranks.are_several(),
         )
         # on the first rank it is done when the others are: that rank writes the index of all files last
         writing.add_done_callback(lambda writing: self._complete(writing, unfinished, final, state))
@@ -90,14 +91,14 @@ class Saver:
         """Wait until the save that is under way is complete, or has failed."""
         self.idle.wait()
 
-    def _complete(self, writing: Future, unfinished: Path, final: Path, state: str) -> None:
+    def _complete(self, writing: Future, unfinished: Path, final: Path, state: dict) -> None:
         try:
             writing.result()
-            if is_first_rank():
+            if ranks.is_first():
                 self._publish(unfinished, final, state)
                 self.say(f"saved {final}")
         except (OSError, RuntimeError, CheckpointException) as error:
-            if is_first_rank():
+            if ranks.is_first():
                 shutil.rmtree(unfinished, ignore_errors=True)
                 complete = find_checkpoints(self.run)
                 newest = f"the newest complete one is {complete[-1]}" if complete else "there is none yet"
@@ -106,6 +107,8 @@ class Saver:
             self.idle.set()
 
     def _publish(self, unfinished: Path, final: Path, state: dict) -> None:
+        state |= {"settings": dataclasses.asdict(self.config), "data": self.data}
+        state["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         state["files"] = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
         body = json.dumps(state, indent=2)
         write_flushed(unfinished / "state.json", f"{body}\n{zlib.crc32(body.encode()):08x}\n")
@@ -138,8 +141,7 @@ def checksum(path: Path) -> list[int]:
 
 def data_fingerprint(files: list[str]) -> list[str]:
     """What the data files hold, so that a resumed run notices other data."""
-    paths = [re.sub(r"\*[\d.]+$", "", file) if not os.path.exists(file) else file for file in files]
-    return [f"{file} {checksum(Path(path))}" for file, path in zip(files, paths, strict=True)]
+    return [f"{file} {checksum(Path(split_weight(file)[0]))}" for file in files]
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -188,7 +190,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             tensors[key] = torch.empty_like(parameter, dtype=dtype) if like else torch.empty(entry.size, dtype=dtype)
     if missing := sorted(set(tensors) - set(saved)):
         raise UserError(f"{path}: made from another model: it has no {missing[0]}")
-    dcp.load(tensors, storage_reader=reader, no_dist=not is_distributed())
+    dcp.load(tensors, storage_reader=reader, no_dist=not ranks.are_several())
     for name, parameter in optimized(model, optimizer).items():
         prefix = f"optimizer.{name}."
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -277,14 +279,6 @@ def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:
         )
     if told := [line for name, line in lines.items() if name not in ("resume", "output_dir", "resume_anyway")]:
         print(f"going on from {checkpoint} with other settings:\n" + "\n".join(told), flush=True)
-
-
-def is_distributed() -> bool:
-    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-
-
-def is_first_rank() -> bool:
-    return not is_distributed() or torch.distributed.get_rank() == 0
 
 
 def write_flushed(path: Path, text: str) -> None:

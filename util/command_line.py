@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import field
 from typing import Literal, get_args, get_origin
 
+MOST_TOLD = 20  # problems, samples or pairs that one message tells in full; of the others, how many they are
+
 
 class UserError(ValueError):
     """A mistake in settings or data. Its message says what, where, the rule and the fix; no traceback is shown."""

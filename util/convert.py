@@ -19,11 +19,10 @@ from typing import TextIO
 from tqdm import tqdm
 
 from util import fetch
-from util.command_line import CollectingParser, UserError, run_command
+from util.command_line import MOST_TOLD, CollectingParser, UserError, run_command
 from util.importers import KINDS, below, import_entry
 from util.lines import DataError, JsonLines, open_entries
 
-MOST_PROBLEMS_SHOWN = 20
 ROWS = 64  # of a table, read at a time; each may hold images
 
 
@@ -286,7 +285,7 @@ def convert(
                             said = str(error) if isinstance(part, DataError) else f"{where}{error}"
                             if skip_bad:
                                 tqdm.write(f"skipped: {said}", file=sys.stderr)
-                            elif len(problems) < MOST_PROBLEMS_SHOWN:
+                            elif len(problems) < MOST_TOLD:
                                 problems.append(said)
                 bad += skipped
                 lines.append(describe(file, formats, skipped))

@@ -9,13 +9,12 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from util import conversation, vision
+from util import conversation, ranks, vision
 from util.collator import Batch, Collator
 from util.config import UserError
 from util.dataset import Example, Sample, Samples
@@ -49,7 +48,7 @@ def evaluate_answers(
     if not most:
         return {}
     questions = questions_of(examples)
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, size = ranks.rank_and_size()
     most = min(most, len(questions))
     chosen = [questions[i * len(questions) // most] for i in range(most)]
     model.eval()
@@ -57,11 +56,7 @@ def evaluate_answers(
         answerer, title = Answerer(model, processor, device), "answering held-out questions" if rank == 0 else None
         answers = answer_all(answerer, chosen[rank::size], budget, BATCH_SIZE, MOST_NEW_TOKENS, title)
     model.train()
-    shares = [answers]
-    if size > 1:
-        shares = [None] * size
-        dist.all_gather_object(shares, answers)
-    return summarise([answer for share in shares for answer in share])
+    return summarise([answer for share in ranks.gather(answers) for answer in share])
 
 
 # ---- questions and answers ------------------------------------------------------------------------------------------

@@ -6,9 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
-import torch.distributed as dist
-
-from util.checkpoint import is_distributed
+from util import ranks
 from util.command_line import Ended
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: the notice of preemption that schedulers send
@@ -73,10 +71,7 @@ class FiniteGuard:
             return True
         self.left_out += 1
         self.in_a_row += 1
-        if is_distributed():
-            shares = [None] * dist.get_world_size()
-            dist.all_gather_object(shares, samples)
-            samples = [name for share in shares for name in share]
+        samples = [name for share in ranks.gather(samples) for name in share]
         what = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
         self.say(f"step {step}: {what}: this update is left out. Its samples: {'; '.join(samples)}")
         if self.in_a_row == MOST_IN_A_ROW:

@@ -45,26 +45,24 @@ def main() -> None:
     """Start the processes and wait for them."""
     arguments = sys.argv[1:]
     if SCRIPT in arguments:
-        own = sys.argv[0]
-        sys.argv[0] = SCRIPT
+        sys.argv[0] = SCRIPT  # it is this script's flags that are checked, and its name that a message bears
         parse_arguments("", arguments[arguments.index(SCRIPT) + 1 :])
-        sys.argv[0] = own
     # Else processes that are started again find the addresses of the dead ones (pytorch#135712, seen with 2.15 too).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    own = run.parse_args(arguments)
-    if hasattr(own, "signals_to_handle"):  # torch 2.12 and newer; older ones give the ranks 30 seconds
-        own.signals_to_handle = "SIGHUP,SIGQUIT"
+    settings = run.parse_args(arguments)
+    if hasattr(settings, "signals_to_handle"):  # torch 2.12 and newer; older ones give the ranks 30 seconds
+        settings.signals_to_handle = "SIGHUP,SIGQUIT"
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, pass_on)
     with tempfile.TemporaryDirectory() as folder:
         # Ranks that were asked to stop leave word here and exit with 0, as torchrun would start others again.
         os.environ["STOPPED_FILE"] = stopped = os.path.join(folder, "stopped")
         try:
-            run.run(own)
+            run.run(settings)
         except ChildFailedError as error:
             text, code = first_cause(error.failures)
         except SignalException as error:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from util.command_line import UserError
+from util.command_line import MOST_TOLD, UserError
 
 CHUNK = 2**24  # bytes read at a time while looking for line ends
-MOST_PROBLEMS_SHOWN = 20
 MOST_WEIGHT = 1000
 MOST_TEXT = 1_000_000  # characters of a sample; ten times as many take gigabytes to tokenise, or end the tokenizer
 
@@ -33,8 +32,8 @@ def shortened(message: object, most: int = 600) -> str:
 def stop_on(problems: list[str]) -> None:
     """Raise one DataError that shows the problems (20 in full), if there are any."""
     if problems:
-        more = len(problems) - MOST_PROBLEMS_SHOWN
-        raise DataError("\n".join(problems[:MOST_PROBLEMS_SHOWN] + [f"... and {more} more"] * (more > 0)))
+        more = len(problems) - MOST_TOLD
+        raise DataError("\n".join(problems[:MOST_TOLD] + [f"... and {more} more"] * (more > 0)))
 
 
 def split_weight(file: str) -> tuple[str, float]:

@@ -8,6 +8,7 @@ import platform
 import socket
 import sys
 import time
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
@@ -130,8 +131,11 @@ class Run:
         self.bar.close()
         self.metrics.close()
 
-    def finish(self, steps: int, left_out=None) -> None:
-        """Close the files, draw loss.png, and say what was done and how to try it."""
+    def finish(self, steps: int, left_out: Counter, updates_left_out: int) -> None:
+        """Close the files, draw loss.png, and say what was done and how to try it.
+
+        `left_out`: samples left out of every epoch, by reason. `updates_left_out`: steps whose loss was no number.
+        """
         self.close()
         draw_loss(self.directory)
         total = time.perf_counter() - self.began
@@ -143,6 +147,8 @@ class Run:
         )
         if text := self.tally.summary(left_out):
             print(text)
+        if updates_left_out:
+            print(f"updates left out: {updates_left_out}, whose loss or gradient was no number (see above)")
 
 
 def point_latest_at(directory: Path) -> None:

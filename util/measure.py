@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from util import bad_samples, conversation, vision
+from util import bad_samples, conversation, ranks, vision
+from util.command_line import MOST_TOLD
 from util.dataset import Example, Samples, Size
 from util.lines import DataError, stop_on
 from util.media import MediaReader
@@ -82,11 +82,11 @@ def measure(
                 f"no sample is left: {bad_samples.describe(sizes.left_out)}; the first: {findings[0].problem}"
             )
         samples.examples.left_out = frozenset(sizes.problems)
-        if is_first():
+        if ranks.is_first():
             print(f"left out: {bad_samples.describe(sizes.left_out)}")
-            for finding in list(sizes.problems.values())[: bad_samples.MOST_SAID]:
+            for finding in list(sizes.problems.values())[:MOST_TOLD]:
                 print(f"  {finding.problem}")
-            if (more := len(sizes.problems) - bad_samples.MOST_SAID) > 0:
+            if (more := len(sizes.problems) - MOST_TOLD) > 0:
                 print(f"  ... and {more:,} more; python -m util.check_data lists them all")
     samples.shrunk = {index: finding.budget for index, finding in sizes.shrunk.items()}
     return sizes
@@ -100,8 +100,8 @@ def look(
     Of several ranks each looks at its share and all get all findings: a file that only some of them can read is
     the same to every one.
     """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    indices = range(rank, len(samples), ranks)
+    rank, size = ranks.rank_and_size()
+    indices = range(rank, len(samples), size)
     chunks = Chunks(samples, indices, max_tokens, on_long_sample, note)
     bar = {"desc": "reading headers", "unit": " samples", "leave": False, "delay": 1, "disable": rank != 0}
     with tqdm(total=len(indices), **bar) as progress:
@@ -109,11 +109,8 @@ def look(
         for chunk in in_order(chunks, num_workers):
             found += chunk
             progress.update(len(chunk))
-    if ranks > 1:
-        shares = [None] * ranks
-        dist.all_gather_object(shares, found)
-        found = [shares[index % ranks][index // ranks] for index in range(len(samples))]
-    return found
+    shares = ranks.gather(found)
+    return [shares[index % size][index // size] for index in range(len(samples))]
 
 
 def in_order(chunks: "Chunks", num_workers: int | None) -> Iterator[list[Finding]]:
@@ -168,10 +165,6 @@ class Chunks:
 
 def as_is(value):
     return value
-
-
-def is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def usable_cpus() -> int:

@@ -8,7 +8,7 @@ import resource
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from util.checkpoint import is_distributed
+from util import ranks
 from util.config import Config, UserError
 from util.dataset import Size
 from util.loss import LOGIT_ROWS
@@ -45,7 +45,7 @@ def forecast(
         "gradients": width * trained / shards,
         "moments": trained * (2 if config.optimizer == "adamw_8bit" else 2 * width) / shards,
     }
-    if (shards > 1 or is_distributed()) and config.sharding != "full":
+    if (shards > 1 or ranks.are_several()) and config.sharding != "full":
         parts["whole weights"] = dtype.itemsize * total
         parts["whole gradients"] = width * trained if config.sharding == "optimizer" else 0
     elif shards > 1 or dtype == torch.bfloat16:

@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoProcessor, Qwen2VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from util import attention, vision
-from util.checkpoint import is_first_rank
+from util import attention, ranks, vision
 from util.config import OFFICIAL_MODEL, Config, UserError
 from util.loss import PackedLoss
 from util.tiny_model import make_tiny_model
@@ -243,8 +242,8 @@ def save_model(packed: PackedLoss, processor, budget: vision.Budget, directory: 
     weights = {}
     for name, tensor in model.named_parameters():  # a tied head is not named twice
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        weights[name] = tensor.detach().to("cpu", packed.dtype) if is_first_rank() else None
-    if not is_first_rank():
+        weights[name] = tensor.detach().to("cpu", packed.dtype) if ranks.is_first() else None
+    if not ranks.is_first():
         return
     unfinished = directory / ".unfinished_model"
     shutil.rmtree(unfinished, ignore_errors=True)

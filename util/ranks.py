@@ -1,0 +1,25 @@
+"""What code that runs in one process or in several asks of them."""
+
+import torch.distributed as dist
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank, and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first() -> bool:
+    return rank_and_size()[0] == 0
+
+
+def are_several() -> bool:
+    return rank_and_size()[1] > 1
+
+
+def gather(value: object) -> list:
+    """Every rank's value, in order of their ranks; all ranks get the list, so all must call."""
+    shares = [value]
+    if are_several():
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, value)
+    return shares
