@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -1017,6 +1017,7 @@ def serve(connection: Connection, model: str, media: str, scratch: str) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
+    from util.memory import peak_bytes
     from util.model import load_processor
 
     torch.set_num_threads(1)
@@ -1041,7 +1042,7 @@ def serve(connection: Connection, model: str, media: str, scratch: str) -> None:
         except BaseException:  # a panic of the tokenizer's is no Exception
             wrong = traceback.format_exc()[-3000:]
         seconds = time.process_time() - began if case else 0.0
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_bytes(torch.device("cpu"))
         if wrong is None and seconds > MOST_SECONDS:
             wrong = f"took {seconds:.1f} s"
         if peak > MOST_MEMORY:
@@ -1089,7 +1090,8 @@ class Worker:
     def stop(self) -> None:
         """End the process, by force where it does not listen."""
         if self.process and self.process.is_alive():
-            self.connection.send(None)
+            with suppress(BrokenPipeError):  # it may be ending
+                self.connection.send(None)
             self.process.join(1)
             self.process.kill()
             self.process.join()

@@ -327,13 +327,17 @@ def store_for_ever(frames: FrameCache, numbered: Numbered) -> None:
 def test_writers_killed_at_any_moment(frames, tmp_path):
     numbered = Numbered(tmp_path / "numbered", 8000)  # 4.7 MB each, so that many die while they write
     numbers = list(range(10))
-    left = 0
-    for seed in range(10):
-        random.seed(seed)
+    left = rounds = 0
+    while rounds < 10 or (left == 0 and rounds < 100):
+        random.seed(rounds)
+        rounds += 1
         writers = [FORK.Process(target=store_for_ever, args=(frames, numbered)) for _ in range(2)]
         for writer in writers:
             writer.start()
-        time.sleep(random.uniform(0.05, 0.15))
+        deadline = time.monotonic() + 30
+        while not unfinished(frames):
+            assert time.monotonic() < deadline, f"round {rounds}: nobody writes"
+        time.sleep(random.uniform(0, 0.02))
         for writer in writers:
             os.kill(writer.pid, signal.SIGKILL)
             writer.join()

@@ -3,7 +3,10 @@
 import dataclasses
 import itertools
 import os
+import re
 import resource
+import sys
+from pathlib import Path
 
 import torch
 from transformers import Qwen2VLForConditionalGeneration
@@ -135,4 +138,8 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory this process has held: on a GPU by torch's count, on a CPU the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Where the kernel keeps it by program, as ru_maxrss may be the peak of the larger process that started this one.
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
