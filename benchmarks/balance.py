@@ -10,13 +10,8 @@ equally many samples to each rank. The figure is slowest rank / mean rank: 1.00 
 # ruff: noqa: E402
 
 import argparse
-import json
-import os
-import platform
 import random
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.report import origin, write_result
 from tests.official import official_config
 from util.dataset import Size
 from util.distributed import deal
@@ -58,7 +54,7 @@ def main() -> None:
     parser.add_argument("--samples_per_rank", type=int, nargs="+", default=[8, 16, 32], help="of a global batch")
     parser.add_argument("--steps", type=int, default=20, help="global batches of each setting")
     parser.add_argument("--seed", type=int, default=0, help="of the mix")
-    parser.add_argument("--out", help="write the JSON here too")
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
     arguments = parser.parse_args()
     config, budget, generator = official_config("2b"), Budget(), random.Random(arguments.seed)
     rows = []
@@ -79,17 +75,12 @@ def main() -> None:
             rows.append({key: round(value, 4) for key, value in row.items()})
             print(f"{ranks:>6} {per_rank:>7} {row['dealt_mean']:>6.3f} ({row['dealt_worst']:.3f})"
                   f" {row['as_drawn_mean']:>9.2f} {row['planning_ms']:>7.2f} ms")  # fmt: skip
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "commit": commit or None,
-        "device": platform.processor() or platform.machine(),
+        **origin("balance.py", sys.argv[1:]),
         "frame_pixels": FRAME_PIXELS,
         "rows": rows,
     }
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    write_result(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from PIL import Image
 from qwen_vl_utils import process_vision_info, vision_process
 from transformers import AutoProcessor
 
-from benchmarks.train_step import git_commit, processor_name
+from benchmarks.report import origin, write_result
 from benchmarks.video import (
     FULL,
     QUICK,
@@ -42,12 +42,10 @@ from benchmarks.video import (
     print_targets,
     say,
     say_ratios,
-    shown_command,
     speed_target,
     target,
     times_as_fast,
     use_one_core,
-    write_result,
 )
 from util.config import run_command
 from util.log import versions
@@ -220,13 +218,11 @@ def main(arguments: list[str]) -> None:
             rows.append(measure_item(name, item, budget, processor, [], 4 * repetitions))
 
     result = {
-        "command": shown_command("input.py", arguments, [*own.photos, *own.footage]),
-        "commit": git_commit(),
+        **origin("input.py", arguments, [*own.photos, *own.footage]),
         "versions": versions(),
         "contenders": packages,
         "backends_that_fail": {name: reason for name, reason in answers.items() if reason},
         "processors": [type(processor.image_processor).__name__, type(processor.video_processor).__name__],
-        "device": processor_name(),
         "threads": torch.get_num_threads(),
         "bound_to_one_core": is_bound,
         "repetitions": repetitions,

@@ -5,11 +5,11 @@
 The figure is the median over blocks of the ratio of their median step times; below 1.03 is the aim.
 """
 
+# ruff: noqa: E402
+
 import argparse
 import json
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -17,6 +17,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.report import origin, write_result
+
 SCRIPTS = ("finetune.py", "finetune_distributed.py")
 
 
@@ -35,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50, help="of each run")
     parser.add_argument("--blocks", type=int, default=5, help="times that both run")
-    parser.add_argument("--out", help="write the JSON here too")
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
     arguments, settings = parser.parse_known_args()
     rows = []
     for block in range(arguments.blocks):
@@ -45,18 +49,13 @@ def main() -> None:
         row["ratio"] = row[SCRIPTS[1]] / row[SCRIPTS[0]]
         rows.append({key: round(value, 4) for key, value in row.items()})
         print("  ".join(f"{key} {value:.4f}" for key, value in rows[-1].items()), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "commit": commit or None,
-        "device": platform.processor() or platform.machine(),
+        **origin("overhead.py", sys.argv[1:]),
         "ratio": round(statistics.median(row["ratio"] for row in rows), 4),
         "blocks": rows,
     }
     print(f"median ratio {result['ratio']:.3f}")
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    write_result(result, arguments.out)
 
 
 if __name__ == "__main__":

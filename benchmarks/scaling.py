@@ -12,12 +12,8 @@ assumptions of `Hardware`. docs/scaling.md explains both and holds the tables.
 import argparse
 import json
 import math
-import os
-import platform
 import random
-import shlex
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from functools import cache
@@ -30,6 +26,7 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 
 from benchmarks.balance import draw, unevenness
+from benchmarks.report import origin, processor_name, write_result
 from tests.official import official_config
 from util.config import Config
 from util.dataset import Size
@@ -407,7 +404,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--link_efficiency", type=float, default=Hardware.link_efficiency, help="assumed, of all links")
     parser.add_argument("--samples_per_rank", type=int, default=8, help="8, 16 or 32 (what balance.json holds)")
     parser.add_argument("--global_batch", type=int, default=256, help="samples of a step in the second table")
-    parser.add_argument("--out", help="write the JSON here too")
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
     return parser
 
 
@@ -424,16 +421,11 @@ def main() -> None:
     arguments = parser().parse_args()
     lines, rows = tables(arguments)
     print("\n".join(lines))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "commit": commit or None,
-        "device": f"computed, not measured, on {platform.processor() or platform.machine()}",
+        **origin("scaling.py", sys.argv[1:], device=f"computed, not measured, on {processor_name()}"),
         "rows": significant(rows),
     }
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    write_result(result, arguments.out)
 
 
 if __name__ == "__main__":

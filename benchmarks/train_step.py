@@ -18,11 +18,8 @@ import gc
 import json
 import math
 import os
-import platform
 import random
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +36,7 @@ from torch.utils.data import DataLoader
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from benchmarks import plain_loop
+from benchmarks.report import origin, write_result
 from util import flops
 from util.collator import Collator
 from util.config import Config, UserError, parse_arguments, run_command
@@ -367,11 +365,10 @@ def main(arguments: list[str]) -> None:
     )
     work_flops = flops.training_flops(model_config, [sizes[index] for index in measured], config.freeze)
     peak = flops.peak_flops(device)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     result = {
-        "command": shlex.join(["python", "benchmarks/train_step.py", *arguments]),
-        "commit": git_commit(),
+        **origin("train_step.py", arguments, device=gpu),
         "versions": versions(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
         "dtype": str(work.dtype).removeprefix("torch."),
         "settings": {**vars(own), "out": str(own.out) if own.out else None, "config": dataclasses.asdict(config)},
@@ -389,11 +386,7 @@ def main(arguments: list[str]) -> None:
     }
     result["ratio"] = ratio(result["loops"])
     print_table(result)
-    line = json.dumps(result)
-    if own.out:
-        own.out.parent.mkdir(parents=True, exist_ok=True)
-        own.out.write_text(line + "\n")
-    print(line)
+    write_result(result, own.out)
 
 
 def ratio(loops: dict[str, dict]) -> dict | None:
@@ -424,18 +417,6 @@ def print_table(result: dict) -> None:
         print(f"{name:6}{speeds}{memory:>15}{mfu:>8}")
     if result["ratio"]:
         print(f"ours is {result['ratio']['median']:.2f} times as fast ({result['ratio']['min']:.2f} in its worst pair)")
-
-
-def git_commit() -> str | None:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
-
-
-def processor_name() -> str:
-    """The CPU's name where Linux tells it, else its architecture."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -14,10 +14,8 @@ alternate, so that what slows the machine slows all. A contender that cannot be 
 import argparse
 import gc
 import importlib
-import json
 import multiprocessing
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -36,6 +34,7 @@ import av
 import numpy as np
 import torch
 
+from benchmarks.report import origin, write_result
 from util.config import UserError, run_command
 from util.video_reader import VideoReader
 from util.vision import Budget, load
@@ -467,25 +466,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def shown_command(script: str, arguments: list[str], private: Iterable[Path]) -> str:
-    """The command line; a file of the user's own, or anything with a whole path, is FILE in it."""
-    private = {str(path) for path in private}
-    shown = ["FILE" if argument in private or os.path.isabs(argument) else argument for argument in arguments]
-    return shlex.join(["python", f"benchmarks/{script}", *shown])
-
-
-def write_result(result: dict, out: Path | None) -> None:
-    """The JSON line, last; and to a file if one is wanted."""
-    line = json.dumps(result)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(line + "\n")
-    print(line)
-
-
 def main(arguments: list[str]) -> None:
-    from benchmarks.train_step import git_commit, processor_name  # slow to import, and of no use to memory_of_sampling
-    from util.log import versions
+    from util.log import versions  # slow to import, and of no use to memory_of_sampling
 
     own = parse(arguments)
     scale = QUICK if own.quick else FULL
@@ -525,11 +507,9 @@ def main(arguments: list[str]) -> None:
     name = f"MB above the resized frames, {scale.hour_frames:,} frames"
     targets.append(target(name, extra, MOST_EXTRA_MEMORY, at_least=False))
     result = {
-        "command": shown_command("video.py", arguments, own.footage),
-        "commit": git_commit(),
+        **origin("video.py", arguments, own.footage),
         "versions": versions(),
         "contenders": packages,
-        "device": processor_name(),
         "threads": 1,
         "bound_to_one_core": is_bound,
         "repetitions": repetitions,
