@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 import finetune
 from tests.conftest import ROOT
+from tests.runs import log
+from tests.samples import assistant, user
 from tests.test_distributed import torchrun
 from util import bad_samples, check_data, conversation, measure, show
 from util.bad_samples import SampleSettings
@@ -23,14 +25,6 @@ from util.dataset import DataError, Examples, Samples, Size, load_examples
 from util.vision import Budget
 
 LONG = 200  # tokens, --max_tokens of most runs here
-
-
-def user(content) -> dict:
-    return {"role": "user", "content": content}
-
-
-def assistant(content) -> dict:
-    return {"role": "assistant", "content": content}
 
 
 def asking(*items, answer: str = "A wave.") -> dict:
@@ -82,7 +76,7 @@ def train(tiny_path, tmp_path, monkeypatch, capfd):
                     "global_batch_size": 3, "learning_rate": 1e-3, "num_workers": 0, "max_tokens": LONG,
                     "min_pixels": 784, "output_dir": str(tmp_path / f"run{next(numbers)}")}  # fmt: skip
         directory = Path(finetune.train(Config(**{**settings, **changes})))
-        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        lines = log(directory)
         captured = capfd.readouterr()
         return lines, captured.out + captured.err
 
@@ -294,10 +288,7 @@ def test_two_ranks_skip_as_one(folder, tiny_path, monkeypatch, tmp_path):
     }  # fmt: skip
     finetune.train(Config(**{**settings, "output_dir": str(tmp_path / "one")}))
     torchrun(2, [settings], tmp_path)
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
+    one, two = (log(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 4
     assert sum(line.get("skipped_not_readable", 0) for line in one) == 2, "once in each epoch"
     for line, other in zip(one, two, strict=True):

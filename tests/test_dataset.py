@@ -16,6 +16,7 @@ from PIL import Image
 
 import util.show
 from tests.conftest import ROOT
+from tests.samples import assistant, entry, system, text, user
 from util import dataset
 from util.collator import Collator
 from util.config import Config, UserError
@@ -24,26 +25,6 @@ from util.measure import measure
 from util.vision import Budget, Grid
 
 SMALL = Budget(min_pixels=3136, max_pixels=50176)
-
-
-def user(content) -> dict:
-    return {"role": "user", "content": content}
-
-
-def assistant(content) -> dict:
-    return {"role": "assistant", "content": content}
-
-
-def system(content) -> dict:
-    return {"role": "system", "content": content}
-
-
-def entry(*messages) -> dict:
-    return {"messages": list(messages)}
-
-
-def text(text) -> dict:
-    return {"type": "text", "text": text}
 
 
 GOOD = entry(user("Hi"), assistant("Hello"))

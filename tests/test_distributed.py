@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import finetune
+from tests import runs
+from tests.runs import metrics, weights
 from util.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,12 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def settings(tiny_path: Path, data: Path, directory: Path, **changes) -> dict:
     """A run of tiny on the CPU in float64, where equality is exact to rounding."""
-    common = {
-        "model": str(tiny_path), "data": [str(data)], "device": "cpu", "dtype": "float64", "max_steps": 5, "epochs": 9,
-        "global_batch_size": 8, "learning_rate": 1e-3, "max_pixels": 28 * 28 * 16, "min_pixels": 3136,
-        "video_max_frames": 4, "num_workers": 0, "output_dir": str(directory),
-    }  # fmt: skip
-    return {**common, **changes}
+    own = {"data": [str(data)], "dtype": "float64", "max_steps": 5}
+    return runs.settings(tiny_path, directory, **{**own, **changes})
 
 
 def torchrun(processes: int, runs: list[dict], folder: Path, expect: int = 0) -> str:
@@ -39,15 +36,6 @@ def torchrun(processes: int, runs: list[dict], folder: Path, expect: int = 0) ->
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == expect, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout + done.stderr
-
-
-def metrics(run: Path, key: str = "loss") -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line[key] for line in lines if key in line]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "model.safetensors")
 
 
 @pytest.fixture(scope="module")

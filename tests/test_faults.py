@@ -11,21 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
+from tests import runs
+from tests.runs import same_run
 from util.faults import name_slow_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def settings(tiny_path: Path, directory: Path, **changes) -> dict:
-    common = {
-        "model": str(tiny_path), "device": "cpu", "dtype": "float64", "max_steps": 8, "epochs": 9, "keep": 99,
-        "global_batch_size": 8, "learning_rate": 1e-3, "max_pixels": 28 * 28 * 16, "min_pixels": 3136,
-        "video_max_frames": 4, "num_workers": 1, "output_dir": str(directory),
-    }  # fmt: skip
-    return {**common, **changes}
+    own = {"dtype": "float64", "max_steps": 8, "keep": 99, "num_workers": 1}
+    return runs.settings(tiny_path, directory, **{**own, **changes})
 
 
 def launch(fault: str, config: dict, restarts: int = 0, **environment: str) -> subprocess.Popen:
@@ -77,7 +73,7 @@ def test_a_slow_rank_is_named(tiny_path, tmp_path):
     named = re.findall(r"step 20: (rank \d) is slow: ([\d.]+) s of computing", printed)
     assert [rank for rank, _ in named] == ["rank 1"], printed[-2000:]
     assert float(named[0][1]) > 0.1 * 2 * 5, "2 layers slept 0.1 s in each of 5 steps"
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = runs.log(tmp_path / "run")
     (compared,) = [line for line in lines if "compute_seconds_by_rank" in line]
     assert compared["step"] == 20
     assert len(compared["compute_seconds_by_rank"]) == len(compared["data_seconds_by_rank"]) == 2
@@ -109,24 +105,11 @@ def test_a_wrong_flag_is_answered_once_before_any_process_starts():
     assert time.time() - began < 2
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_path, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("whole") / "run"
     finish(launch("none", settings(tiny_path, directory)), expect=0)
     return directory
-
-
-def same_run(run: Path, whole: Path) -> None:
-    """Bit for bit the same weights, and every step once in the log with the same loss."""
-    ours, theirs = weights(run), weights(whole)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    logs = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (run, whole)]
-    first, second = ([(line["step"], line["loss"]) for line in log if "loss" in line] for log in logs)
-    assert first == second
 
 
 def test_restarts_go_on_at_the_newest_checkpoint_of_the_same_run(uninterrupted, tiny_path):

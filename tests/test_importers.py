@@ -18,26 +18,11 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
+from tests.samples import assistant, system, text, user
 from util.command_line import UserError
 from util.convert import convert
 from util.importers import HUGGING_FACE, IMPORTERS, LLAVA, OPENAI, OWN, QWEN_VL, detect, import_entry, simplest
 from util.lines import DataError
-
-
-def user(content) -> dict:
-    return {"role": "user", "content": content}
-
-
-def assistant(content) -> dict:
-    return {"role": "assistant", "content": content}
-
-
-def system(content) -> dict:
-    return {"role": "system", "content": content}
-
-
-def text(text) -> dict:
-    return {"type": "text", "text": text}
 
 
 def image(path) -> dict:

@@ -11,22 +11,16 @@ import pytest
 from PIL import Image
 
 import finetune
+from tests import runs
+from tests.runs import metrics
 from util.config import Config, UserError
 from util.media import MediaReader
 from util.vision import Budget, load, read_grid
 
 
 def settings(tiny_path: Path, data: Path, directory: Path, **changes) -> Config:
-    common = {
-        "model": str(tiny_path), "data": [str(data)], "device": "cpu", "dtype": "float32", "epochs": 2,
-        "global_batch_size": 2, "learning_rate": 1e-3, "max_pixels": 28 * 28 * 16, "min_pixels": 3136,
-        "video_max_tokens": 64, "num_workers": 0, "output_dir": str(directory),
-    }  # fmt: skip
-    return Config(**{**common, **changes})
-
-
-def metrics(run: str, key: str) -> list[float]:
-    return [json.loads(line)[key] for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    own = {"data": [str(data)], "epochs": 2, "global_batch_size": 2, "video_max_frames": 768, "video_max_tokens": 64}
+    return Config(**runs.settings(tiny_path, directory, **{**own, **changes}))
 
 
 def conversation(kind: str, path: str) -> dict:

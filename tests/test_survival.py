@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 import finetune
+from tests import runs
+from tests.runs import losses, same_run
 from util import checkpoint
 from util.command_line import Ended
 from util.config import Config, UserError
@@ -26,12 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def settings(tiny_path: Path, directory: Path, **changes) -> dict:
-    common = {
-        "model": str(tiny_path), "device": "cpu", "dtype": "float32", "max_steps": 6, "epochs": 9, "keep": 99,
-        "global_batch_size": 8, "learning_rate": 1e-3, "max_pixels": 28 * 28 * 16, "min_pixels": 3136,
-        "video_max_frames": 4, "num_workers": 0, "output_dir": str(directory),
-    }  # fmt: skip
-    return {**common, **changes}
+    return runs.settings(tiny_path, directory, **{"max_steps": 6, "keep": 99, **changes})
 
 
 def start(config: dict, *python: str) -> subprocess.Popen:
@@ -51,18 +48,6 @@ def wait_for(run: Path, step: int, job: subprocess.Popen) -> None:
             return
         time.sleep(0.01)
     raise AssertionError(f"no step {step}: {job.communicate()}")
-
-
-def losses(run: Path) -> list:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
-
-
-def same_run(run: Path, whole: Path) -> None:
-    """Bit for bit: weights, and every step once with the same loss."""
-    ours, theirs = load_file(run / "model.safetensors"), load_file(whole / "model.safetensors")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert losses(run) == losses(whole)
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +281,7 @@ def test_the_newest_and_the_best_are_kept(tiny_path, tmp_path):
         tiny_path, tmp_path / "run", max_steps=5, save_every=1, keep=2, eval_every=1, learning_rate=0.3,
         eval_data=[str(ROOT / "test_data" / "data.json")],
     ))))  # fmt: skip
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = runs.log(run)
     evaluated = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     best = min(evaluated, key=evaluated.get)
     kept = {int(path.name[5:]) for path in checkpoint.find_checkpoints(run)}
@@ -331,7 +316,7 @@ def test_what_is_saved_is_what_was_there_when_saving_began(tiny_path, tmp_path, 
     monkeypatch.setattr(FileSystemWriter, "write_data", slow_write)
     run = Path(finetune.train(Config(**settings(tiny_path, tmp_path / "slow", max_steps=6, save_every=2))))
     monkeypatch.undo()
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = runs.log(run)
     assert max(line["step_seconds"] for line in lines) < 1.0, "a step waited for the disk"
     shutil.rmtree(run / "checkpoints" / "step_000006")
     shutil.rmtree(run / "checkpoints" / "step_000004")

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import finetune
+from tests import runs
+from tests.runs import metrics, weights
 from util.config import Config, UserError
 from util.model import part_of
 
@@ -24,23 +26,11 @@ def train(tiny_path, tmp_path, monkeypatch):
     numbers = iter(range(1000))
 
     def run(**changes) -> Path:
-        settings = {
-            "model": str(tiny_path), "data": [SHOWCASE], "device": "cpu", "dtype": "float32", "max_steps": 4,
-            "global_batch_size": 8, "learning_rate": 1e-3, "max_pixels": 28 * 28 * 16, "min_pixels": 3136,
-            "video_max_frames": 4, "num_workers": 0, "output_dir": str(tmp_path / f"run{next(numbers)}"),
-        }  # fmt: skip
-        return Path(finetune.train(Config(**{**settings, **changes})))
+        own = {"data": [SHOWCASE], "max_steps": 4, "epochs": Config.epochs}
+        settings = runs.settings(tiny_path, tmp_path / f"run{next(numbers)}", **{**own, **changes})
+        return Path(finetune.train(Config(**settings)))
 
     return run
-
-
-def metrics(run: Path, key: str = "loss") -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line[key] for line in lines if key in line]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "model.safetensors")
 
 
 def gap(one: dict, other: dict) -> float:
@@ -201,7 +191,7 @@ def test_golden_losses(train):
 def test_evaluation_loss_is_the_mean_over_held_out_tokens(train):
     test_data = str(ROOT / "test_data" / "data.json")
     run = train(eval_data=[test_data], eval_every=2)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = runs.log(run)
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
     unchanged = train()
     assert metrics(run) == metrics(unchanged), "evaluating must not change training"
