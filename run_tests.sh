@@ -3,12 +3,13 @@
 #
 #   ./run_tests.sh                     everything that takes seconds, and the demonstration (under 15 minutes on 2 cores)
 #   ./run_tests.sh --slow              the long tests too
-#   ./run_tests.sh -k positions -x     arguments of pytest
+#   ./run_tests.sh -k positions -x     arguments of pytest (-n 0: in one process)
 set -euo pipefail
 cd "$(dirname "$0")"
 source util/setup.sh requirements-dev.txt
 
 export HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=1  # two processes at a time, and what they start: more threads would wait for each other
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m pytest --cov=util --cov=finetune --cov-report=term "$@"
+"$python" -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder --cov=util --cov=finetune --cov-report=term "$@"

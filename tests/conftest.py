@@ -16,6 +16,12 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    # Two processes of pytest-xdist take whole files, so that a file's fixtures are made once. The longest come first,
+    # and those that put runs into train_output/ never meet.
+    longest = ("test_scripts", "test_faults")
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("train_output" if item.path.stem in longest else item.path.stem))
+    items.sort(key=lambda item: item.path.stem not in longest)  # the order stays as it is otherwise
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

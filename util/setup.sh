@@ -36,7 +36,7 @@ fi
 # An environment that is not ours is never installed into: name what it lacks.
 missing="$("$python" - "$requirements" <<'PYTHON_END'
 import importlib.util, re, sys
-modules = {"qwen-vl-utils": "qwen_vl_utils", "pillow": "PIL", "pytest-cov": "pytest_cov"}
+modules = {"qwen-vl-utils": "qwen_vl_utils", "pillow": "PIL", "pytest-cov": "pytest_cov", "pytest-xdist": "xdist"}
 def names(path):
     for line in open(path):
         line = line.split("#")[0].strip()
