@@ -16,12 +16,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    # Two processes of pytest-xdist take whole files, so that a file's fixtures are made once. The longest come first,
-    # and those that put runs into train_output/ never meet.
-    longest = ("test_scripts", "test_faults")
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("train_output" if item.path.stem in longest else item.path.stem))
-    items.sort(key=lambda item: item.path.stem not in longest)  # the order stays as it is otherwise
+    # Two processes of pytest-xdist take whole files: the longest first, so that both end at about the same time
+    longest = ("test_scripts", "test_distributed", "test_faults")
+    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

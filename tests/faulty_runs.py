@@ -14,12 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import finetune_distributed
-from util import dataset
+from util import dataset, log
 from util.command_line import run_command
 from util.config import Config
 from util.loss import PackedLoss
 
 torch.set_num_threads(1)
+if "RUNS" in os.environ:
+    log.RUNS = Path(os.environ["RUNS"])  # instead of train_output/, where the user's runs are
 fault, settings = sys.argv[1], json.loads(sys.argv[2])
 load, forward = dataset.Samples.__getitem__, PackedLoss.forward
 calls = 0
