@@ -103,6 +103,7 @@ def train(config: Config) -> str:
         learning_rate = set_learning_rate(optimizer, number - 1, len(steps), config)
         loss, stopping, due = loss_sum.item() / supervised_tokens, stop.requested, saver.is_due(number)
         if guard.allows(number, loss, grad_norm, [name for batch in micro_batches for name in batch.where]):
+            saver.wait_for_copy()
             optimizer.step()
         optimizer.zero_grad()
 

@@ -115,6 +115,7 @@ def train(config: Config) -> str:
         sums = world.sum({"loss": loss_sum.item(), "stop": stop.requested, "due": saver.is_due(number)})
         loss, stopping, due = sums["loss"] / supervised_tokens, sums["stop"], sums["due"]
         if guard.allows(number, loss, grad_norm, [name for batch in micro_batches for name in batch.where]):
+            saver.wait_for_copy()
             optimizer.step()
         optimizer.zero_grad()
 

@@ -325,6 +325,31 @@ def test_what_is_saved_is_what_was_there_when_saving_began(tiny_path, tmp_path, 
     assert losses(run)[:2] == losses(plain)
 
 
+def test_weights_do_not_change_before_they_are_copied(tiny_path, tmp_path, monkeypatch):
+    """A slow copy, which the next step's passes need not wait for, but its update must."""
+    from torch.distributed.checkpoint.staging import DefaultStager
+
+    stage = DefaultStager._stage
+
+    def slow_stage(self, *args, **kwargs):
+        time.sleep(1.0)
+        return stage(self, *args, **kwargs)
+
+    run = settings(tiny_path, tmp_path / "plain", max_steps=3, save_every=1)
+    plain = Path(finetune.train(Config(**run)))
+    monkeypatch.setattr(DefaultStager, "_stage", slow_stage)
+    slow = Path(finetune.train(Config(**{**run, "output_dir": str(tmp_path / "slow")})))
+    same_run(slow, plain)
+    for step in (1, 2, 3):
+        assert stored(slow, step) == stored(plain, step), f"step {step}"
+
+
+def stored(run: Path, step: int) -> dict[str, list[int]]:
+    """Checksums of the files with the tensors of a checkpoint."""
+    files = checkpoint.verify(run / "checkpoints" / f"step_{step:06d}")["files"]
+    return {name: sums for name, sums in files.items() if name.endswith(".distcp")}
+
+
 # ---- disks ----------------------------------------------------------------------------------------------------------
 
 

@@ -15,13 +15,14 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent import futures
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from util import ranks
 from util.config import Config, UserError
@@ -39,11 +40,13 @@ ADMITTED = {
 
 
 class Saver:
-    """Saves a run's checkpoints beside the training: `save` returns when everything is copied to CPU memory, a thread
-    writes the files. One save at a time: the next waits for the last.
+    """Saves a run's checkpoints beside the training: threads copy everything to CPU memory and write the files.
+
+    The next step's passes may run meanwhile; what changes weights must call `wait_for_copy` before. One save at a time:
+    the next waits for the last.
 
     A checkpoint is written under another name, flushed to disk, and renamed. Where that fails (a full disk), the run
-    says so and goes on; what was complete stays. With several processes every rank calls `save` and `wait`.
+    says so and goes on; what was complete stays. With several processes every rank calls all of these.
     """
 
     def __init__(self, run: Path, config: Config, last_step: int, say: Callable[[str], None]) -> None:
@@ -57,6 +60,10 @@ class Saver:
             self.data = data_fingerprint(config.data)
             for leftover in self.folder.glob(".*"):  # of a process that was killed while saving
                 shutil.rmtree(leftover, ignore_errors=True)
+        # On a GPU through pinned memory, on a stream of its own. The memory is kept for the next save.
+        on_gpu = torch.cuda.is_available()
+        self.stager = DefaultStager(StagingOptions(on_gpu, False, True, on_gpu))
+        self.copying: futures.Future | None = None
         # The thread's collectives must not mix with those of the training: a group of their own, on the CPU.
         self.group = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
 
@@ -78,20 +85,29 @@ class Saver:
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         state["optimizer"] = scalars
         self.idle.clear()
-        writing = dcp.async_save(
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the stager's stream does not wait for the update that is under way
+        saving = dcp.async_save(
             tensors,
             storage_writer=FileSystemWriter(unfinished, sync_files=True),
+            async_stager=self.stager,
             process_group=self.group,
             no_dist=not ranks.are_several(),
         )
+        self.copying = saving.staging_completion
         # on the first rank it is done when the others are: that rank writes the index of all files last
-        writing.add_done_callback(lambda writing: self._complete(writing, unfinished, final, state))
+        saving.upload_completion.add_done_callback(lambda writing: self._complete(writing, unfinished, final, state))
+
+    def wait_for_copy(self) -> None:
+        """Wait until the save that is under way, if any, has copied what is about to change."""
+        if self.copying:
+            futures.wait([self.copying])
 
     def wait(self) -> None:
         """Wait until the save that is under way is complete, or has failed."""
         self.idle.wait()
 
-    def _complete(self, writing: Future, unfinished: Path, final: Path, state: dict) -> None:
+    def _complete(self, writing: futures.Future, unfinished: Path, final: Path, state: dict) -> None:
         try:
             writing.result()
             if ranks.is_first():
