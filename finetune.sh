@@ -25,8 +25,8 @@ elif [ $# -eq 0 ]; then
     run "$python" finetune.py --model tiny --data train_data/demonstration/data.jsonl --min_pixels 3136 \
         --epochs 9 --max_steps 1200 --global_batch_size 32 --learning_rate 2e-3
     run "$python" test_on_trained_model.py --data test_data/demonstration/data.jsonl --at_least 0.9
-    picture="$(ls test_data/demonstration/media/*_colour_*.png | head -n 1)"
-    echo "ask it yourself: $python test_on_trained_model.py --image $picture --question 'Where is the shape?'"
+    pictures=(test_data/demonstration/media/*_colour_*.png)
+    echo "ask it yourself: $python test_on_trained_model.py --image ${pictures[0]} --question 'Where is the shape?'"
     exit
 fi
 run "$python" finetune.py "$@"
