@@ -1,9 +1,9 @@
 """finetune_distributed.py on 2 and 4 real processes (gloo, CPU): the same losses and weights as finetune.py."""
 
-import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +16,7 @@ import finetune
 from tests import runs
 from tests.runs import metrics, weights
 from util.config import Config
+from util.model import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,16 +27,15 @@ def settings(tiny_path: Path, data: Path, directory: Path, **changes) -> dict:
     return runs.settings(tiny_path, directory, **{**own, **changes})
 
 
-def torchrun(processes: int, runs: list[dict], folder: Path, expect: int = 0) -> str:
+def torchrun(processes: int, configs: list[dict], folder: Path) -> None:
     """Train several runs, one after another, in one process group."""
     file = folder / f"runs_{processes}.json"
-    file.write_text(json.dumps(runs))
+    file.write_text(json.dumps(configs))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
                str(29500 + random.SystemRandom().randrange(2000)), "tests/distributed_runs.py", str(file)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == expect, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout + done.stderr
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +79,71 @@ CASES = {
 }
 
 
+FOUR = {
+    "full": {},
+    "hybrid": {"shard_group_size": 2, "micro_batch_size": 1},
+    "replicas": {"sharding": "none"},
+    "groups of 2, gradients": {"shard_group_size": 2, "sharding": "gradients"},
+}
+
+
 def case(name: str, tiny_path: Path, data: dict[str, Path], directory: Path) -> dict:
     changes = dict(CASES[name])
     return settings(tiny_path, data[changes.pop("data", "showcase")], directory, **changes)
 
 
+REFUSED = {
+    "eight bits": {"optimizer": "adamw_8bit", "device": "auto"},
+    "groups of 3": {"shard_group_size": 3},
+}
+SAVED = {"max_steps": 6, "save_every": 3, "keep": 9}
+
+
 @pytest.fixture(scope="module")
-def two_ranks(tiny_path, data, tmp_path_factory) -> Path:
+def parts(tiny_path, tmp_path_factory) -> Path:
+    """tiny, its weights in several files with an index, as the official 7B comes."""
+    model, parts = load_weights(str(tiny_path), torch.float32, torch.device("cpu")), tmp_path_factory.mktemp("parts")
+    shutil.copytree(tiny_path, parts, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    model.save_pretrained(parts, max_shard_size="1MB")
+    assert len(list(parts.glob("model-*.safetensors"))) > 2
+    return parts
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_path, data, tmp_path_factory) -> Path:
+    """One process, with checkpoints after 3 and 6 of 6 steps."""
+    directory = tmp_path_factory.mktemp("saved") / "one"
+    return Path(finetune.train(Config(**settings(tiny_path, data["showcase"], directory, **SAVED))))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_path, parts, saved, data, tmp_path_factory) -> Path:
+    """All runs on two ranks, in one job, as starting one takes longer than training."""
     folder = tmp_path_factory.mktemp("two")
-    runs = [case(name, tiny_path, data, folder / name) for name in CASES]
-    runs.append(settings(tiny_path, data["showcase"], folder / "float32", dtype="float32", max_steps=10))
-    runs.append(settings(tiny_path, data["showcase"], folder / "bfloat16", dtype="bfloat16"))
-    runs.append(settings(tiny_path, data["showcase"], folder / "saved", max_steps=6, save_every=3, keep=9))
-    torchrun(2, runs, folder)
+
+    def own(name: str, model: Path = tiny_path, **changes) -> dict:
+        return settings(model, data["showcase"], folder / name, **changes)
+
+    third = str(saved / "checkpoints" / "step_000003")
+    torchrun(2, [
+        *(case(name, tiny_path, data, folder / name) for name in CASES),
+        own("float32", dtype="float32", max_steps=10),
+        own("bfloat16", dtype="bfloat16"),
+        own("saved", **SAVED),
+        own("several files", parts),
+        own("1to2", **SAVED, resume=third, sharding="optimizer"),
+        *(own(name, **changes) for name, changes in REFUSED.items()),
+    ], folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tiny_path, two_ranks, data, tmp_path_factory) -> Path:
+    """All runs on four ranks."""
+    folder, third = tmp_path_factory.mktemp("four"), two_ranks / "saved" / "checkpoints" / "step_000003"
+    cases = [settings(tiny_path, data["showcase"], folder / name, **changes) for name, changes in FOUR.items()]
+    resumed = {**SAVED, "resume": str(third), "shard_group_size": 2}
+    torchrun(4, [*cases, settings(tiny_path, data["showcase"], folder / "2to4", **resumed)], folder)
     return folder
 
 
@@ -125,31 +177,19 @@ def test_two_ranks_in_float32_and_bfloat16(two_ranks, tiny_path, data, tmp_path)
     assert {tensor.dtype for tensor in weights(two_ranks / "bfloat16").values()} == {torch.bfloat16}
 
 
-def test_four_ranks_and_hybrid_sharding_equal_one(tiny_path, data, tmp_path):
-    cases = {"full": {}, "hybrid": {"shard_group_size": 2, "micro_batch_size": 1}, "replicas": {"sharding": "none"},
-             "groups of 2, gradients": {"shard_group_size": 2, "sharding": "gradients"}}  # fmt: skip
-    torchrun(
-        4,
-        [settings(tiny_path, data["showcase"], tmp_path / name, **changes) for name, changes in cases.items()],
-        tmp_path,
-    )
-    one = Path(finetune.train(Config(**settings(tiny_path, data["showcase"], tmp_path / "one"))))
-    for name in cases:
-        same(tmp_path / name, one)
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_and_hybrid_sharding_equal_one(name, four_ranks, two_ranks):
+    same(four_ranks / name, two_ranks / "full")  # which is one process's, as above
 
 
-def test_checkpoints_resume_on_another_number_of_ranks(two_ranks, tiny_path, data, tmp_path):
+def test_checkpoints_resume_on_another_number_of_ranks(saved, two_ranks, four_ranks, tiny_path, data, tmp_path):
     """2 -> 1, 1 -> 2 and 2 -> 4, across shardings: all end where the uninterrupted run ends."""
-    whole = settings(tiny_path, data["showcase"], tmp_path / "whole", max_steps=6, save_every=3, keep=9)
-    one = Path(finetune.train(Config(**whole)))
-    same(two_ranks / "saved", one)
-    from_two = {**whole, "resume": str(two_ranks / "saved" / "checkpoints" / "step_000003")}
-    from_one = {**whole, "resume": str(one / "checkpoints" / "step_000003")}
-    to_one = Path(finetune.train(Config(**{**from_two, "output_dir": str(tmp_path / "2to1")})))
-    torchrun(2, [{**from_one, "output_dir": str(tmp_path / "1to2"), "sharding": "optimizer"}], tmp_path)
-    torchrun(4, [{**from_two, "output_dir": str(tmp_path / "2to4"), "shard_group_size": 2}], tmp_path)
-    for name in (to_one.name, "1to2", "2to4"):
-        assert gap(tmp_path / name, one) < 1e-12, name
+    same(two_ranks / "saved", saved)
+    from_two = {**SAVED, "resume": str(two_ranks / "saved" / "checkpoints" / "step_000003")}
+    to_one = finetune.train(Config(**settings(tiny_path, data["showcase"], tmp_path / "2to1", **from_two)))
+    for run in (Path(to_one), two_ranks / "1to2", four_ranks / "2to4"):
+        assert gap(run, saved) < 1e-12, run.name
+        assert [line["step"] for line in runs.log(run) if "loss" in line] == [4, 5, 6], run.name
 
 
 def gap(one: Path, other: Path) -> float:
@@ -158,16 +198,9 @@ def gap(one: Path, other: Path) -> float:
     return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
 
 
-def test_weights_in_several_files_are_read(two_ranks, tiny_path, data, tmp_path):
-    """The official 7B comes as several safetensors files with an index; rank 0 alone reads them."""
-    from util.model import load_weights
-
-    model, parts = load_weights(str(tiny_path), torch.float32, torch.device("cpu")), tmp_path / "parts"
-    shutil.copytree(tiny_path, parts, ignore=shutil.ignore_patterns("*.safetensors"))
-    model.save_pretrained(parts, max_shard_size="1MB")
-    assert len(list(parts.glob("model-*.safetensors"))) > 2
-    torchrun(2, [settings(parts, data["showcase"], tmp_path / "run")], tmp_path)
-    same(tmp_path / "run", two_ranks / "full")
+def test_weights_in_several_files_are_read(two_ranks):
+    """Rank 0 alone reads them."""
+    same(two_ranks / "several files", two_ranks / "full")
 
 
 @pytest.mark.slow
@@ -176,17 +209,25 @@ def test_compiled_layers_give_the_same(two_ranks, tiny_path, data, tmp_path):
     assert metrics(tmp_path / "run") == pytest.approx(metrics(two_ranks / "full"), abs=1e-9)
 
 
-def test_an_optimizer_that_cannot_be_sharded_is_refused_by_name(tiny_path, data, tmp_path):
-    wrong = settings(tiny_path, data["showcase"], tmp_path / "run", optimizer="adamw_8bit", device="auto")
-    printed = torchrun(2, [wrong], tmp_path, expect=1)
-    assert "--optimizer adamw_8bit" in printed
-    assert "with 2 processes use --optimizer adamw" in printed
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("eight bits", "--optimizer adamw_8bit.*with 2 processes use --optimizer adamw"),
+        ("groups of 3", "--shard_group_size 3 does not divide the 2 processes"),
+    ],
+)
+def test_what_cannot_be_on_several_ranks_is_refused_by_name(name, message, two_ranks):
+    for rank in (0, 1):
+        assert re.search(message, (two_ranks / name / f"refused_{rank}").read_text())
+    assert not (two_ranks / name / "metrics.jsonl").exists()
 
 
-def test_a_user_mistake_ends_all_ranks_with_its_message(tiny_path, data, tmp_path):
-    wrong = settings(tiny_path, tmp_path / "gone.json", tmp_path / "run")
-    printed = torchrun(2, [wrong], tmp_path, expect=1)
-    assert "gone.json: no such data file" in printed
+def test_a_user_mistake_ends_all_ranks_with_its_message(tiny_path, tmp_path):
+    command = [sys.executable, "-m", "util.launch", "--nproc_per_node", "2", "finetune_distributed.py", "--device", "cpu",
+               "--model", str(tiny_path), "--data", str(tmp_path / "gone.json"), "--output_dir", str(tmp_path / "run")]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert re.search(r"gone\.json: no such data file", done.stderr.strip().splitlines()[-1])
     assert not (tmp_path / "run").exists()
 
 
@@ -234,10 +275,3 @@ def test_the_two_scripts_differ_in_few_lines():
     done = subprocess.run(["diff", "finetune.py", "finetune_distributed.py"], cwd=ROOT, capture_output=True, text=True)
     changed = [line for line in done.stdout.splitlines() if line[:1] in "<>"]
     assert 0 < len(changed) <= 64, "\n".join(changed)
-
-
-def test_settings_of_several_gpus_are_refused_where_they_cannot_be(tiny_path, data, tmp_path):
-    assert {"sharding", "shard_group_size"} <= {item.name for item in dataclasses.fields(Config)}
-    wrong = settings(tiny_path, data["showcase"], tmp_path / "run", shard_group_size=3)
-    assert "--shard_group_size 3 does not divide the 2 processes" in torchrun(2, [wrong], tmp_path, expect=1)
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
