@@ -75,10 +75,10 @@ def train(config: Config) -> str:
     stop, guard = StopSignal(run.say), FiniteGuard(run.say)
 
     def evaluate(step: int) -> float:
-        loss_sum, tokens = evaluate_loss(model, load(held_out, held_out_plan), device)
+        totals = evaluate_loss(model, load(held_out, held_out_plan), device)
         scores = evaluate_answers(model, processor, device, budget, held_out.examples, config.eval_samples)
-        run.log_evaluation(step, loss_sum / tokens, scores)
-        return loss_sum / tokens
+        run.log_evaluation(step, totals, scores)
+        return totals["loss_sum"] / (totals["supervised_tokens"] or float("nan"))
 
     # ---- the loop
     batches = iter(load(samples, [micro for _, step in steps[first:] for micro in step]))

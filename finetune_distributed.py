@@ -81,11 +81,10 @@ def train(config: Config) -> str:
     watch = faults.Watch(world, model, run, len(steps))
 
     def evaluate(step: int) -> float:
-        loss_sum, tokens = evaluate_loss(model, load(held_out, held_out_plan), device)
-        totals = world.sum({"loss_sum": loss_sum, "tokens": tokens})
+        totals = world.sum(evaluate_loss(model, load(held_out, held_out_plan), device))
         scores = evaluate_answers(model, processor, device, budget, held_out.examples, config.eval_samples)
-        run.log_evaluation(step, totals["loss_sum"] / totals["tokens"], scores)
-        return totals["loss_sum"] / totals["tokens"]
+        run.log_evaluation(step, totals, scores)
+        return totals["loss_sum"] / (totals["supervised_tokens"] or float("nan"))
 
     # ---- the loop
     batches = iter(load(samples, [micro for _, step in steps[first:] for micro in step]))

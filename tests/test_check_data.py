@@ -265,6 +265,27 @@ def test_the_loss_of_a_batch_is_that_of_what_is_left(train, folder, monkeypatch)
     assert max((one[key] - other[key]).abs().max().item() for key in one) < 1e-12
 
 
+def test_held_out_samples_that_are_gone_are_left_out_and_said(train, folder, monkeypatch):
+    held = {
+        name: write(folder, good(which), f"{name}.json") for name, which in (("whole", range(6)), ("others", range(2)))
+    }
+    found = {}
+    for name in ("others", "whole"):
+        if name == "whole":
+            after_the_look(
+                monkeypatch, lambda: [(folder / f"{number}.png").unlink() for number in range(2, 6)] and None
+            )
+        lines, said = train(
+            write(folder, good(range(2)), "train.json"), on_bad_sample="skip", max_steps=1, eval_data=[held[name]],
+            eval_samples=0, output_dir=str(folder / name),
+        )  # fmt: skip
+        (found[name],) = [line for line in lines if "eval_loss" in line]
+    assert found["whole"]["eval_loss"] == pytest.approx(found["others"]["eval_loss"], abs=1e-6)
+    assert found["whole"]["eval_skipped"] == found["whole"]["eval_skipped_no_such_file"] == 4
+    assert "eval_skipped" not in found["others"]
+    assert "held-out samples left out: 4 no such file" in said
+
+
 def test_a_step_without_any_sample_left_changes_nothing(train, folder, monkeypatch, tiny_path):
     after_the_look(monkeypatch, lambda: [(folder / f"{number}.png").unlink() for number in range(2)] and None)
     data = write(folder, good(range(2)))

@@ -102,6 +102,34 @@ def test_a_signal_during_evaluation_is_served(tiny_path, tmp_path):
     assert len(checkpoint.find_checkpoints(tmp_path / "run")) == 1
 
 
+def test_a_signal_during_a_save_lets_it_finish(tiny_path, tmp_path):
+    job = start(settings(tiny_path, tmp_path / "run", max_steps=500, epochs=999, save_every=1))
+    wait_for(tmp_path / "run", 2, job)
+    folder, deadline = tmp_path / "run" / "checkpoints", time.time() + 60
+    while not list(folder.glob(".unfinished_*")):
+        assert time.time() < deadline, "nothing is saved"
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 3, err
+    found = checkpoint.find_checkpoints(tmp_path / "run")
+    assert [checkpoint.verify(path)["step"] for path in found] == [step for step, _ in losses(tmp_path / "run")]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_file_deleted_while_training_is_named_and_the_last_checkpoint_stays(tiny_path, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(ROOT / "train_data", data, ignore=shutil.ignore_patterns("demonstration"))
+    job = start(settings(tiny_path, tmp_path / "run", data=data / "data.json", max_steps=500, epochs=999, save_every=1))
+    wait_for(tmp_path / "run", 2, job)
+    shutil.rmtree(data / "media")
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 2, err
+    assert "Traceback" not in err
+    assert re.search(r"data\.json, sample \d+, message \d+: no such file 'media/", err.strip().splitlines()[-1]), err
+    found = checkpoint.find_checkpoints(tmp_path / "run")
+    assert checkpoint.verify(found[-1])["step"] >= len(losses(tmp_path / "run")) - 1 >= 1
+
+
 def test_many_processes_stop_together(tiny_path, tmp_path):
     """torchrun's launcher hands the signal on; all ranks stop after the same step; the exit code is 3."""
     config = settings(tiny_path, tmp_path / "run", max_steps=500, epochs=999, dtype="float64")

@@ -27,15 +27,15 @@ MOST_NEW_TOKENS = 64  # longest answer while training
 
 
 @torch.no_grad()
-def evaluate_loss(model: nn.Module, loader: DataLoader, device: torch.device) -> tuple[float, int]:
-    """Sum of the cross-entropies over all supervised tokens of the loader's batches, and how many these are."""
+def evaluate_loss(model: nn.Module, loader: DataLoader, device: torch.device) -> dict[str, float]:
+    """Of all the loader's batches: "loss_sum", the cross-entropies of all supervised tokens, and `Batch.counts`."""
     model.eval()
-    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    loss_sum, counts = torch.zeros((), dtype=torch.float64, device=device), Counter(Collator()([]).counts)
     for batch in loader:
-        total += model(batch.to(device))
-        tokens += len(batch.target_ids)
+        loss_sum += model(batch.to(device))
+        counts.update(batch.counts)
     model.train()
-    return total.item(), tokens
+    return {"loss_sum": loss_sum.item(), **counts}
 
 
 def evaluate_answers(

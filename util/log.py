@@ -99,11 +99,19 @@ class Run:
         self.bar.update()
         self.restart_clock()
 
-    def log_evaluation(self, step: int, loss: float, scores: dict[str, float]) -> None:
-        """The loss on held-out data and the scores of what the model answered there, if it was asked."""
-        self.write({"step": step, "eval_loss": loss, **{f"eval_{key}": value for key, value in scores.items()}})
-        answered = [f"; {scores['questions']} answers: exact match {scores['exact_match']:.1%}"] if scores else []
-        self.say(f"step {step}: loss on held-out data {loss:.4f}" + "".join(answered))
+    def log_evaluation(self, step: int, totals: dict[str, float], scores: dict[str, float]) -> None:
+        """The loss on held-out data (of `evaluate_loss`), and the scores of what the model answered there, if asked."""
+        left_out = bad_samples.Tally()
+        skipped = {key: value for key, value in left_out.take(totals).items() if key.startswith("skipped")}
+        loss = totals["loss_sum"] / (totals["supervised_tokens"] or float("nan"))
+        values = {"loss": loss, **skipped, **scores}
+        self.write({"step": step, **{f"eval_{key}": value for key, value in values.items()}})
+        text = f"step {step}: loss on held-out data {loss:.4f}"
+        if scores:
+            text += f"; {scores['questions']} answers: exact match {scores['exact_match']:.1%}"
+        if skipped:
+            text += f"; held-out samples left out: {bad_samples.describe(left_out.reasons)}"
+        self.say(text)
 
     def write(self, line: dict) -> None:
         # What is no number is null: JSON knows no NaN.
