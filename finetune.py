@@ -17,8 +17,8 @@ def train(config: Config) -> str:
     from torch.utils.data import DataLoader
 
     from util import flops, memory, show
-    from util.bad_samples import Lenient
-    from util.checkpoint import Saver, load_checkpoint, resolve_resume
+    from util.bad_samples import Lenient, begin
+    from util.checkpoint import Saver, load_checkpoint, read_state, resolve_resume
     from util.collator import Collator
     from util.dataset import Examples, Samples, plan_epoch
     from util.evaluate import evaluate_answers, evaluate_loss
@@ -67,9 +67,14 @@ def train(config: Config) -> str:
     print(show.describe_first(samples, config.on_bad_sample), flush=True)
     memory.check(model_config, config, dtype, device, heaviest, needs)
 
+    # The first batch is made while nothing is written yet: what its pixels are refused for leaves no trace.
+    first = read_state(resumed)["step"] if resumed else 0
+    batches = begin(load(samples, [micro for _, step in steps[first:] for micro in step]))
+
     model = build_model(config, path, processor, device)
     optimizer = build_optimizer(model, config)
-    first = load_checkpoint(resumed, model, optimizer)["step"] if resumed else 0
+    if resumed:
+        load_checkpoint(resumed, model, optimizer)
     run.open(first, len(steps), {"model": path, "dtype": str(dtype).removeprefix("torch."), "device": str(device)})
     saver = Saver(run.directory, config, len(steps), run.say)
     stop, guard = StopSignal(run.say), FiniteGuard(run.say)
@@ -81,7 +86,6 @@ def train(config: Config) -> str:
         return totals["loss_sum"] / (totals["supervised_tokens"] or float("nan"))
 
     # ---- the loop
-    batches = iter(load(samples, [micro for _, step in steps[first:] for micro in step]))
     for number, (epoch, step) in enumerate(steps[first:], first + 1):
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in step]

@@ -876,7 +876,7 @@ SETTINGS = {"device": "cpu", "dtype": "float32", "max_steps": 1, "epochs": 1, "g
             "max_pixels": 28 * 28 * 16, "video_max_frames": 4, "fetch_retries": 0, "learning_rate": 1e-4}  # fmt: skip
 
 
-def check_refusal(case: Case, message: str, while_training: bool) -> None:
+def check_refusal(case: Case, message: str) -> None:
     """Whether a message names what is wrong, in few words, and nothing else."""
     assert case.file in message, f"the message does not name {case.file}: {message[:500]}"
     assert len(message) <= LONGEST_MESSAGE, f"a message of {len(message):,} characters: {message[:500]}"
@@ -884,11 +884,7 @@ def check_refusal(case: Case, message: str, while_training: bool) -> None:
     if case.broken == "no":
         assert named, f"no sample is named: {message[:500]}"
         assert named <= case.refused | case.unsure | case.late, f"good samples are named: {message[:500]}"
-        if while_training:
-            assert not case.refused, f"refused only while training: {message[:500]}"
-            assert named & case.late, f"refused while training, yet its pixels are fine: {message[:500]}"
-        else:
-            assert case.refused <= named, f"samples {case.refused - named} are not named: {message[:500]}"
+        assert case.refused <= named, f"samples {case.refused - named} are not named: {message[:500]}"
 
 
 def check_training(case: Case, output: Path) -> None:
@@ -915,10 +911,9 @@ def run_data(case: Case, output: Path, train: Callable) -> str:
     if refusal is None:
         check_training(case, output)
         return "trained"
-    while_training = output.exists()
-    check_refusal(case, refusal, while_training)
-    assert not (output / "model.safetensors").exists()
-    return "refused while training" if while_training else "refused"
+    check_refusal(case, refusal)
+    assert not output.exists(), "something was written"
+    return "refused"
 
 
 def run_media(case: Case, processor) -> str:
@@ -936,7 +931,7 @@ def run_media(case: Case, processor) -> str:
         refusal = str(error)
     if refusal is not None:
         assert case.trained is None, f"a good file was refused: {refusal}"
-        check_refusal(case, refusal, while_training=False)
+        check_refusal(case, refusal)
         assert "medium" in refusal, f"the medium is not named: {refusal}"
         return f"refused by its {outcome}"
     assert not case.refused, "it was read"
@@ -963,10 +958,9 @@ def run_command_line(case: Case, output: Path, model: str) -> str:
     assert done.returncode == 2, f"exit code {done.returncode}: {done.stderr[-3000:]}"
     said = [line for line in done.stderr.splitlines() if line.startswith("finetune.py: ")]
     assert len(said) == 1, f"{len(said)} messages: {done.stderr[-3000:]}"
-    while_training = output.exists()
-    check_refusal(case, done.stderr[done.stderr.index("finetune.py: ") :], while_training)
-    assert not (output / "model.safetensors").exists()
-    return "refused while training" if while_training else "refused"
+    check_refusal(case, done.stderr[done.stderr.index("finetune.py: ") :])
+    assert not output.exists(), "something was written"
+    return "refused"
 
 
 def stand_ins(model: str) -> tuple[Callable, Callable]:

@@ -5,7 +5,9 @@ Only the standard library is imported here, because the settings are part of the
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from util.command_line import MOST_TOLD, setting
@@ -57,6 +59,19 @@ class Lenient:
                 more = " (of further ones this process only keeps count)" if self.said == MOST_TOLD else ""
                 print(f"\nskipped: {error}{more}", file=sys.stderr, flush=True)
             return Skipped(str(error), error.reason)
+
+
+def begin(loader) -> Iterator:
+    """The batches of a DataLoader, the first of them made before this returns: if it is refused, then here and now."""
+    batches = iter(loader)
+    waiting = list(islice(batches, 1))
+
+    def made() -> Iterator:
+        while waiting:
+            yield waiting.pop()
+        yield from batches
+
+    return made()
 
 
 def apart(samples: list) -> tuple[list, list[Skipped]]:
