@@ -13,7 +13,7 @@ def main() -> None:
     if settings.question:
         answer_one(settings, settings.base)
     else:
-        print_answers({"before": run_before(settings)}, settings.show)
+        print_answers({"before": run_before(settings)}, settings.metrics, settings.show)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def main() -> None:
     if settings.question:
         answer_one(settings, settings.run)
     else:
-        compare(run_before(settings), run_after(settings), settings.at_least, settings.show)
+        compare(run_before(settings), run_after(settings), settings.metrics, settings.at_least, settings.show)
 
 
 if __name__ == "__main__":

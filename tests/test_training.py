@@ -242,3 +242,24 @@ def test_parameter_groups(tiny_path, processor):
     assert rates[f"{prefix}visual.merger.mlp.0.weight"] == (3e-4, 0.1)
     assert rates[f"{prefix}language_model.layers.0.self_attn.q_proj.bias"] == (3e-4, 0.0)
     assert rates[f"{prefix}language_model.embed_tokens.weight"] == (3e-4, 0.1)
+
+
+def test_evaluation_leaves_the_random_state_as_it_was(tiny_path, processor):
+    from torch.utils.data import DataLoader
+
+    from util.collator import Collator
+    from util.dataset import Samples, load_examples
+    from util.evaluate import evaluate_answers, evaluate_loss
+    from util.model import build_model
+    from util.vision import Budget
+
+    config = Config(device="cpu", dtype="float32", eval_data=[SHOWCASE], eval_samples=2)
+    device, budget = torch.device("cpu"), Budget(min_pixels=3136, max_pixels=3136, video_max_frames=4)
+    model = build_model(config, str(tiny_path), processor, device)
+    samples = Samples(load_examples(config.eval_data, processor), processor, budget)
+    state = torch.get_rng_state()
+    totals = evaluate_loss(model, DataLoader(samples, batch_sampler=[[0, 1], [2]], collate_fn=Collator()), device)
+    assert (totals["samples"], totals["skipped"]) == (3, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert evaluate_answers(model, processor, device, budget, samples.examples, config)["questions"] == 2
+    assert torch.equal(torch.get_rng_state(), state)

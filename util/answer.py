@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from util.config import Config, UserError
+from util.metrics import LABELS, METRICS, mean, share
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_FLAGS = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_tokens")
@@ -27,6 +28,7 @@ class Settings:
     batch_size: int
     max_new_tokens: int
     show: int
+    metrics: list[str]  # the first one is the headline
     at_least: float | None
     output_dir: Path
     budget: dict = field(default_factory=dict)
@@ -41,7 +43,7 @@ def parse_arguments(description: str, trained: bool) -> Settings:
         parser.add_argument(
             "run", nargs="?", help="run directory, checkpoint folder or hub name; default: the newest run"
         )
-        parser.add_argument("--at_least", type=float, help="exit 1 where fewer answers than this share match exactly")
+        parser.add_argument("--at_least", type=float, help="exit 1 where the first of --metrics is below this share")
     parser.add_argument("--model", dest="base", help="the untuned model; default: the one the run started from")
     parser.add_argument("--data", nargs="+", default=[str(ROOT / "test_data" / "data.json")], help="test data")
     parser.add_argument("--image", nargs="+", default=[], help="image(s) for one question of your own")
@@ -51,6 +53,8 @@ def parse_arguments(description: str, trained: bool) -> Settings:
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="precision")
     parser.add_argument("--batch_size", type=int, default=32, help="questions answered at a time")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
+    parser.add_argument("--metrics", nargs="+", choices=tuple(METRICS), metavar="METRIC",
+                        help=f"{', '.join(METRICS)}; default: what the run was evaluated by")  # fmt: skip
     parser.add_argument("--show", type=int, default=30, help="questions printed in full; all are in the .jsonl files")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "test_output", help="where the answers are written")
     for name in BUDGET_FLAGS:
@@ -69,6 +73,7 @@ def parse_arguments(description: str, trained: bool) -> Settings:
         settings.run = find_run(settings.run)
     trained_with = settings_of_run(settings.run)
     settings.base = settings.base or trained_with.get("model")
+    settings.metrics = settings.metrics or trained_with.get("eval_metrics") or Config().eval_metrics
     known = {name: trained_with[name] for name in BUDGET_FLAGS if name in trained_with}
     settings.budget = {**known, **given}
     Config(**settings.budget)  # names what cannot be
@@ -158,7 +163,7 @@ def answer_one(settings: Settings, model: str | None) -> None:
     print(ask(answerer, messages, Budget(**settings.budget), settings.max_new_tokens).strip())
 
 
-def print_answers(columns: dict[str, list], show: int) -> None:
+def print_answers(columns: dict[str, list], metrics: list[str], show: int) -> None:
     """Question, reference and the answers of each column, up to `show` questions; then the scores."""
     rows = list(zip(*columns.values(), strict=True))
     for row in rows[:show]:
@@ -166,45 +171,49 @@ def print_answers(columns: dict[str, list], show: int) -> None:
         media = f"  [{', '.join(map(str, asked.media))}]" if asked.media else ""
         print(f"{asked.where}{media}\n   question    {asked.question!r}\n  reference    {asked.reference!r}")
         for name, answer in zip(columns, row, strict=True):
-            print(f"{name:>11}  {'✓' if answer.exact_match else '✗'} {answer.answer!r}")
+            print(f"{name:>11}  {mark(answer.score(metrics[0]))} {answer.answer!r}")
         print()
     if len(rows) > show:
         print(f"... and {len(rows) - show} more (--show {len(rows)} prints them)\n")
-    print_scores(columns)
+    print_scores(columns, metrics)
 
 
-def compare(before: list, after: list, at_least: float | None, show: int) -> None:
+def mark(score: float | None) -> str:
+    """Right, wrong, or how right."""
+    return {None: "-", 0.0: "✗", 1.0: "✓"}.get(score) or f"{score:.2f}"
+
+
+def compare(before: list, after: list, metrics: list[str], at_least: float | None, show: int) -> None:
     """Print both answers to each question, the scores, and what changed; exit 1 below `at_least`."""
-    print_answers({"before": before, "after": after}, show)
-    pairs = list(zip(before, after, strict=True))
-    better = sum(new.exact_match and not old.exact_match for old, new in pairs)
-    worse = sum(old.exact_match and not new.exact_match for old, new in pairs)
-    print(f"\n{better} answers became right, {worse} became wrong, {len(pairs) - better - worse} stayed as they were")
-    score = sum(new.exact_match for new in after) / len(after)
+    print_answers({"before": before, "after": after}, metrics, show)
+    pairs = [
+        (old.score(metrics[0]) or 0.0, new.score(metrics[0]) or 0.0) for old, new in zip(before, after, strict=True)
+    ]
+    better, worse = sum(new > old for old, new in pairs), sum(new < old for old, new in pairs)
+    print(f"\n{better} answers became better, {worse} became worse, {len(pairs) - better - worse} stayed as they were")
+    score = mean([answer.score(metrics[0]) for answer in after]) or 0.0
     if at_least is not None:
         verdict = "reached" if score >= at_least else "MISSED"
-        print(f"exact match {score:.1%}, asked for at least {at_least:.1%}: {verdict}")
+        print(f"{LABELS[metrics[0]]} {score:.1%}, asked for at least {at_least:.1%}: {verdict}")
         if score < at_least:
             sys.exit(1)
 
 
-def print_scores(columns: dict[str, list]) -> None:
-    """A table: scores by column, and exact match by kind of sample where the data names kinds."""
+def print_scores(columns: dict[str, list], metrics: list[str]) -> None:
+    """A table: scores by column, and the first metric by kind of sample where the data names kinds."""
     from util.evaluate import summarise
 
-    rows = {name: summarise(answers) for name, answers in columns.items()}
+    rows = {name: summarise(answers, metrics) for name, answers in columns.items()}
     kinds = sorted({a.kind for a in next(iter(columns.values())) if a.kind})
     print(f"{'':>24}" + "".join(f"{name:>12}" for name in columns))
-    for label, key, shape in (
-        ("exact match", "exact_match", ".1%"),
-        ("token F1", "token_f1", ".1%"),
-        ("loss", "loss", ".3f"),
-    ):
-        print(f"{label:>24}" + "".join(f"{row[key]:>12{shape}}" for row in rows.values()))
+    for metric in metrics:
+        print(f"{LABELS[metric]:>24}" + "".join(f"{share(row[metric]):>12}" for row in rows.values()))
+    print(f"{'loss':>24}" + "".join(f"{row['loss']:>12.3f}" for row in rows.values()))
     for kind in kinds if len(kinds) > 1 else []:
         cells = []
         for answers in columns.values():
-            matches = [a.exact_match for a in answers if a.kind == kind]
-            cells.append(f"{sum(matches)} / {len(matches)}")
+            scores = [answer.score(metrics[0]) for answer in answers if answer.kind == kind]
+            found = [score for score in scores if score is not None]
+            cells.append(f"{sum(found):g} / {len(found)}" if {*found} <= {0.0, 1.0} else share(mean(found)))
         print(f"{kind:>24}" + "".join(f"{cell:>12}" for cell in cells))
     print(f"{'questions':>24}" + "".join(f"{row['questions']:>12}" for row in rows.values()))

@@ -275,9 +275,9 @@ def resolve_resume(config: Config, latest: Path) -> Path | None:
 
 # What may change when a run goes on: where and how it computes, not what.
 HARMLESS = {"output_dir", "micro_batch_size", "max_tokens", "device", "attention", "activation_checkpointing",
-            "compile", "check_memory", "eval_data", "eval_every", "eval_samples", "save_every", "keep", "sharding",
-            "shard_group_size", "resume", "resume_anyway", "num_workers", "fetch_concurrency", "fetch_retries",
-            "fetch_timeout", "cache_dir", "cache_max_gib"}  # fmt: skip
+            "compile", "check_memory", "eval_data", "eval_every", "eval_samples", "eval_metrics", "save_every", "keep",
+            "sharding", "shard_group_size", "resume", "resume_anyway", "num_workers", "fetch_concurrency",
+            "fetch_retries", "fetch_timeout", "cache_dir", "cache_max_gib"}  # fmt: skip
 
 
 def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:

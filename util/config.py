@@ -11,6 +11,7 @@ from util.bad_samples import SampleSettings
 from util.cache import CacheSettings
 from util.command_line import UserError, parse, run_command, setting
 from util.fetch import FetchSettings
+from util.metrics import MetricSettings
 
 __all__ = ["OFFICIAL_MODEL", "Config", "UserError", "parse_arguments", "run_command"]
 
@@ -18,7 +19,7 @@ OFFICIAL_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 
 
 @dataclass
-class Config(FetchSettings, CacheSettings, SampleSettings):
+class Config(FetchSettings, CacheSettings, SampleSettings, MetricSettings):
     # fmt: off
     model: str | None = setting(None, f"checkpoint directory, hub name or `tiny`; default: {OFFICIAL_MODEL} on a GPU, tiny without one")
     data: list[str] = setting(["train_data/data.json"], "training data, .json or .jsonl, one or several files")
@@ -102,6 +103,8 @@ class Config(FetchSettings, CacheSettings, SampleSettings):
         for part in ("vision", "merger"):
             if part in self.freeze and getattr(self, f"{part}_learning_rate") is not None:
                 found.append(f"--{part}_learning_rate is given, but --freeze {part} trains none of it")
+        if not self.eval_metrics:
+            found.append("--eval_metrics: name at least one")
         if self.eval_samples and not self.eval_data:
             found.append(f"--eval_samples {self.eval_samples} needs --eval_data")
         on_cpu = self.device == "cpu"

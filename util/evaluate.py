@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import takewhile
@@ -16,10 +15,11 @@ from transformers import GenerationConfig
 
 from util import conversation, ranks, vision
 from util.collator import Batch, Collator
-from util.config import UserError
+from util.config import Config, UserError
 from util.dataset import Example, Sample, Samples
 from util.loss import PackedLoss
 from util.media import MediaReader
+from util.metrics import METRICS, mean
 from util.model import choose_attention, load_weights, set_attention, whole_weights
 
 BATCH_SIZE = 32  # questions answered at a time while training
@@ -31,32 +31,34 @@ def evaluate_loss(model: nn.Module, loader: DataLoader, device: torch.device) ->
     """Of all the loader's batches: "loss_sum", the cross-entropies of all supervised tokens, and `Batch.counts`."""
     model.eval()
     loss_sum, counts = torch.zeros((), dtype=torch.float64, device=device), Counter(Collator()([]).counts)
-    for batch in loader:
-        loss_sum += model(batch.to(device))
-        counts.update(batch.counts)
+    with torch.random.fork_rng(devices=[]):  # a loader draws a seed; training goes on as if it had not
+        for batch in loader:
+            loss_sum += model(batch.to(device))
+            counts.update(batch.counts)
     model.train()
     return {"loss_sum": loss_sum.item(), **counts}
 
 
 def evaluate_answers(
-    model: PackedLoss, processor, device: torch.device, budget: vision.Budget, examples: list[Example], most: int
-) -> dict[str, float]:
-    """Scores of what a model in training answers, at most `MOST_NEW_TOKENS` long, to `most` questions spread evenly.
+    model: PackedLoss, processor, device: torch.device, budget: vision.Budget, examples: list[Example], config: Config
+) -> dict[str, float | None]:
+    """`config.eval_metrics` of what a model in training answers, at most `MOST_NEW_TOKENS` long, to
+    `config.eval_samples` questions spread evenly; {} where that is 0.
 
-    Of several ranks each answers its share, at its own pace, and all get the scores of all. {} where `most` is 0.
+    Of several ranks each answers its share, at its own pace, and all get the scores of all.
     """
-    if not most:
+    if not config.eval_samples:
         return {}
     questions = questions_of(examples)
     rank, size = ranks.rank_and_size()
-    most = min(most, len(questions))
+    most = min(config.eval_samples, len(questions))
     chosen = [questions[i * len(questions) // most] for i in range(most)]
     model.eval()
     with whole_weights(model):
         answerer, title = Answerer(model, processor, device), "answering held-out questions" if rank == 0 else None
         answers = answer_all(answerer, chosen[rank::size], budget, BATCH_SIZE, MOST_NEW_TOKENS, title)
     model.train()
-    return summarise([answer for share in ranks.gather(answers) for answer in share])
+    return summarise([answer for share in ranks.gather(answers) for answer in share], config.eval_metrics)
 
 
 # ---- questions and answers ------------------------------------------------------------------------------------------
@@ -72,9 +74,11 @@ class Answer:
     media: list[str]
     reference: str
     answer: str
-    exact_match: bool
-    token_f1: float
     loss: float  # mean cross-entropy of the reference's tokens
+
+    def score(self, metric: str) -> float | None:
+        """From 0 to 1; None where the reference is nothing that `metric` measures."""
+        return METRICS[metric](self.answer, self.reference)
 
 
 def questions_of(examples: list[Example]) -> list[Example]:
@@ -183,12 +187,12 @@ def answer_all(
     loader = DataLoader(samples, batch_sampler=batches, collate_fn=list)
     answers: dict[int, Answer] = {}
     shown = {"desc": title, "unit": " answers", "dynamic_ncols": True, "leave": False, "disable": title is None}
-    with tqdm(total=len(samples), **shown) as bar:
+    with tqdm(total=len(samples), **shown) as bar, torch.random.fork_rng(devices=[]):
         for indices, pairs in zip(batches, loader, strict=True):
             texts = answerer.answers([prompt for prompt, _ in pairs], max_new_tokens)
             losses = answerer.losses([whole for _, whole in pairs])
             for index, text, loss in zip(indices, texts, losses, strict=True):
-                answers[index] = score(questions[index], text, loss)
+                answers[index] = answer_of(questions[index], text, loss)
             bar.update(len(indices))
     return [answers[index] for index in range(len(samples))]
 
@@ -206,43 +210,17 @@ def ask(answerer: Answerer, messages: list[dict], budget: vision.Budget, max_new
 # ---- scores ---------------------------------------------------------------------------------------------------------
 
 
-def score(question: Example, text: str, loss: float) -> Answer:
+def answer_of(question: Example, text: str, loss: float) -> Answer:
     reference = conversation.text_of(question.messages[-1]["content"])
     media = [item[item["type"]] for item in question.media]
     asked = conversation.text_of(question.messages[-2]["content"])
-    matches, overlap = exact_match(text, reference), token_f1(text, reference)
-    return Answer(question.where, question.kind, asked, media, reference, text, matches, overlap, loss)
+    return Answer(question.where, question.kind, asked, media, reference, text, loss)
 
 
-def exact_match(answer: str, reference: str) -> bool:
-    """Equal up to white space at the ends."""
-    return answer.strip() == reference.strip()
-
-
-def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over words (as SQuAD, arXiv 1606.05250); a CJK character is a word."""
-    got, wanted = words(answer), words(reference)
-    if not got or not wanted:
-        return float(got == wanted)
-    common = sum((Counter(got) & Counter(wanted)).values())
-    return 2 * common / (len(got) + len(wanted))
-
-
-def words(text: str) -> list[str]:
-    return re.findall(
-        r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+", text.lower()
-    )
-
-
-def summarise(answers: list[Answer]) -> dict[str, float]:
-    """Means over all answers; the loss weighs every question alike."""
-    count = len(answers)
-    return {
-        "questions": count,
-        "exact_match": sum(a.exact_match for a in answers) / count,
-        "token_f1": sum(a.token_f1 for a in answers) / count,
-        "loss": sum(a.loss for a in answers) / count,
-    }
+def summarise(answers: list[Answer], metrics: list[str]) -> dict[str, float | None]:
+    """Means over the answers a metric says something of; the loss weighs every question alike."""
+    means = {metric: mean([answer.score(metric) for answer in answers]) for metric in metrics}
+    return {"questions": len(answers), **means, "loss": mean([answer.loss for answer in answers])}
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from util import bad_samples, flops, memory
 from util.config import Config, UserError
 from util.memory import GIB
+from util.metrics import LABELS, share
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "train_output"
@@ -108,7 +109,8 @@ class Run:
         self.write({"step": step, **{f"eval_{key}": value for key, value in values.items()}})
         text = f"step {step}: loss on held-out data {loss:.4f}"
         if scores:
-            text += f"; {scores['questions']} answers: exact match {scores['exact_match']:.1%}"
+            shown = ", ".join(f"{LABELS[name]} {share(scores[name])}" for name in self.config.eval_metrics)
+            text += f"; {scores['questions']} answers: {shown}"
         if skipped:
             text += f"; held-out samples left out: {bad_samples.describe(left_out.reasons)}"
         self.say(text)

@@ -1,0 +1,145 @@
+"""Scores of an answer against its reference, both as text: each from 0 to 1, or None where it says nothing.
+
+Only the standard library is imported here, because the names of the metrics are part of the command line.
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from util.command_line import setting
+
+Metric = Literal["exact_match", "token_f1", "relaxed_accuracy", "anls", "box_iou"]
+
+
+@dataclass
+class MetricSettings:
+    eval_metrics: list[Metric] = setting(
+        ["exact_match", "token_f1"], "scores of answers; the first one is the headline"
+    )
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """Equal up to white space at the ends."""
+    return float(answer.strip() == reference.strip())
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of precision and recall over words (as SQuAD, arXiv 1606.05250); a CJK character is a word."""
+    got, wanted = words(answer), words(reference)
+    if not got or not wanted:
+        return float(got == wanted)
+    common = sum((Counter(got) & Counter(wanted)).values())
+    return 2 * common / (len(got) + len(wanted))
+
+
+def words(text: str) -> list[str]:
+    return re.findall(
+        r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+", text.lower()
+    )
+
+
+# ---- charts ---------------------------------------------------------------------------------------------------------
+
+
+def relaxed_accuracy(answer: str, reference: str) -> float:
+    """ChartQA's measure (arXiv 2203.10244, section 5.1): a number within 5 % of the reference's, other text exactly.
+
+    As the evaluation in common use has it (google-research/pix2struct, metrics.py): "12%" is the number 0.12, a
+    thousands separator makes "1,234" text, a reference of zero is compared as text, and case does not matter.
+    """
+    number, target = number_of(answer.strip()), number_of(reference.strip())
+    if number is None or not target:
+        return float(answer.strip().lower() == reference.strip().lower())
+    return float(abs(number - target) / abs(target) <= 0.05)
+
+
+def number_of(text: str) -> float | None:
+    """A decimal number, a percentage as a share of 1; None for anything else."""
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?%?", text.lower(), re.ASCII):
+        return None
+    number = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    return number if math.isfinite(number) else None
+
+
+# ---- documents ------------------------------------------------------------------------------------------------------
+
+
+def anls(answer: str, reference: str) -> float:
+    """Normalised Levenshtein similarity (Biten et al., arXiv 1905.13648, section 5): 1 - distance / longer length, and
+    0 where the distance is half that length or more. Case and runs of white space do not matter."""
+    one, other = (" ".join(text.lower().split()) for text in (answer, reference))
+    if one == other:
+        return 1.0
+    distance = edit_distance(one, other) / max(len(one), len(other))
+    return 1 - distance if distance < 0.5 else 0.0
+
+
+def edit_distance(one: str, other: str) -> int:
+    """Insertions, deletions and replacements of single characters that make one text the other (Levenshtein, 1966)."""
+    row = list(range(len(other) + 1))
+    for number, character in enumerate(one, 1):
+        diagonal, row[0] = row[0], number
+        for column, wanted in enumerate(other, 1):
+            diagonal, row[column] = (
+                row[column],
+                min(row[column] + 1, row[column - 1] + 1, diagonal + (character != wanted)),
+            )
+    return row[-1]
+
+
+# ---- boxes ----------------------------------------------------------------------------------------------------------
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2, in any one unit
+
+
+def box_iou(answer: str, reference: str) -> float | None:
+    """Mean intersection over union of the boxes of both, matched one to one, best pairs first; a box without a partner
+    counts 0. None where the reference has no box."""
+    got, wanted = boxes_of(answer), boxes_of(reference)
+    if not wanted:
+        return None
+    pairs = sorted(((-iou(a, b), i, j) for i, a in enumerate(got) for j, b in enumerate(wanted)))
+    total, used, matched = 0.0, set(), set()
+    for overlap, i, j in pairs:
+        if i not in used and j not in matched:
+            total, used, matched = total - overlap, used | {i}, matched | {j}
+    return total / max(len(got), len(wanted))
+
+
+def boxes_of(text: str) -> list[Box]:
+    """The boxes that Qwen2-VL writes: (x1,y1),(x2,y2), in thousandths of the image's width and height."""
+    number, found = r"\s*(-?\d{1,6})\s*", []
+    for corners in re.findall(rf"\({number},{number}\)\s*,\s*\({number},{number}\)", text, re.ASCII):
+        found.append(tuple(float(value) for value in corners))
+    return found
+
+
+def iou(one: Box, other: Box) -> float:
+    """Area of the intersection / area of the union; 0 for a box without an area."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    areas = [max(0.0, x2 - x1) * max(0.0, y2 - y1) for x1, y1, x2, y2 in (one, other)]
+    common = max(0.0, width) * max(0.0, height) if all(areas) else 0.0
+    return common / (sum(areas) - common) if common else 0.0
+
+
+# ---- by name --------------------------------------------------------------------------------------------------------
+
+METRICS = {"exact_match": exact_match, "token_f1": token_f1, "relaxed_accuracy": relaxed_accuracy, "anls": anls,
+           "box_iou": box_iou}  # fmt: skip
+LABELS = {"exact_match": "exact match", "token_f1": "token F1", "relaxed_accuracy": "relaxed accuracy", "anls": "ANLS",
+          "box_iou": "box IoU"}  # fmt: skip
+
+
+def share(value: float | None) -> str:
+    """A score as people read it."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def mean(values: list[float | None]) -> float | None:
+    """Of the values that there are."""
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None
