@@ -1,5 +1,6 @@
 """finetune_distributed.py on 2 and 4 real processes (gloo, CPU): the same losses and weights as finetune.py."""
 
+import itertools
 import json
 import os
 import random
@@ -268,6 +269,25 @@ def test_dealing_is_balanced_complete_and_the_same_everywhere():
         assert max(loads) <= max(1.05 * sum(loads) / ranks, max(costs)), (
             "the slowest rank has at most its one big sample"
         )
+
+
+def test_no_dealing_beats_the_bound_of_the_benchmark():
+    """Every way to deal a few samples, against benchmarks/balance.py's bound; ours is at most a third worse (Graham)."""
+    from benchmarks.balance import lower_bound
+    from util.distributed import deal
+
+    generator, reached = random.Random(0), 0
+    for _ in range(100):
+        costs = [generator.choice([1.0, 2.0, 5.0, 9.0, 10.0]) for _ in range(generator.randrange(3, 8))]
+        ranks = generator.randrange(2, 4)
+        ways = itertools.product(range(ranks), repeat=len(costs))
+        best = min(
+            max(sum(c for c, r in zip(costs, way, strict=True) if r == rank) for rank in range(ranks)) for way in ways
+        )
+        assert lower_bound(costs, ranks) <= best
+        assert best <= max(sum(costs[i] for i in hand) for hand in deal(costs, ranks)) <= best * 4 / 3
+        reached += lower_bound(costs, ranks) == best
+    assert reached > 50, "a bound that is never reached says little"
 
 
 def test_the_two_scripts_differ_in_few_lines():

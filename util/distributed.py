@@ -123,10 +123,10 @@ def deal(costs: list[float], ranks: int) -> list[list[int]]:
     rank with least so far (Graham's LPT rule, 1969). The same answer on every rank."""
     heap = [(0.0, rank) for rank in range(ranks)]
     dealt: list[list[int]] = [[] for _ in range(ranks)]
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        load, rank = heapq.heappop(heap)
+    for index in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):  # of equals, the first stays first
+        load, rank = heap[0]
         dealt[rank].append(index)
-        heapq.heappush(heap, (load + costs[index], rank))
+        heapq.heapreplace(heap, (load + costs[index], rank))
     return dealt
 
 
