@@ -1,12 +1,14 @@
 """The memory forecast against what autograd really keeps for the backward pass."""
 
 import copy
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2VLForConditionalGeneration
 
 from tests.official import official_config
@@ -14,9 +16,10 @@ from util import memory
 from util.collator import Collator
 from util.config import Config
 from util.conversation import Encoded
-from util.dataset import Sample, Size
-from util.model import prepare_model
-from util.vision import Grid, Medium
+from util.dataset import Sample, Samples, Size, load_examples
+from util.model import build_model, load_config, prepare_model
+from util.optimizer import build_optimizer, clip_gradient
+from util.vision import Budget, Grid, Medium
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,8 +55,50 @@ def test_activations_are_forecast_within_15_percent(dtype, frozen, processor):
     config = Config(device="cpu", dtype=dtype, freeze=frozen)
     measured = kept_for_backward(config, model_config, processor, samples)
     size = Size(399 + grid.tokens, 50, [grid])
-    forecast = sum(memory.activations(model_config, config, getattr(torch, dtype), [size, size]))
+    forecast = sum(memory.activations(model_config, config, getattr(torch, dtype), [size, size])[:2])
     assert forecast == pytest.approx(measured, rel=0.15)
+
+
+PEAKS = {
+    "all trained": {},
+    "checkpointing": {"activation_checkpointing": "full"},
+    "frozen tower": {"freeze": ["vision"]},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_the_peak_of_a_step_is_forecast_within_15_percent(name, tiny_path, processor):
+    """Against every allocation of a whole step on the CPU, as PyTorch's profiler counts them."""
+    config = Config(**{"device": "cpu", "dtype": "float32", **PEAKS[name]})
+    model_config, budget = (
+        load_config(str(tiny_path)),
+        Budget(min_pixels=3136, max_pixels=28 * 28 * 64, video_max_frames=4),
+    )
+    samples = Samples(load_examples([str(ROOT / "train_data" / "data.json")], processor), processor, budget)
+    batch, sizes = Collator()([samples[i] for i in range(16)]), [samples.size(i) for i in range(16)]
+    model = build_model(config, str(tiny_path), processor, CPU)
+    optimizer = build_optimizer(model, config)
+
+    def step() -> None:
+        (model(batch) / len(batch.target_ids)).backward()
+        clip_gradient(model, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # makes the moments
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
+    states = [
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    ]
+    measured = max(held) + sum(tensor.nbytes for tensor in [*model.parameters(), *states])
+    parts = memory.forecast(
+        model_config, memory.count_parameters(model_config), config, getattr(torch, config.dtype), [sizes]
+    )
+    assert sum(parts.values()) == pytest.approx(measured, rel=0.15), parts
 
 
 def test_states_are_16_bytes_per_parameter():

@@ -55,12 +55,13 @@ def forecast(
         # the root's copies stay for the whole step, a layer's while it or its neighbour works
         parts["copies at work"] = dtype.itemsize * (total - counts["all_layers"] + 2 * counts["largest_layer"])
     needs = [activations(model_config, config, dtype, sizes) for sizes in micro_batches]
-    parts["activations"], parts["logits"] = max(needs, key=sum, default=(0, 0))
+    parts["activations"], parts["logits"], parts["working memory"] = max(needs, key=sum, default=(0, 0, 0))
     return parts
 
 
-def activations(model_config, config: Config, dtype: torch.dtype, sizes: list[Size]) -> tuple[float, float]:
-    """Bytes of activations and of logits that one packed micro-batch keeps for its backward pass."""
+def activations(model_config, config: Config, dtype: torch.dtype, sizes: list[Size]) -> tuple[float, float, float]:
+    """Bytes of activations and of logits that one packed micro-batch keeps for its backward pass; and of the gradients
+    of activations that its largest layer holds during it, which is where memory peaks."""
     text, tower = model_config.text_config, model_config.vision_config
     compute, wide = dtype.itemsize, max(4, dtype.itemsize)
     tokens, patches = sum(s.tokens for s in sizes), sum(grid.patches for s in sizes for grid in s.grids)
@@ -74,12 +75,19 @@ def activations(model_config, config: Config, dtype: torch.dtype, sizes: list[Si
     block = compute * tower.embed_dim * (10 + 3 * tower.mlp_ratio)
     depth, blocks = text.num_hidden_layers, tower.depth
     blocks_kept = 0 if "vision" in config.freeze else blocks  # a frozen tower keeps nothing
+    patch = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+    # memory peaks at the MLP's product: the gradients of it, its factors and the residual, less what is freed by then
+    working = compute * tokens * (2 * inner + 4 * width)
     if config.activation_checkpointing == "full":  # each layer's input, and all of the one that is being recomputed
         kept = compute * (width * depth * tokens + tower.embed_dim * blocks_kept * patches)
-        kept += max(layer * tokens, block * patches if blocks_kept else 0)
+        block_working = compute * patches * tower.embed_dim * (tower.mlp_ratio + 1)
+        recomputed = [(layer * tokens, working), (block * patches, block_working)][: 2 if blocks_kept else 1]
+        most, working = max(recomputed, key=sum)
+        kept += most
     else:
         kept = layer * depth * tokens + block * blocks_kept * patches
-    return kept, supervised * text.vocab_size * (compute + 2 * wide)
+    kept += compute * patch * patches if blocks_kept else 0  # what the patch embedding has read
+    return kept, supervised * text.vocab_size * (compute + 2 * wide), working
 
 
 def check(
