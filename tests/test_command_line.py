@@ -192,13 +192,18 @@ def test_work_is_counted_as_calculated_by_hand(size, language, quadratic, head):
     assert flops["vision"] == pytest.approx(1.2613e9 * 5476 + 163840 * 5476**2, rel=1e-3)
 
 
-def test_out_of_memory_names_what_helps(capsys):
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_out_of_memory_names_what_helps(device, capsys):
     import torch
 
     def train() -> None:
-        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        if device == "cuda":
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        torch.empty(2**45)
 
     with pytest.raises(SystemExit) as ended:
         run_command(train)
     assert ended.value.code == 1
-    assert "--activation_checkpointing full" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--activation_checkpointing full" in said
+    assert "--resume auto" in said

@@ -131,9 +131,11 @@ def run_command(command: Callable, *arguments) -> None:
         if re.search(r"DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)):
             end(f"{str(error).splitlines()[0]}\na data worker was killed, most often because memory ran out: fewer "
                 "--num_workers, a smaller --max_pixels or --video_max_tokens; go on with --resume auto", 1)  # fmt: skip
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, named so that this file need not import torch
+        # torch's, named so that this file need not import torch; on a CPU it is a RuntimeError like others
+        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error):
             end(f"{error}\nout of memory on the device. What helps: --micro_batch_size 1 or a smaller --max_tokens, "
-                "--activation_checkpointing full, a smaller --max_pixels, --freeze vision", 1)  # fmt: skip
+                "--activation_checkpointing full, a smaller --max_pixels, --freeze vision; "
+                "go on with --resume auto", 1)  # fmt: skip
         if "TORCHELASTIC_ERROR_FILE" not in os.environ:
             raise
         end(traceback.format_exc(), 1)
