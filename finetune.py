@@ -81,7 +81,7 @@ def train(config: Config) -> str:
 
     def evaluate(step: int) -> float:
         totals = evaluate_loss(model, load(held_out, held_out_plan), device)
-        scores = evaluate_answers(model, processor, device, budget, held_out.examples, config)
+        scores = evaluate_answers(model, held_out, device, config)
         run.log_evaluation(step, totals, scores)
         return totals["loss_sum"] / (totals["supervised_tokens"] or float("nan"))
 

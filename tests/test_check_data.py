@@ -277,12 +277,13 @@ def test_held_out_samples_that_are_gone_are_left_out_and_said(train, folder, mon
             )
         lines, said = train(
             write(folder, good(range(2)), "train.json"), on_bad_sample="skip", max_steps=1, eval_data=[held[name]],
-            eval_samples=0, output_dir=str(folder / name),
+            eval_samples=6, output_dir=str(folder / name),
         )  # fmt: skip
         (found[name],) = [line for line in lines if "eval_loss" in line]
     assert found["whole"]["eval_loss"] == pytest.approx(found["others"]["eval_loss"], abs=1e-6)
     assert found["whole"]["eval_skipped"] == found["whole"]["eval_skipped_no_such_file"] == 4
     assert "eval_skipped" not in found["others"]
+    assert found["whole"]["eval_questions"] == found["others"]["eval_questions"] == 2
     assert "held-out samples left out: 4 no such file" in said
 
 

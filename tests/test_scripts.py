@@ -275,16 +275,16 @@ def test_the_run_opens_in_plain_transformers_and_answers_the_same(run, tmp_path)
 
 def test_batched_answers_equal_answers_one_by_one(run):
     from util.dataset import load_examples
-    from util.evaluate import Answerer, answer_all, questions_of
+    from util.evaluate import Answerer, QuestionSamples, answer_all, questions_of
     from util.model import load_processor
     from util.vision import Budget
 
     processor = load_processor(str(run))
-    questions = questions_of(load_examples([str(ROOT / "test_data" / "data.json")], processor))
-    budget = Budget(max_pixels=50176, video_max_frames=4)
+    examples = questions_of(load_examples([str(ROOT / "test_data" / "data.json")], processor))
+    questions = QuestionSamples(examples, processor, Budget(max_pixels=50176, video_max_frames=4))
     answerer = Answerer.load(str(run), processor, torch.device("cpu"), torch.float32)
-    together = answer_all(answerer, questions, budget, 16, 12, "together")
-    alone = answer_all(answerer, questions, budget, 1, 12, "alone")
+    together = answer_all(answerer, questions, 16, 12, "together")
+    alone = answer_all(answerer, questions, 1, 12, "alone")
     assert [a.answer for a in together] == [a.answer for a in alone]
     assert [a.loss for a in together] == pytest.approx([a.loss for a in alone], abs=1e-4)
 

@@ -261,5 +261,5 @@ def test_evaluation_leaves_the_random_state_as_it_was(tiny_path, processor):
     totals = evaluate_loss(model, DataLoader(samples, batch_sampler=[[0, 1], [2]], collate_fn=Collator()), device)
     assert (totals["samples"], totals["skipped"]) == (3, 0)
     assert torch.equal(torch.get_rng_state(), state)
-    assert evaluate_answers(model, processor, device, budget, samples.examples, config)["questions"] == 2
+    assert evaluate_answers(model, samples, device, config)["questions"] == 2
     assert torch.equal(torch.get_rng_state(), state)

@@ -137,7 +137,11 @@ def answers_of(settings: Settings, model: str | None, name: str, reuse: bool) ->
         return known
     answerer = load_answerer(settings, path, processor)
     answers = evaluate.answer_all(
-        answerer, questions, budget, settings.batch_size, settings.max_new_tokens, f"{name}: {Path(path).name}"
+        answerer,
+        evaluate.QuestionSamples(questions, processor, budget),
+        settings.batch_size,
+        settings.max_new_tokens,
+        f"{name}: {Path(path).name}",
     )
     evaluate.write_answers(file, made_from, answers)
     return answers

@@ -14,9 +14,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from util import conversation, ranks, vision
+from util.bad_samples import Lenient, Skipped
 from util.collator import Batch, Collator
 from util.config import Config, UserError
-from util.dataset import Example, Sample, Samples
+from util.dataset import Example, Examples, Sample, Samples
+from util.lines import DataError
 from util.loss import PackedLoss
 from util.media import MediaReader
 from util.metrics import METRICS, mean
@@ -40,7 +42,7 @@ def evaluate_loss(model: nn.Module, loader: DataLoader, device: torch.device) ->
 
 
 def evaluate_answers(
-    model: PackedLoss, processor, device: torch.device, budget: vision.Budget, examples: list[Example], config: Config
+    model: PackedLoss, held_out: Samples, device: torch.device, config: Config
 ) -> dict[str, float | None]:
     """`config.eval_metrics` of what a model in training answers, at most `MOST_NEW_TOKENS` long, to
     `config.eval_samples` questions spread evenly; {} where that is 0.
@@ -49,14 +51,16 @@ def evaluate_answers(
     """
     if not config.eval_samples:
         return {}
-    questions = questions_of(examples)
+    questions = questions_of(held_out.examples, config.on_bad_sample)
     rank, size = ranks.rank_and_size()
     most = min(config.eval_samples, len(questions))
     chosen = [questions[i * len(questions) // most] for i in range(most)]
     model.eval()
     with whole_weights(model):
-        answerer, title = Answerer(model, processor, device), "answering held-out questions" if rank == 0 else None
-        answers = answer_all(answerer, chosen[rank::size], budget, BATCH_SIZE, MOST_NEW_TOKENS, title)
+        answerer, title = Answerer(model, held_out.processor, device), "answering held-out questions"
+        own = QuestionSamples(chosen[rank::size], held_out.processor, held_out.budget, held_out.reader)
+        shown = title if rank == 0 else None
+        answers = answer_all(answerer, own, BATCH_SIZE, MOST_NEW_TOKENS, shown, config.on_bad_sample)
     model.train()
     return summarise([answer for share in ranks.gather(answers) for answer in share], config.eval_metrics)
 
@@ -81,11 +85,11 @@ class Answer:
         return METRICS[metric](self.answer, self.reference)
 
 
-def questions_of(examples: list[Example]) -> list[Example]:
+def questions_of(examples: Examples, on_bad_sample: str = "stop") -> list[Example]:
     """Every assistant message is a question: the conversation up to and with it, earlier answers as given."""
-    questions = []
-    left_out = getattr(examples, "left_out", ())  # by --on_bad_sample skip
-    for example in (examples[index] for index in range(len(examples)) if index not in left_out):
+    questions, readable = [], Lenient(examples, on_bad_sample)
+    found = (readable[index] for index in range(len(examples)) if index not in examples.left_out)
+    for example in (example for example in found if not isinstance(example, Skipped)):
         turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
         for number, turn in enumerate(turns):
             where = example.where + (f", turn {number}" if len(turns) > 1 else "")
@@ -173,28 +177,42 @@ class QuestionSamples(Samples):
 
 def answer_all(
     answerer: Answerer,
-    questions: list[Example],
-    budget: vision.Budget,
+    questions: QuestionSamples,
     batch_size: int,
     max_new_tokens: int,
     title: str | None,
+    on_bad_sample: str = "stop",
 ) -> list[Answer]:
-    """Answer and score every question, in batches of like length, returned in the order asked. No bar without title."""
-    samples = QuestionSamples(questions, answerer.processor, budget)
-    sizes = [samples.size(index).tokens for index in range(len(samples))]
-    order = sorted(range(len(samples)), key=lambda index: -sizes[index])
+    """Answer every question, in batches of like length; the answers in the order asked. No bar without title.
+
+    A question whose media cannot be read raises DataError; with `on_bad_sample` "skip" it is said and has no answer.
+    """
+    sizes = [size_of(questions, index, on_bad_sample) for index in range(len(questions))]
+    order = sorted(range(len(questions)), key=lambda index: -sizes[index])
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    loader = DataLoader(samples, batch_sampler=batches, collate_fn=list)
+    loader = DataLoader(Lenient(questions, on_bad_sample), batch_sampler=batches, collate_fn=list)
     answers: dict[int, Answer] = {}
     shown = {"desc": title, "unit": " answers", "dynamic_ncols": True, "leave": False, "disable": title is None}
-    with tqdm(total=len(samples), **shown) as bar, torch.random.fork_rng(devices=[]):
-        for indices, pairs in zip(batches, loader, strict=True):
-            texts = answerer.answers([prompt for prompt, _ in pairs], max_new_tokens)
-            losses = answerer.losses([whole for _, whole in pairs])
-            for index, text, loss in zip(indices, texts, losses, strict=True):
-                answers[index] = answer_of(questions[index], text, loss)
+    with tqdm(total=len(questions), **shown) as bar, torch.random.fork_rng(devices=[]):
+        for indices, loaded in zip(batches, loader, strict=True):
+            there = {i: pair for i, pair in zip(indices, loaded, strict=True) if not isinstance(pair, Skipped)}
+            if there:
+                texts = answerer.answers([prompt for prompt, _ in there.values()], max_new_tokens)
+                losses = answerer.losses([whole for _, whole in there.values()])
+                for index, text, loss in zip(there, texts, losses, strict=True):
+                    answers[index] = answer_of(questions.examples[index], text, loss)
             bar.update(len(indices))
-    return [answers[index] for index in range(len(samples))]
+    return [answers[index] for index in sorted(answers)]
+
+
+def size_of(questions: QuestionSamples, index: int, on_bad_sample: str) -> int:
+    """Tokens of a question; 0 for one that will be skipped."""
+    try:
+        return questions.size(index).tokens
+    except DataError:
+        if on_bad_sample == "stop":
+            raise
+        return 0
 
 
 def ask(answerer: Answerer, messages: list[dict], budget: vision.Budget, max_new_tokens: int) -> str:
