@@ -207,7 +207,8 @@ def test_weights_in_several_files_are_read(two_ranks):
 @pytest.mark.slow
 def test_compiled_layers_give_the_same(two_ranks, tiny_path, data, tmp_path):
     torchrun(2, [settings(tiny_path, data["showcase"], tmp_path / "run", compile=True)], tmp_path)
-    assert metrics(tmp_path / "run") == pytest.approx(metrics(two_ranks / "full"), abs=1e-9)
+    # the norms of transformers' modules compute in float32, and fused code rounds there in another order
+    assert metrics(tmp_path / "run") == pytest.approx(metrics(two_ranks / "full"), rel=1e-6)
 
 
 @pytest.mark.parametrize(
