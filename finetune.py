@@ -60,7 +60,7 @@ def train(config: Config) -> str:
 
     # ---- the plan, before anything is loaded or written
     run = Run(config, device, resumed)
-    counts = memory.count_parameters(model_config)
+    counts = memory.count_parameters(model_config, config)
     heaviest = [[sizes[i] for i in micro] for _, step in steps for micro in step]
     needs = memory.forecast(model_config, counts, config, dtype, heaviest)
     print_plan(config, run.directory, path, device, dtype, counts, needs, sizes, len(orders[0]), steps, workers)
@@ -113,7 +113,7 @@ def train(config: Config) -> str:
 
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         values["data_seconds"] = round(data_seconds, 4)
-        work = flops.training_flops(model_config, [sizes[i] for micro in step for i in micro], config.freeze)
+        work = flops.training_flops(model_config, [sizes[i] for micro in step for i in micro], config)
         run.log_step({"step": number, "epoch": epoch, **values, **totals, **reader.statistics()}, work)
 
         is_last, state = number == len(steps), {"step": number}

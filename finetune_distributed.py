@@ -63,7 +63,7 @@ def train(config: Config) -> str:
 
     # ---- the plan, before anything is loaded or written
     run = distributed.open_run(config, resumed, world)
-    counts = memory.count_parameters(model_config)
+    counts = memory.count_parameters(model_config, config)
     heaviest = [[sizes[i] for i in micro] for _, step in steps for micro in step]
     shards = distributed.shard_group(config, world)
     needs = memory.forecast(model_config, counts, config, dtype, heaviest, shards)
@@ -124,7 +124,7 @@ def train(config: Config) -> str:
 
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         values["data_seconds"] = round(data_seconds, 4)
-        work = flops.training_flops(model_config, [sizes[i] for micro in step for i in micro], config.freeze)
+        work = flops.training_flops(model_config, [sizes[i] for micro in step for i in micro], config)
         run.log_step({"step": number, "epoch": epoch, **values, **totals, **reader.statistics()}, work)
         watch.end(work, data_seconds)
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.report import origin, write_result
 from tests.official import official_config
+from util.config import Config
 from util.dataset import Size
 from util.distributed import deal
 from util.flops import training_flops
@@ -72,7 +73,7 @@ def main() -> None:
         for per_rank in arguments.samples_per_rank:
             dealt, bound, plain, seconds = [], [], [], []
             for _ in range(arguments.steps):
-                costs = [training_flops(config, [draw(generator, budget)], []) for _ in range(ranks * per_rank)]
+                costs = [training_flops(config, [draw(generator, budget)], Config()) for _ in range(ranks * per_rank)]
                 began = time.perf_counter()
                 hands = deal(costs, ranks)
                 seconds.append(time.perf_counter() - began)

@@ -297,7 +297,7 @@ def drawn_imbalance(ranks: int, samples_per_rank: int, steps: int = 20) -> float
     """The same for numbers of samples that balance.json does not hold: drawn and dealt here."""
     generator, config, values = random.Random(0), official_config("2b"), []
     for _ in range(steps):
-        costs = [training_flops(config, [draw(generator, Budget())], []) for _ in range(ranks * samples_per_rank)]
+        costs = [training_flops(config, [draw(generator, Budget())], Config()) for _ in range(ranks * samples_per_rank)]
         values.append(unevenness(deal(costs, ranks), costs))
     return statistics.mean(values)
 
@@ -321,7 +321,7 @@ def rows_of(size: str, samples_of: dict[int, int], imbalance_of, hardware: Hardw
             micro_batches = fewest_micro_batches(units, model_config, SAMPLE, samples, sharding, group, hardware)
             if micro_batches is None:
                 continue
-            flops, uneven = samples * training_flops(model_config, [SAMPLE], []), imbalance_of(ranks, samples)
+            flops, uneven = samples * training_flops(model_config, [SAMPLE], Config()), imbalance_of(ranks, samples)
             arguments = (units, flops, sharding, ranks, group, micro_batches, hardware)
             row = {"model": size, "ranks": ranks, "sharding": label, "samples_per_rank": samples,
                    "micro_batches": micro_batches, "state_bytes": state_bytes(units, group),

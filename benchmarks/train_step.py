@@ -363,7 +363,7 @@ def main(arguments: list[str]) -> None:
     padded = sum(
         len(micro) * max(sizes[index].tokens for index in micro) for step in plain_steps[own.warmup :] for micro in step
     )
-    work_flops = flops.training_flops(model_config, [sizes[index] for index in measured], config.freeze)
+    work_flops = flops.training_flops(model_config, [sizes[index] for index in measured], config)
     peak = flops.peak_flops(device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     result = {

@@ -970,9 +970,10 @@ def stand_ins(model: str) -> tuple[Callable, Callable]:
     import finetune
     from util import log, memory
     from util import model as models
+    from util.config import Config
 
     config, processor = models.load_config(model), models.load_processor(model)
-    counts = memory.count_parameters(config)
+    counts = memory.count_parameters(config, Config())
 
     class OneWeight(torch.nn.Module):
         """A model that reads its batch and has a loss."""
@@ -991,7 +992,7 @@ def stand_ins(model: str) -> tuple[Callable, Callable]:
 
     quick = {(models, "load_config"): lambda path: config, (models, "load_processor"): lambda path: processor,
              (models, "build_model"): lambda *arguments: OneWeight(), (models, "save_model"): save,
-             (memory, "count_parameters"): lambda config: counts, (log, "draw_loss"): lambda directory: None}  # fmt: skip
+             (memory, "count_parameters"): lambda *_: counts, (log, "draw_loss"): lambda directory: None}  # fmt: skip
 
     def train_quickly(settings):
         real = {place: getattr(*place) for place in quick}

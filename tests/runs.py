@@ -33,8 +33,9 @@ def losses(run: str | Path) -> list[tuple[int, float]]:
 
 
 def weights(run: str | Path) -> dict[str, torch.Tensor]:
-    """The final weights."""
-    return load_file(Path(run) / "model.safetensors")
+    """The final weights; of a run with adapters these."""
+    plain, adapter = Path(run) / "model.safetensors", Path(run) / "adapter_model.safetensors"
+    return load_file(adapter if adapter.exists() else plain)
 
 
 def same_run(run: Path, whole: Path) -> None:

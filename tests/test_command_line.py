@@ -177,7 +177,7 @@ def test_memory_that_cannot_fit_is_said_before_weights_are_loaded(capsys, tmp_pa
 @pytest.mark.parametrize(("size", "count"), [("2b", 2_208_985_600), ("7b", 8_291_375_616)])
 def test_official_parameter_counts(size, count):
     """The numbers of the published checkpoints (2B with its head tied, 7B without)."""
-    counts = count_parameters(official_config(size))
+    counts = count_parameters(official_config(size), Config())
     assert sum(counts[part] for part in ("vision", "merger", "language_model")) == count
 
 

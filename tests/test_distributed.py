@@ -68,6 +68,8 @@ CASES = {
     "checkpointing": {"activation_checkpointing": "full"},
     "text on one rank, then nothing": {"data": "texts", "global_batch_size": 2, "max_steps": 6},
     "text on one rank, gradients": {"data": "texts", "global_batch_size": 2, "max_steps": 6, "sharding": "optimizer"},
+    "adapters": {"lora_rank": 4, "lora_vision": True, "learning_rate": 1e-2, "micro_batch_size": 2},
+    "adapters, gradients": {"lora_rank": 4, "lora_dora": True, "learning_rate": 1e-2, "sharding": "gradients"},
     "evaluation": {"eval_data": [str(ROOT / "test_data" / "data.json")], "eval_every": 2, "eval_samples": 7},
     "evaluation, frozen tower": {
         "eval_data": [str(ROOT / "test_data" / "data.json")],
@@ -97,6 +99,7 @@ REFUSED = {
     "eight bits": {"optimizer": "adamw_8bit", "device": "auto"},
     "groups of 3": {"shard_group_size": 3},
 }
+FOUR_BITS = {"dtype": "float32", "lora_rank": 4, "quantize": "nf4", "learning_rate": 1e-2, "save_every": 5}
 SAVED = {"max_steps": 6, "save_every": 3, "keep": 9}
 
 
@@ -130,6 +133,7 @@ def two_ranks(tiny_path, parts, saved, data, tmp_path_factory) -> Path:
         *(case(name, tiny_path, data, folder / name) for name in CASES),
         own("float32", dtype="float32", max_steps=10),
         own("bfloat16", dtype="bfloat16"),
+        own("four bits", **FOUR_BITS),
         own("saved", **SAVED),
         own("several files", parts),
         own("1to2", **SAVED, resume=third, sharding="optimizer"),
@@ -176,6 +180,13 @@ def test_two_ranks_in_float32_and_bfloat16(two_ranks, tiny_path, data, tmp_path)
     assert metrics(two_ranks / "float32") == pytest.approx(metrics(one), abs=1e-5)
     assert metrics(two_ranks / "bfloat16")[0] == pytest.approx(metrics(one)[0], rel=1e-2)
     assert {tensor.dtype for tensor in weights(two_ranks / "bfloat16").values()} == {torch.bfloat16}
+
+
+def test_adapters_over_four_bits_on_two_ranks(two_ranks, tiny_path, data, tmp_path):
+    """Every rank keeps all of the 4 bits and its shard of the adapters."""
+    one = finetune.train(Config(**settings(tiny_path, data["showcase"], tmp_path / "one", **FOUR_BITS)))
+    assert metrics(one)[-1] < metrics(one)[0] - 0.1
+    assert metrics(two_ranks / "four bits") == pytest.approx(metrics(one), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", FOUR)

@@ -96,14 +96,14 @@ def test_the_peak_of_a_step_is_forecast_within_15_percent(name, tiny_path, proce
     ]
     measured = max(held) + sum(tensor.nbytes for tensor in [*model.parameters(), *states])
     parts = memory.forecast(
-        model_config, memory.count_parameters(model_config), config, getattr(torch, config.dtype), [sizes]
+        model_config, memory.count_parameters(model_config, Config()), config, getattr(torch, config.dtype), [sizes]
     )
     assert sum(parts.values()) == pytest.approx(measured, rel=0.15), parts
 
 
 def test_states_are_16_bytes_per_parameter():
     model_config = official_config("2b")
-    counts = memory.count_parameters(model_config)
+    counts = memory.count_parameters(model_config, Config())
     parts = memory.forecast(model_config, counts, Config(), torch.bfloat16, [])
     assert parts["weights"] + parts["gradients"] + parts["moments"] == 16 * 2_208_985_600
     frozen = memory.forecast(model_config, counts, Config(freeze=["vision"]), torch.bfloat16, [])
@@ -113,7 +113,7 @@ def test_states_are_16_bytes_per_parameter():
 def test_sharding_divides_what_is_kept_once():
     """8 devices: full sharding keeps an eighth; with `gradients` the bf16 weights stay whole, with `optimizer` gradients too."""
     model_config = official_config("2b")
-    counts, total = memory.count_parameters(model_config), 2_208_985_600
+    counts, total = memory.count_parameters(model_config, Config()), 2_208_985_600
     states = {}
     for sharding in ("full", "gradients", "optimizer"):
         parts = memory.forecast(model_config, counts, Config(sharding=sharding), torch.bfloat16, [], shards=8)

@@ -83,13 +83,18 @@ def parse_arguments(description: str, trained: bool) -> Settings:
 def find_run(run: str | None) -> str:
     """The run to test: as given, else the newest one."""
     if run is not None:
-        if Path(run).is_dir() and not (Path(run) / "config.json").exists():
-            raise UserError(f"{run}: no model in it; a finished run has config.json and model.safetensors")
+        if Path(run).is_dir() and not is_finished(Path(run)):
+            raise UserError(f"{run}: no model in it; a finished run has config.json or adapter_config.json")
         return run
     latest = ROOT / "train_output" / "latest"
-    if not (latest / "config.json").exists():
+    if not is_finished(latest):
         raise UserError("no finished run in train_output/; train one with ./finetune.sh, or name a run directory")
     return str(latest.resolve())
+
+
+def is_finished(run: Path) -> bool:
+    """Does a run directory hold a model, or an adapter? Their configs are written last."""
+    return (run / "config.json").exists() or (run / "adapter_config.json").exists()
 
 
 def settings_of_run(run: str | None) -> dict:
@@ -110,9 +115,10 @@ def run_after(settings: Settings) -> list:
 def load_answerer(settings: Settings, path: str, processor):
     """The model of `path`, ready to answer."""
     from util.evaluate import Answerer
+    from util.lora import base_of
     from util.model import choose_device, choose_dtype, load_config
 
-    load_config(path)
+    load_config(base_of(path))
     device = choose_device(settings.device)
     return Answerer.load(path, processor, device, choose_dtype(settings.dtype, device))
 

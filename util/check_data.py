@@ -120,11 +120,11 @@ def forecast(config: Config, path: str, samples, sizes, device) -> dict[str, str
     model_config, dtype = load_config(path), choose_dtype(config.dtype, device)
     orders = [samples.examples.order(config.seed, epoch) for epoch in range(config.epochs)]
     steps = [step for order in orders for step in plan_epoch(sizes, order, config)][: config.max_steps]
-    counts = memory.count_parameters(model_config)
+    counts = memory.count_parameters(model_config, config)
     micro_batches = [[sizes[index] for index in micro] for step in steps for micro in step]
     needs = memory.forecast(model_config, counts, config, dtype, micro_batches)
     needed, free = sum(needs.values()), memory.free_bytes(device)
-    work = flops.training_flops(model_config, [sizes[index] for index in orders[0]], config.freeze)
+    work = flops.training_flops(model_config, [sizes[index] for index in orders[0]], config)
     rate, how = training_rate(device, dtype)
     passes = [len(step) for step in steps]
     tokens = sum(sizes[index].tokens for index in orders[0])

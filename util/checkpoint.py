@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from util import ranks
+from util import lora, ranks
 from util.config import Config, UserError
 from util.lines import split_weight
 
@@ -80,9 +80,7 @@ class Saver:
         final = self.folder / f"step_{state['step']:06d}"
         unfinished = self.folder / f".unfinished_{final.name}"
         tensors, scalars = gather(model, optimizer)
-        tensors["random.cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        tensors |= {random_key(kind): read() for kind, (read, _) in random_states().items()}
         state["optimizer"] = scalars
         self.idle.clear()
         if torch.cuda.is_available():
@@ -196,7 +194,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     state = read_state(path)
     reader = TensorReader(path)
     saved = reader.read_metadata().state_dict_metadata
-    parameters = dict(model.named_parameters())
+    parameters = lora.trained_parameters(model)
     tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     for key, entry in saved.items():
         if key.startswith(("optimizer.", "random.")):
@@ -211,15 +209,29 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         prefix = f"optimizer.{name}."
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         optimizer.state[parameter] = {**own, **state["optimizer"].get(name, {})}
-    torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available() and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    for kind, (_, write) in random_states().items():
+        if random_key(kind) in tensors:  # a rank that was not there before goes on from its seed
+            write(tensors[random_key(kind)])
     return state
+
+
+def random_states() -> dict[str, tuple[Callable, Callable]]:
+    """How to read and write the states of the random generators, by kind of device."""
+    states = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
+    if torch.cuda.is_available():
+        states["cuda"] = (torch.cuda.get_rng_state, torch.cuda.set_rng_state)
+    return states
+
+
+def random_key(kind: str) -> str:
+    """Every rank has a state of its own: what each draws (dropout) depends on its samples."""
+    rank, _ = ranks.rank_and_size()
+    return f"random.{kind}.{rank}" if rank else f"random.{kind}"
 
 
 def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
     """Weights and optimizer state as one flat dict of tensors, and what of the optimizer's state is no tensor."""
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in lora.trained_parameters(model).items()}
     scalars = {}
     for name, parameter in optimized(model, optimizer).items():
         for key, value in optimizer.state[parameter].items():

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import Qwen2VLForConditionalGeneration
 
-from util import model
+from util import lora, model
 from util.attention import Segments
 from util.bad_samples import Skipped
 from util.collator import Batch, Collator, patch_positions
@@ -29,7 +29,7 @@ from util.dataset import Sample, Size, plan_step
 from util.flops import training_flops
 from util.log import Run
 from util.loss import PackedLoss
-from util.model import choose_device, choose_dtype, layers, load_weights, prepare_layers, shard
+from util.model import choose_device, choose_dtype, layers, load_trainable, prepare_layers, shard
 from util.vision import PATCH, Grid
 
 
@@ -136,7 +136,7 @@ def plan_epochs(sizes: list[Size], orders: list[Sequence[int]], config: Config, 
     Each global batch holds the same samples on any number of ranks. Every rank makes equally many forward passes in a
     step, since the passes talk to each other; a rank that has fewer micro-batches gets empty ones.
     """
-    costs = [training_flops(model_config, [size] if size else [], config.freeze) for size in sizes]
+    costs = [training_flops(model_config, [size] if size else [], config) for size in sizes]
     steps = []
     for epoch, order in enumerate(orders):
         for begin in range(0, len(order), config.global_batch_size):
@@ -191,15 +191,18 @@ def build_model(config: Config, path: str, model_config, processor, world: World
     if world.size == 1:
         return model.build_model(config, path, processor, world.device)
     dtype = choose_dtype(config.dtype, world.device)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    cpu = torch.device("cpu")
-    if world.is_first:
-        whole = PackedLoss(load_weights(path, wide, cpu), processor, dtype)
-    with torch.device("meta"):
-        bare = Qwen2VLForConditionalGeneration(model_config).to(wide)
-    packed = PackedLoss(prepare_layers(bare, config, world.device), processor, dtype)
     # ZeRO-3 frees a layer's weights after its forward pass; the others keep them until the backward pass
-    shard(packed, make_mesh(config, world), dtype, reshard_after_forward=config.sharding == "full")
+    sharding = {"mesh": make_mesh(config, world), "reshard_after_forward": config.sharding == "full"}
+    if config.quantize != "none":
+        return shard_adapters(load_trainable(config, path, world.device), config, processor, world, sharding)
+    if world.is_first:
+        read = load_trainable(config, path, torch.device("cpu"))
+        whole = PackedLoss(prepare_layers(read, config, world.device), processor, dtype)
+    with torch.device("meta"):
+        bare = Qwen2VLForConditionalGeneration(model_config)
+        bare = bare.to(dtype if config.lora_rank else torch.promote_types(dtype, torch.float32))
+        packed = PackedLoss(prepare_layers(bare, config, world.device), processor, dtype)
+    shard(packed, dtype=dtype, **sharding)
     for layer, following in pairwise(layers(packed.model)):
         layer.set_modules_to_forward_prefetch([following])
     packed.to_empty(device=world.device)
@@ -209,6 +212,18 @@ def build_model(config: Config, path: str, model_config, processor, world: World
         if world.is_first:
             buffer.copy_(whole.get_buffer(name))
         dist.broadcast(buffer, src=0)
+    torch.manual_seed(config.seed + world.rank)  # dropout draws anew on every rank
+    return packed.train()
+
+
+def shard_adapters(quantised, config: Config, processor, world: World, sharding: dict) -> PackedLoss:
+    """Weights of 4 bits cannot be sharded: every rank has read and keeps all of them, and its shard of the adapters."""
+    dtype = choose_dtype(config.dtype, world.device)
+    packed = PackedLoss(prepare_layers(quantised, config, world.device), processor, dtype).to(world.device)
+    for parameter in lora.trained_parameters(packed).values():
+        dist.broadcast(parameter.data, src=0)
+    shard(packed, dtype=dtype, kept_whole=lora.frozen_parameters(packed), **sharding)
+    torch.manual_seed(config.seed + world.rank)
     return packed.train()
 
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from util import lora
+from util.config import Config
 from util.dataset import Size
 
 # Dense bf16 peak by datasheet, TFLOP/s, matched against torch.cuda.get_device_name.
@@ -28,14 +30,20 @@ def forward_flops(config, size: Size) -> dict[str, float]:
     return {"vision": vision, "merger": merger, "language_model": language}
 
 
-def training_flops(config, sizes: list[Size], frozen: list[str]) -> float:
+def training_flops(model_config, sizes: list[Size], config: Config) -> float:
     """Forward and backward. A trained part counts 3 times its forward pass; a frozen one once, or twice where
-    something before it trains and gradients pass through."""
-    total, trains_before = 0.0, False
+    something before it trains, or adapters within it, and gradients pass through. The adapters count 3 times."""
+    total, trains_before, untrained = 0.0, False, lora.untrained_parts(config)
     for part in ("vision", "merger", "language_model"):
-        factor = 3 if part not in frozen else 2 if trains_before else 1
-        total += factor * sum(forward_flops(config, size)[part] for size in sizes)
-        trains_before |= part not in frozen
+        trains_before |= part not in untrained
+        factor = 1 if not trains_before else 3 if part not in untrained and not config.lora_rank else 2
+        total += factor * sum(forward_flops(model_config, size)[part] for size in sizes)
+    if config.lora_rank:
+        each = lora.count_adapters(model_config, config)
+        tokens = sum(size.tokens for size in sizes)
+        patches = sum(grid.patches for size in sizes for grid in size.grids)
+        merged = sum(grid.tokens for size in sizes for grid in size.grids)
+        total += 6 * (each["vision"] * patches + each["merger"] * merged + each["language_model"] * tokens)
     return total
 
 

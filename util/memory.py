@@ -6,12 +6,13 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from util import ranks
+from util import lora, ranks
 from util.config import Config, UserError
 from util.dataset import Size
 from util.loss import LOGIT_ROWS
@@ -20,11 +21,11 @@ from util.model import layers, part_of
 GIB = 2**30
 
 
-def count_parameters(model_config) -> dict[str, int]:
-    """Parameters by part, from the config alone."""
+def count_parameters(model_config, config: Config) -> dict:
+    """Parameters by part, from the model's config alone; of adapters, under "adapters", too."""
     with torch.device("meta"):
         model = Qwen2VLForConditionalGeneration(model_config)
-    counts = {"vision": 0, "merger": 0, "language_model": 0, "largest_layer": 0}
+    counts = {"vision": 0, "merger": 0, "language_model": 0, "adapters": lora.count_adapters(model_config, config)}
     for name, parameter in model.named_parameters():
         counts[part_of(name)] += parameter.numel()
     per_layer = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers(model)]
@@ -33,7 +34,7 @@ def count_parameters(model_config) -> dict[str, int]:
 
 
 def forecast(
-    model_config, counts: dict[str, int], config: Config, dtype: torch.dtype, micro_batches: list[list[Size]], shards=1
+    model_config, counts: dict, config: Config, dtype: torch.dtype, micro_batches: list[list[Size]], shards=1
 ) -> dict[str, float]:
     """Bytes by part: a dict whose values add up to the peak within a training step.
 
@@ -43,15 +44,22 @@ def forecast(
     total = sum(counts[part] for part in ("vision", "merger", "language_model"))
     trained = sum(counts[part] for part in ("vision", "merger", "language_model") if part not in config.freeze)
     width = 8 if dtype == torch.float64 else 4
+    weights = width * total
+    if config.lora_rank:
+        adapters = trained = sum(lora.count_adapters(model_config, config).values())  # `counts` are another config's
+        weights = lora.frozen_bytes(model_config, config, total, dtype.itemsize) + width * adapters
     parts = {
-        "weights": width * total / shards,
+        "weights": weights / (shards if config.quantize == "none" else 1),
         "gradients": width * trained / shards,
         "moments": trained * (2 if config.optimizer == "adamw_8bit" else 2 * width) / shards,
     }
-    if (shards > 1 or ranks.are_several()) and config.sharding != "full":
+    if config.quantize != "none":  # a weight of 4 bits is written out while it works
+        text = model_config.text_config
+        parts["copies at work"] = dtype.itemsize * text.hidden_size * text.intermediate_size
+    elif (shards > 1 or ranks.are_several()) and config.sharding != "full":
         parts["whole weights"] = dtype.itemsize * total
         parts["whole gradients"] = width * trained if config.sharding == "optimizer" else 0
-    elif shards > 1 or dtype == torch.bfloat16:
+    elif shards > 1 or (dtype == torch.bfloat16 and not config.lora_rank):
         # the root's copies stay for the whole step, a layer's while it or its neighbour works
         parts["copies at work"] = dtype.itemsize * (total - counts["all_layers"] + 2 * counts["largest_layer"])
     needs = [activations(model_config, config, dtype, sizes) for sizes in micro_batches]
@@ -74,7 +82,7 @@ def activations(model_config, config: Config, dtype: torch.dtype, sizes: list[Si
     # two LayerNorms and residuals, q, k, v before and after the rotation, the output, the MLP and its sigmoid
     block = compute * tower.embed_dim * (10 + 3 * tower.mlp_ratio)
     depth, blocks = text.num_hidden_layers, tower.depth
-    blocks_kept = 0 if "vision" in config.freeze else blocks  # a frozen tower keeps nothing
+    blocks_kept = 0 if "vision" in lora.untrained_parts(config) else blocks  # a frozen tower keeps nothing
     patch = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
     # memory peaks at the MLP's product: the gradients of it, its factors and the residual, less what is freed by then
     working = compute * tokens * (2 * inner + 4 * width)
@@ -97,19 +105,11 @@ def check(
     needed, free = sum(parts.values()), free_bytes(device)
     if needed <= free or not config.check_memory:
         return
-    counts = count_parameters(model_config)
-    choices = itertools.product(([], ["vision"], ["language_model"]), ("adamw", "adamw_8bit"), ("none", "full"))
+    counts = count_parameters(model_config, config)
     # one sample at a time, the longest there is, is the least a step can be
     singles = [[size] for batch in micro_batches for size in batch]
     ways = []
-    # what leaves the mathematics alone comes first, then the optimizer, then freezing
-    for freeze, optimizer, checkpointing in choices:
-        if device.type == "cpu" and optimizer == "adamw_8bit":
-            continue
-        changes = {"freeze": freeze, "optimizer": optimizer, "activation_checkpointing": checkpointing}
-        changes = {name: value for name, value in changes.items() if value and value != getattr(config, name)}
-        unused = {f"{part}_learning_rate": None for part in changes.get("freeze", []) if part != "language_model"}
-        changed = dataclasses.replace(config, **changes, **unused)
+    for changes, changed in remedies(config, device):
         for note, batches in (([], micro_batches), (["--micro_batch_size 1"], singles)):
             total = sum(forecast(model_config, counts, changed, dtype, batches, shards).values())
             if total <= free:
@@ -124,6 +124,23 @@ def check(
         f"{free / GIB:.1f} GiB are free.\n{remedy}\nSmaller images help too (--max_pixels). "
         "--no-check_memory goes ahead all the same."
     )
+
+
+def remedies(config: Config, device: torch.device) -> Iterator[tuple[dict, Config]]:
+    """Changes that need less memory, and the settings with them: what leaves the mathematics alone comes first, then
+    the optimizer, then training less of the model, then adapters."""
+    parts = ({}, {"freeze": ["vision"]}, {"freeze": ["language_model"]})
+    adapters = ({"quantize": "nf4"},) if config.lora_rank else ({"lora_rank": 16}, {"lora_rank": 16, "quantize": "nf4"})
+    optimizers = ("adamw", "adamw_8bit") if device.type == "cuda" else ("adamw",)
+    choices = [*itertools.product(parts, optimizers), *itertools.product(adapters, ("adamw",))]
+    for (part, optimizer), checkpointing in itertools.product(choices, ("none", "full")):
+        changes = {**part, "optimizer": optimizer, "activation_checkpointing": checkpointing}
+        changes = {name: value for name, value in changes.items() if value != getattr(config, name)}
+        unused = {f"{part}_learning_rate": None for part in changes.get("freeze", []) if part != "language_model"}
+        try:
+            yield changes, dataclasses.replace(config, **changes, **unused)
+        except UserError:  # the other settings do not go with it
+            continue
 
 
 def describe(parts: dict[str, float]) -> str:

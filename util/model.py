@@ -3,6 +3,7 @@
 import atexit
 import json
 import shutil
+from collections.abc import Collection
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoProcessor, Qwen2VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from util import attention, ranks, vision
+from util import attention, lora, ranks, vision
 from util.config import OFFICIAL_MODEL, Config, UserError
 from util.loss import PackedLoss
 from util.tiny_model import make_tiny_model
@@ -65,7 +66,9 @@ def find_model(name: str | None, device: torch.device) -> str:
 
 
 def load_config(path: str):
-    """A Qwen2-VL config; another family, or nothing there, is refused by name."""
+    """A Qwen2-VL config; another family, an adapter, or nothing there, is refused by name."""
+    if lora.is_adapter(path):
+        raise UserError(f"--model {path} is an adapter; first make a model of it: python -m util.merge_lora {path} OUT")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -91,7 +94,16 @@ def load_processor(path: str):
 
 
 def load_weights(path: str, dtype: torch.dtype, device: torch.device) -> Qwen2VLForConditionalGeneration:
-    """The model in `dtype` on `device`, under sdpa. Weights that are missing or left over are an error."""
+    """The model in `dtype` on `device`, under sdpa. Weights that are missing or left over are an error.
+
+    An adapter gives its base model with the adapter beside, in 4 bits where it was trained so.
+    """
+    if lora.is_adapter(path):
+        model = load_weights(lora.base_of(path), dtype, torch.device("cpu"))
+        if lora.quantised_in_training(path):
+            lora.quantise(model, device)
+        lora.load_adapters(model, path)
+        return model.to(device)
     transformers_logging.disable_progress_bar()
     try:
         model, report = Qwen2VLForConditionalGeneration.from_pretrained(
@@ -109,9 +121,18 @@ def load_weights(path: str, dtype: torch.dtype, device: torch.device) -> Qwen2VL
 
 def build_model(config: Config, path: str, processor, device: torch.device) -> PackedLoss:
     """The model of a checkpoint, ready to train: `loss_sum = model(batch)`."""
+    return prepare_model(load_trainable(config, path, device), config, processor, device)
+
+
+def load_trainable(config: Config, path: str, device: torch.device) -> Qwen2VLForConditionalGeneration:
+    """The weights as training keeps them: what is trained in fp32 (fp64 on request), what lies under adapters in the
+    precision of compute or in 4 bits."""
     dtype = choose_dtype(config.dtype, device)
-    model = load_weights(path, torch.float64 if dtype == torch.float64 else torch.float32, device)
-    return prepare_model(model, config, processor, device)
+    if config.quantize == "none":
+        return load_weights(path, dtype if config.lora_rank else torch.promote_types(dtype, torch.float32), device)
+    model = load_weights(path, dtype, torch.device("cpu"))
+    lora.quantise(model, device)
+    return model.to(device)
 
 
 def prepare_model(
@@ -121,19 +142,23 @@ def prepare_model(
 
     Weights, gradients and moments are kept once, in fp32 (fp64 on request). For bfloat16 compute, PyTorch's
     `fully_shard` on a mesh of this one process makes each layer's bf16 copy while the layer works, then frees it.
+    What lies under adapters is in the precision of compute already and needs none.
     """
     dtype = choose_dtype(config.dtype, device)
     packed = PackedLoss(prepare_layers(model, config, device), processor, dtype).to(device)
     if dtype == torch.bfloat16:
-        shard(packed, one_process_mesh(device), dtype)
+        shard(packed, one_process_mesh(device), dtype, kept_whole=lora.frozen_parameters(packed))
     return packed.train()
 
 
 def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, device: torch.device):
-    """Set attention, frozen parts, activation checkpointing and compilation."""
+    """Set attention, frozen parts, adapters, activation checkpointing and compilation."""
     model.config.use_cache = False
     set_attention(model, choose_attention(config.attention, device, choose_dtype(config.dtype, device)))
-    freeze(model, config.freeze)
+    if config.lora_rank:
+        lora.add_adapters(model, config)
+    else:
+        freeze(model, config.freeze)
     if config.activation_checkpointing == "full":
         for layer in layers(model):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -143,11 +168,14 @@ def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, devic
     return model
 
 
-def shard(packed: PackedLoss, mesh, dtype: torch.dtype, reshard_after_forward: bool = True) -> None:
+def shard(
+    packed: PackedLoss, mesh, dtype: torch.dtype, reshard_after_forward: bool = True, kept_whole: Collection = ()
+) -> None:
     """Shard over a mesh: each layer its own unit, what is left (embedding, tied head, merger, norms) the root's.
 
     Weights, gradients and reduction stay in their own precision; with bfloat16, a layer computes on bf16 copies that
     live while it works. `reshard_after_forward` frees the gathered weights between forward and backward pass.
+    Parameters in `kept_whole` stay as they are, whole on every rank.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -157,9 +185,10 @@ def shard(packed: PackedLoss, mesh, dtype: torch.dtype, reshard_after_forward: b
     if dtype == torch.bfloat16:
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     packed.reshard_after_forward = reshard_after_forward
+    same = {"mesh": mesh, "mp_policy": policy, "ignored_params": set(kept_whole)}
     for layer in layers(packed.model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(packed, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # needed again at once
+        fully_shard(layer, reshard_after_forward=reshard_after_forward, **same)
+    fully_shard(packed, reshard_after_forward=False, **same)  # needed again at once
 
 
 @contextmanager
@@ -233,23 +262,33 @@ def set_budget(processor, budget: vision.Budget) -> None:
 
 
 def save_model(packed: PackedLoss, processor, budget: vision.Budget, directory: Path) -> None:
-    """Write weights, config and processor in the published format, which plain transformers opens.
+    """Write weights, config and processor in the published format, which plain transformers opens; of a model with
+    adapters these alone, in peft's.
 
-    bf16 compute saves bf16 weights, as the official checkpoints are. `config.json` comes last: where it is, all is.
+    bf16 compute saves bf16 weights, as the official checkpoints are.
     Of several ranks the first writes, and all take part: sharded weights are gathered one at a time.
     """
     model = packed.model
     weights = {}
-    for name, tensor in model.named_parameters():  # a tied head is not named twice
+    for name, tensor in lora.trained_parameters(model).items():  # a tied head is not named twice
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        weights[name] = tensor.detach().to("cpu", packed.dtype) if ranks.is_first() else None
-    if not ranks.is_first():
-        return
+        dtype = tensor.dtype if lora.has_adapters(model) else packed.dtype
+        weights[name] = tensor.detach().to("cpu", dtype) if ranks.is_first() else None
+    if ranks.is_first():
+        set_budget(processor, budget)
+        write_model(model, weights, processor, directory)
+
+
+def write_model(model, weights: dict[str, torch.Tensor], processor, directory: Path) -> None:
+    """Write whole weights by name (or adapters), config and processor into a folder: complete or absent."""
     unfinished = directory / ".unfinished_model"
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.config.dtype = packed.dtype
-    model.save_pretrained(unfinished, state_dict=weights)
-    set_budget(processor, budget)
+    unfinished.mkdir()
+    if lora.has_adapters(model):
+        lora.write_adapters(model, weights, unfinished)
+    else:
+        model.config.dtype = next(iter(weights.values())).dtype
+        model.save_pretrained(unfinished, state_dict=weights)
     processor.save_pretrained(unfinished)
     # transformers before 5, vLLM and others read these two instead of processor_config.json and chat_template.jinja
     image = json.loads(processor.image_processor.to_json_string())
@@ -259,6 +298,7 @@ def save_model(packed: PackedLoss, processor, budget: vision.Budget, directory: 
     (unfinished / "preprocessor_config.json").write_text(json.dumps(older, indent=2) + "\n")
     template = {"chat_template": processor.chat_template}
     (unfinished / "chat_template.json").write_text(json.dumps(template, indent=2, ensure_ascii=False) + "\n")
-    for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
+    # the config comes last: where it is, all is
+    for file in sorted(unfinished.iterdir(), key=lambda file: file.name in ("config.json", "adapter_config.json")):
         file.replace(directory / file.name)
     unfinished.rmdir()

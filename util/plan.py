@@ -20,17 +20,23 @@ def worker_count(config: Config, device: torch.device) -> int:
 
 
 def print_plan(
-    config: Config, directory: Path, path: str, device: torch.device, dtype: torch.dtype, counts: dict[str, int],
+    config: Config, directory: Path, path: str, device: torch.device, dtype: torch.dtype, counts: dict,
     needs: dict[str, float], sizes: Sizes, epoch_samples: int, steps: list[tuple[int, list[list[int]]]], workers: int,
 ) -> None:  # fmt: skip
     """Print device, precision, parts, data, steps as arithmetic, memory and output path, a line each."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     precision = str(dtype).removeprefix("torch.")
     if dtype == torch.bfloat16:
-        precision += " compute, weights, gradients and moments in float32"
+        precision += f" compute, {'adapters' if config.lora_rank else 'weights'}, gradients and moments in float32"
     elif config.dtype == "auto":
         precision += " (no bfloat16 on this device)" if device.type == "cuda" else " (no GPU)"
-    parts = [f"{part} {counts[part] / 1e6:,.2f} M{' (frozen)' if part in config.freeze else ''}" for part in PARTS]
+    parts = []
+    for part in PARTS:
+        frozen = ["frozen"] if config.lora_rank or part in config.freeze else []
+        added = counts["adapters"][part]
+        beside = [f"{added / 1e6:,.2f} M in adapters"] if added else []
+        notes = f" ({', '.join(frozen + beside)})" if frozen else ""
+        parts.append(f"{part} {counts[part] / 1e6:,.2f} M{notes}")
     total = sum(counts[part] for part in PARTS)
     micro = [len(step) for _, step in steps]
     usable = [sizes[index] for index in sizes.usable]

@@ -1,0 +1,320 @@
+"""Low-rank adapters (LoRA, DoRA) through peft, over weights of 4 bits if asked (QLoRA, NF4 through bitsandbytes).
+
+The model's weights stay as they are; each chosen linear layer W gets two small matrices and computes
+W x + (alpha / rank) B A x (arXiv 2106.09685). A and B alone are trained, saved and exported, in peft's own format.
+
+At import this file needs the standard library alone, because its settings are part of the command line.
+"""
+
+import json
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from util.command_line import UserError, setting
+
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# The linear layers of the tower and the merger, as the ends of their names, which nothing else has.
+VISION_TARGETS = {"vision": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"], "merger": ["merger.mlp.0", "merger.mlp.2"]}
+NF4_BLOCK, NF4_GROUP = 64, 256  # weights that share a scale, and scales that share one
+
+
+@dataclass
+class LoraSettings:
+    # fmt: off
+    lora_rank: int = setting(0, "train adapters of this rank and no weight of the model (LoRA); 0: train the weights")
+    lora_alpha: int = setting(16, "what adapters add is multiplied by lora_alpha / lora_rank")
+    lora_dropout: float = setting(0.0, "share of an adapter's inputs that is set to zero while training")
+    lora_targets: list[Target] = setting(list(Target.__args__), "linear layers of the language model that get adapters")
+    lora_vision: bool = setting(False, "adapters in the linear layers of the vision tower and the merger, too")
+    lora_dora: bool = setting(False, "DoRA: adapt direction and length of the weights apart")
+    quantize: Literal["none", "nf4"] = setting("none", "nf4: QLoRA, the language model in 4 bits under the adapters")
+    # fmt: on
+
+
+def problems(config) -> list[str]:
+    """What of a Config's settings cannot be, as far as adapters go."""
+    found = []
+    if config.lora_rank < 0:
+        found.append(f"--lora_rank {config.lora_rank}: must be at least 0")
+    if config.lora_alpha < 1:
+        found.append(f"--lora_alpha {config.lora_alpha}: must be at least 1")
+    if not 0 <= config.lora_dropout < 1:
+        found.append(f"--lora_dropout {config.lora_dropout}: must be at least 0 and below 1")
+    if not config.lora_rank:
+        given = [name for name in ("lora_vision", "lora_dora") if getattr(config, name)]
+        given += ["quantize nf4"] if config.quantize != "none" else []
+        return found + [f"--{name} needs --lora_rank" for name in given]
+    if not any(targets(config).values()):
+        found.append("--lora_rank: no layer is left to get adapters; see --lora_targets, --lora_vision and --freeze")
+    for part in ("vision", "merger"):
+        if getattr(config, f"{part}_learning_rate") is not None and not targets(config)[part]:
+            found.append(f"--{part}_learning_rate is given, but no adapter is there: see --lora_vision and --freeze")
+    if config.quantize == "nf4" and config.dtype == "float64":
+        found.append("--quantize nf4 computes in bfloat16 or float32, not in float64")
+    return found
+
+
+def targets(config) -> dict[str, list[str]]:
+    """The linear layers that get adapters, by part, as the ends of their names."""
+    chosen = {
+        "vision": VISION_TARGETS["vision"] if config.lora_vision else [],
+        "merger": VISION_TARGETS["merger"] if config.lora_vision else [],
+        "language_model": list(dict.fromkeys(config.lora_targets)),
+    }
+    return {part: [] if part in config.freeze else names for part, names in chosen.items()}
+
+
+def untrained_parts(config) -> list[str]:
+    """The parts in which nothing is trained, neither weights nor adapters."""
+    return [part for part, names in targets(config).items() if not names] if config.lora_rank else list(config.freeze)
+
+
+# ---- counting -------------------------------------------------------------------------------------------------------
+
+
+def linear_layers(model_config) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """(inputs, outputs, how many) of the linear layers that adapters know, by part and name."""
+    text, tower = model_config.text_config, model_config.vision_config
+    width, inner, depth = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    key_value = width // text.num_attention_heads * text.num_key_value_heads
+    embed, wide = tower.embed_dim, int(tower.embed_dim * tower.mlp_ratio)
+    merged = embed * tower.spatial_merge_size**2
+    shapes = {
+        "vision": [(embed, 3 * embed), (embed, embed), (embed, wide), (wide, embed)],
+        "merger": [(merged, merged), (merged, width)],
+        "language_model": [(width, width), (width, key_value), (width, key_value), (width, width),
+                           (width, inner), (width, inner), (inner, width)],
+    }  # fmt: skip
+    names = {**VISION_TARGETS, "language_model": Target.__args__}
+    count = {"vision": tower.depth, "merger": 1, "language_model": depth}
+    return {
+        part: {name: (*shape, count[part]) for name, shape in zip(names[part], shapes[part], strict=True)}
+        for part in shapes
+    }
+
+
+def count_adapters(model_config, config) -> dict[str, int]:
+    """Parameters of the adapters, by part: rank x (inputs + outputs) for each layer, and its outputs under DoRA."""
+    shapes, chosen = linear_layers(model_config), targets(config)
+    each = {part: [shapes[part][name] for name in names] for part, names in chosen.items()}
+    return {
+        part: sum(count * (config.lora_rank * (i + o) + (o if config.lora_dora else 0)) for i, o, count in layers)
+        for part, layers in each.items()
+    }
+
+
+def frozen_bytes(model_config, config, total: int, itemsize: int) -> float:
+    """What the model's `total` weights take beside adapters, in the precision of compute or, if so asked, in NF4."""
+    if config.quantize == "none":
+        return total * itemsize
+    quantised = sum(i * o * count for i, o, count in linear_layers(model_config)["language_model"].values())
+    return (total - quantised) * itemsize + quantised * (0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_GROUP))
+
+
+# ---- a model with adapters ------------------------------------------------------------------------------------------
+
+
+def import_peft():
+    """peft, or UserError. What it imports on its way says things that are no concern of a user here."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        import peft
+    except ImportError:
+        raise UserError("adapters need peft: pip install peft") from None
+    return peft
+
+
+def import_bitsandbytes():
+    """bitsandbytes, or UserError."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a kernel that it can do without
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UserError("--quantize nf4 needs bitsandbytes: pip install bitsandbytes") from None
+    return bitsandbytes
+
+
+def add_adapters(model, config) -> None:
+    """Freeze the weights and put adapters beside the chosen layers; B is zero, so that nothing changes yet.
+
+    The adapters are kept in fp32 (fp64 on request) like all that is trained. Paths of modules stay as they were, but an
+    adapted layer's weight is now at `base_layer.weight`.
+    """
+    import torch
+
+    peft = import_peft()
+    settings = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=[name for names in targets(config).values() for name in names],
+        use_dora=config.lora_dora,
+        base_model_name_or_path=model.config._name_or_path,
+        task_type="CAUSAL_LM",
+    )
+    inject(model, settings)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def inject(model, settings) -> None:
+    """peft's adapters into the model, in place; random numbers come from torch's generator."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft on tied heads, which no adapter touches here
+        import_peft().inject_adapter_in_model(settings, model)
+
+
+def has_adapters(model) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def frozen_parameters(model) -> list:
+    """What lies under adapters; nothing of a model without them."""
+    adapted = has_adapters(getattr(model, "model", model))
+    return [parameter for parameter in model.parameters() if adapted and not parameter.requires_grad]
+
+
+def trained_parameters(model) -> dict:
+    """By name: what a checkpoint or an export must hold. Of a model with adapters these alone, else every parameter."""
+    adapted = has_adapters(getattr(model, "model", model))
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or not adapted}
+
+
+# ---- 4 bits ---------------------------------------------------------------------------------------------------------
+
+
+def quantise(model, device) -> None:
+    """The linear layers of the language model in NF4 with doubly quantised scales (QLoRA, arXiv 2305.14314), in place
+    and on `device`; the embedding, head, norms, tower and merger stay as they are. A layer at a time is moved."""
+    bitsandbytes = import_bitsandbytes()
+    for owner, name, linear in quantisable(model):
+        four_bit = bitsandbytes.nn.Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=linear.weight.dtype,
+            compress_statistics=True, quant_type="nf4", device="meta",
+        )  # fmt: skip
+        four_bit.weight = bitsandbytes.nn.Params4bit(
+            linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+        )
+        if linear.bias is not None:
+            four_bit.bias = linear.bias
+        # Its kernel for CPUs with AVX512-BF16 rounds to bf16 in evaluation, and repacks the weights for good.
+        four_bit.support_avx512bf16_for_cpu = False
+        setattr(owner, name, four_bit.to(device))
+    model.is_loaded_in_4bit = True  # what peft goes by
+
+
+def round_to_nf4(model) -> None:
+    """Give the same linear layers the values that NF4 keeps of them, in plain form."""
+    functional = import_bitsandbytes().functional
+    for _, _, linear in quantisable(model):
+        packed, state = functional.quantize_4bit(linear.weight.data, compress_statistics=True, quant_type="nf4")
+        linear.weight.data = functional.dequantize_4bit(packed, state).to(linear.weight.dtype)
+
+
+def quantisable(model) -> list[tuple]:
+    """(module, name of its linear layer, the layer) of the language model's layers."""
+    import torch
+
+    layers = model.model.language_model.layers
+    return [
+        (owner, name, child)
+        for owner in layers.modules()
+        for name, child in owner.named_children()
+        if isinstance(child, torch.nn.Linear)
+    ]
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def is_adapter(path: str) -> bool:
+    """Is this folder or hub name an adapter in peft's format?"""
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        return find_adapter_config_file(path) is not None
+    except (OSError, ValueError):  # neither a folder nor a name that a hub could have
+        return False
+
+
+def base_of(path: str) -> str:
+    """The model that an adapter was trained on; anything else is its own base."""
+    return read_settings(path).base_model_name_or_path if is_adapter(path) else path
+
+
+def read_settings(path: str):
+    """An adapter's LoraConfig. Raises UserError for a file that is none."""
+    peft = import_peft()
+    try:
+        settings = peft.PeftConfig.from_pretrained(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: its adapter_config.json cannot be read ({str(error).splitlines()[0]})") from None
+    if not isinstance(settings, peft.LoraConfig):
+        raise UserError(f"{path}: an adapter of type {settings.peft_type}; LoRA and DoRA can be opened here")
+    return settings
+
+
+def quantised_in_training(path: str) -> bool:
+    """Was the base of this adapter kept in NF4 while it was trained, as its training_config.json says?"""
+    file = Path(path) / "training_config.json"
+    return file.exists() and json.loads(file.read_text()).get("quantize") == "nf4"
+
+
+def load_adapters(model, path: str) -> None:
+    """Put the adapters in `path` beside the layers of their base model, as they were trained. Raises UserError."""
+    import torch
+    from safetensors import SafetensorError
+
+    peft = import_peft()
+    settings = read_settings(path)
+    settings.inference_mode = True
+    inject(model, settings)
+    try:
+        saved = peft.utils.load_peft_weights(path, device="cpu")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: its adapter weights cannot be read ({str(error).splitlines()[0]})") from None
+    weights = {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
+    expected = peft.get_peft_model_state_dict(model)
+    wrong = sorted(set(weights) ^ set(expected))
+    wrong += [key for key in set(weights) & set(expected) if weights[key].shape != expected[key].shape]
+    if wrong:
+        raise UserError(f"{path}: its adapters do not fit {settings.base_model_name_or_path} ({wrong[0]})")
+    peft.set_peft_model_state_dict(model, weights)
+    for parameter in adapter_parameters(model):
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def adapter_parameters(model) -> list:
+    return [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+
+
+def write_adapters(model, weights: dict, directory: Path) -> None:
+    """adapter_model.safetensors and adapter_config.json from whole adapter tensors by name, for plain peft."""
+    from safetensors.torch import save_file
+
+    saved = import_peft().get_peft_model_state_dict(model, state_dict=weights)
+    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in saved.items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = model.peft_config["default"]
+    settings.inference_mode = True  # who opens it wants answers
+    settings.target_modules = sorted(settings.target_modules)  # a set has no order of its own
+    settings.save_pretrained(directory)
+
+
+def merge(model) -> None:
+    """Add the adapters to the weights beside them, in fp32, and take them out: a plain model is left, in its dtype."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in [item for item in model.named_modules() if isinstance(item[1], LoraLayer)]:
+        base = layer.get_base_layer()
+        dtype = base.weight.dtype
+        layer.to(torch.promote_types(dtype, torch.float32))
+        layer.merge(safe_merge=True)
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, base.to(dtype))
+    del model.peft_config
