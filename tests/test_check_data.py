@@ -361,7 +361,7 @@ def random_conversation(choose: random.Random) -> dict:
 
 def quick_sizes(samples: Samples) -> list[Size]:
     quick = measure.QuickSize(samples)
-    return [quick(samples.examples[index]) for index in range(len(samples))]
+    return [quick(samples.example(index)) for index in range(len(samples))]
 
 
 def test_quick_sizes_are_the_sizes(folder, any_processor):

@@ -179,7 +179,7 @@ PICTURE = {"type": "image", "image": "picture.png"}
 CLIP = {"type": "video", "video": "picture.png"}
 A_SAMPLE = ": a sample is {'messages': [...]} with at least one message"
 A_MESSAGE = ", message {}: a message is {{'role': one of system, user, assistant, 'content': ...}}"
-AN_ITEM = "an item has a type image, video or text and a key of that name, has "
+AN_ITEM = "an item has a type image, video or text and its key, or type box; has "
 
 REFUSED = {
     # name: (entry, what the message says after "FILE, sample 1")

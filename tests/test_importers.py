@@ -531,7 +531,11 @@ REFUSALS = [
     ({"conversations": [*HELLO, turn("system", "S")]}, ", message 2: a system message can only be the first one; move"),
     ({"conversations": [turn("alien", "Hi"), HELLO[1]]}, ", message 0: unknown role 'alien'; known are system, "),
     ({"conversations": [turn(None, "Hi"), turn("gpt", "A")]}, ", message 0: unknown role None"),
-    ({"conversations": [*HELLO, turn("observation", "42")]}, ", message 2: role 'observation': tool calls cannot be"),
+    ({"conversations": [*HELLO, turn("observation", "42")]}, ": ends with a tool message, so nothing is supervised"),
+    (
+        {"conversations": [turn("human", "Hi"), turn("function_call", "f(1)"), turn("observation", "4"), HELLO[1]]},
+        ", message 1: a turn of calls is JSON {'name': ..., 'arguments': ...}; repair it",
+    ),
     ({"conversations": [turn("human", 3), HELLO[1]]}, ", message 0: 'value' must be text, is int; write"),
     ({"conversations": HELLO, "image": "a.jpg"}, ": 0 <image> markers for 1 image; each image needs its place"),
     ({"conversations": [turn("human", "<image>"), HELLO[1]]}, ": 1 <image> marker for 0 images"),
@@ -548,7 +552,7 @@ REFUSALS = [
         {"conversations": [HELLO[0], turn("gpt", "<image>")], "image": "a.jpg"},
         ", message 1: only a user message can hold an image or a video; move the image into one",
     ),
-    ({"conversations": HELLO, "tools": '[{"name": "f"}]'}, ": has 'tools': tool calls cannot be trained on yet"),
+    ({"conversations": HELLO, "tools": '[{"title": "f"}]'}, ": tool 0 has no function with a name; 'tools' is a list"),
     ({"conversations": HELLO, "audios": ["a.wav"]}, ": has 'audios': the model does not hear"),
     ({"conversations": HELLO[:1], "chosen": HELLO[1], "rejected": HELLO[1]}, ": has 'chosen': preferences cannot"),
     ({"conversations": HELLO, "system": ["S"]}, ": 'system' must be text, is list"),
@@ -589,11 +593,21 @@ REFUSALS = [
         ", message 0: content must be text or a list of items, is None",
     ),
     (
-        {"messages": [user("Hi"), {"role": "assistant", "content": None, "tool_calls": [TOOL]}]},
-        ", message 1: has 'tool_calls': tool calls cannot be trained on yet; leave the sample out",
+        {"messages": [user("Hi"), {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+        ", message 1: a call without a function's name; a tool call is {'type': 'function',",
     ),
-    ({"messages": [user("Hi"), ANSWER, {"role": "tool", "content": "42"}]}, ", message 2: role 'tool': tool calls"),
-    ({"messages": [user("Hi"), ANSWER], "tools": [TOOL]}, ": has 'tools': tool calls"),
+    (
+        {"messages": [user("Hi"), {"role": "tool", "content": "42"}, ANSWER]},
+        ", message 1: a tool's message must follow",
+    ),
+    (
+        {"messages": [user([{"type": "image"}]), {**ANSWER, "tool_calls": [TOOL]}], "images": ["a"]},
+        ", message 1: has 'tool_calls': of this format no tools are read; write the sample as OpenAI chat does",
+    ),
+    (
+        {"messages": [user("Hi"), ANSWER], "tools": [TOOL], "functions": [TOOL]},
+        ": has both 'tools' and 'functions'; keep one of them",
+    ),
     ({"messages": [user("Hi"), {**ANSWER, "weight": 0}]}, ", message 1: weight 0, but every assistant message is"),
     ({"messages": [user("Hi"), {**ANSWER, "refusal": "No."}]}, ", message 1: has 'refusal': an answer stands in"),
     ({"messages": [user([part("")]), ANSWER]}, ", message 0: image_url holds no url"),
@@ -617,6 +631,58 @@ def test_a_refusal_names_message_rule_and_fix(entry, message):
     assert message in str(error.value)
     assert ";" in str(error.value) or "Rename" in str(error.value), "the fix"
     assert not dropped, "nothing of it is written, so nothing of it is dropped"
+
+
+F = {"type": "function", "function": {"name": "f", "parameters": {}}}
+CALLING = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+}
+TOOL_SAMPLES = {
+    "openai": (
+        {"messages": [user("Hi"), {"role": "assistant", "content": None, "tool_calls": [TOOL]},
+                      {"role": "tool", "tool_call_id": "1", "content": "4"}, ANSWER], "tools": [F]},
+        [user("Hi"), {"role": "assistant", "content": "", "tool_calls": [TOOL]},
+         {"role": "tool", "content": "4", "tool_call_id": "1"}, ANSWER],
+    ),
+    "openai, the older names": (
+        {"messages": [user("Hi"), {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": {"x": 1}}},
+                      {"role": "function", "content": "4"}, ANSWER], "functions": [F["function"]]},
+        [user("Hi"), CALLING, {"role": "tool", "content": "4"}, ANSWER],
+    ),
+    "sharegpt of llama-factory": (
+        {"conversations": [turn("human", "<image>Hi"), turn("function_call", '{"name": "f", "arguments": {"x": 1}}'),
+                           turn("observation", "<image>4"), turn("gpt", "Yes.")],
+         "images": ["a.png", "b.png"], "tools": json.dumps([F["function"]])},
+        [user([image("a.png"), text("Hi")]), CALLING, {"role": "tool", "content": [image("b.png"), text("4")]}, ANSWER],
+    ),
+    "ours": (
+        {"messages": [user([image("a.png"), text("Hi")]), CALLING, {"role": "tool", "content": [image("b.png")]},
+                      {"role": "tool", "content": "4"}, ANSWER], "tools": [F]},
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TOOL_SAMPLES)
+def test_tools_are_kept(case):
+    entry, messages = TOOL_SAMPLES[case]
+    if case == "ours":
+        entry["messages"][1] = {**CALLING, "tool_calls": CALLING["tool_calls"] * 2}
+    _, sample = import_entry(copy.deepcopy(entry), Counter(), join_turns=case == "ours")
+    assert sample == {"messages": messages or entry["messages"], "tools": [F]}
+
+
+def test_messages_with_calls_are_not_joined():
+    with pytest.raises(DataError, match="message 2: two assistant messages in a row"):
+        import_entry({"messages": [user("Hi"), CALLING, ANSWER]}, Counter(), join_turns=True)
+
+
+def test_boxes_of_our_own_format_are_kept():
+    box = {"type": "box", "label": "dog", "bbox": [1, 2, 3, 4]}
+    entry = {"messages": [user([image("a.png"), text("Where?")]), assistant([box])]}
+    assert import_entry(entry, Counter()) == (OWN, entry)
 
 
 def test_turns_of_the_same_role_are_joined_when_asked_for():

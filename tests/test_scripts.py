@@ -109,6 +109,10 @@ def test_showcase_holds_every_kind_of_conversation():
         "box",
         "chinese",
         "newline",
+        "boxes",
+        "region",
+        "agent",
+        "tool call",
     }
     assert wanted <= kinds
     videos = list((ROOT / "train_data" / "media").glob("*.mp4"))

@@ -33,7 +33,7 @@ SHOWCASE = {  # kind: number of samples for training and for testing
     "colour": (2, 1), "shape": (1, 1), "place": (2, 1), "chart": (3, 2), "box": (2, 1),
     "motion": (3, 2), "motion colour": (1, 1), "several images": (2, 1), "image and video": (1, 1),
     "turns": (2, 1), "system": (1, 1), "text": (2, 1), "chinese": (2, 1), "newline": (1, 1),
-    "rotated": (1, 1), "transparent": (1, 1),
+    "rotated": (1, 1), "transparent": (1, 1), "boxes": (1, 1), "region": (1, 1), "agent": (1, 1), "tool call": (1, 1),
 }  # fmt: skip
 TEST_SHARES = {"colour": 12, "shape": 12, "place": 12, "bars": 9, "motion": 10, "motion colour": 5}  # of 60 questions
 RARE_KINDS = ("text", "system", "several images", "chinese")  # 1 % each of the demonstration's training data
@@ -192,7 +192,7 @@ def video_of(random: np.random.Generator, look: Look, thing: Thing, direction: s
 # ----------------------------------------------------------------------------------------------------- conversations
 
 
-def conversation(media: Iterable[Medium], *turns: tuple[str, str], system: str = "") -> list[dict]:
+def conversation(media: Iterable[Medium], *turns: tuple[str, str | list[dict]], system: str = "") -> list[dict]:
     """Messages of questions and their answers; the media stand before the first question."""
     messages = [{"role": "system", "content": system}] if system else []
     shown = [{"type": medium.type, medium.type: medium} for medium in media]
@@ -228,6 +228,103 @@ def picture(random: np.random.Generator, look: Look, kinds: tuple[str, ...], sys
     asked = questions_about(things[0], look)
     turns = [asked[kind] for kind in choose(random, kinds, len(kinds))]
     return conversation([image_of(random, look, things)], *turns, system=system)
+
+
+def frame(thing: Thing, size: tuple[int, int]) -> list[int]:
+    """The box around a thing in pixels: left, top, right, bottom."""
+    ends = np.stack([np.floor(thing.corners.min(axis=0)), np.ceil(thing.corners.max(axis=0))])
+    return ends.clip(0, size).astype(int).ravel().tolist()
+
+
+def boxes(random: np.random.Generator, look: Look) -> list[dict]:
+    """The answer holds a box item for each thing, in pixels: the loader writes them as the model's text."""
+    things = sorted(scene(random, look, look.things), key=lambda thing: thing.corners[:, 0].min())
+    answer: list[dict] = []
+    for thing in things:
+        answer += [{"type": "text", "text": ", "}] if answer else []
+        answer.append({"type": "box", "label": f"{thing.colour} {thing.shape}", "bbox": frame(thing, look.image_size)})
+    return conversation([image_of(random, look, things)], ("Detect all shapes, from left to right.", answer))
+
+
+def region(random: np.random.Generator, look: Look) -> list[dict]:
+    """The question holds a box item: what is there?"""
+    things = scene(random, look, look.things)
+    thing = things[random.integers(len(things))]
+    messages = conversation([image_of(random, look, things)], ("Which shape is in ", thing.shape))
+    messages[0]["content"] += [{"type": "box", "bbox": frame(thing, look.image_size)}, {"type": "text", "text": "?"}]
+    return messages
+
+
+def tool(name: str, description: str, **arguments: str) -> dict:
+    """What an agent may call, as OpenAI's API describes it; `arguments`: their JSON types by name."""
+    properties = {argument: {"type": kind} for argument, kind in arguments.items()}
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+def call(said: str, name: str, **arguments) -> dict:
+    """An assistant's message that calls a tool."""
+    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+    return {"role": "assistant", "content": said, "tool_calls": calls}
+
+
+def screen(look: Look, ground: tuple[int, int, int], title: str, buttons: dict[str, tuple[int, int]]) -> Medium:
+    """A screenshot: a title and buttons, each with its centre in pixels."""
+    image = Image.new("RGB", look.image_size, ground)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, 0, look.image_size[0], 44), (52, 58, 70))
+    draw.text((look.image_size[0] // 2, 22), title, "white", ImageFont.load_default(20), anchor="mm")
+    for label, (x, y) in buttons.items():
+        draw.rounded_rectangle((x - 56, y - 20, x + 56, y + 20), 8, (70, 110, 200))
+        draw.text((x, y), label, "white", ImageFont.load_default(16), anchor="mm")
+    return encode_image(image)
+
+
+AGENT_TOOLS = (tool("click", "Click at a point of the screen, in thousandths of its width and height.",
+                    x="integer", y="integer"),)  # fmt: skip
+TABLE_TOOLS = (tool("add", "Add numbers.", numbers="array"),)
+
+
+def agent(random: np.random.Generator, look: Look) -> list[dict]:
+    """An episode: each screenshot is answered by a click, which gives the next screenshot, until the answer is seen."""
+    ground = tuple(int(level) for level in random.integers(225, 256, 3))
+    first, second = choose(random, ("Photos", "Music", "Files", "Mail", "Maps"), 2)
+    people, places = (
+        choose(random, ("Anna", "Ben", "Carla", "David"), 2),
+        [(112, 130), (336, 130), (112, 240), (336, 240)],
+    )
+    where = [places[number] for number in random.permutation(4)]
+    unread = int(random.integers(2, 60))
+    shots = [
+        screen(look, ground, "Home", dict(zip((first, second), where[:2], strict=True))),
+        screen(look, ground, first, dict(zip(people, where[2:], strict=True))),
+        screen(look, ground, f"{people[0]}: {unread} items", {"Back": where[0]}),
+    ]
+    width, height = look.image_size
+    points = [{"x": 1000 * x // width, "y": 1000 * y // height} for x, y in (where[0], where[2])]
+    shown = [{"type": "image", "image": shot} for shot in shots]
+    question = f"How many items does {people[0]} have in {first}?"
+    return [
+        {"role": "user", "content": [shown[0], {"type": "text", "text": question}]},
+        call(f"I open {first}.", "click", **points[0]),
+        {"role": "tool", "content": [shown[1]]},
+        call(f"I open {people[0]}.", "click", **points[1]),
+        {"role": "tool", "content": [shown[2]]},
+        {"role": "assistant", "content": str(unread)},
+    ]
+
+
+def tool_call(random: np.random.Generator, look: Look) -> list[dict]:
+    """A chart whose values are read, then added by a tool."""
+    values = [int(value) for value in random.integers(3, 20, 4)]
+    messages = chart(random, look, values)
+    messages[0]["content"][-1]["text"] = "What is the sum of all bars?"
+    return [
+        messages[0],
+        call("", "add", numbers=values),
+        {"role": "tool", "content": str(sum(values))},
+        {"role": "assistant", "content": f"The sum is {sum(values)}."},
+    ]
 
 
 def motion(random: np.random.Generator, look: Look, kinds: tuple[str, ...]) -> list[dict]:
@@ -287,9 +384,9 @@ def bars(random: np.random.Generator, look: Look) -> list[dict]:
     return conversation([encode_image(image)], ("Which bar is the tallest?", colours[tallest]))
 
 
-def chart(random: np.random.Generator, look: Look) -> list[dict]:
+def chart(random: np.random.Generator, look: Look, values: list[int] | None = None) -> list[dict]:
     """A bar chart with title, scale and labels; asked is its tallest bar, its shortest, or a value."""
-    title, values = choose(random, CHARTS, 1)[0], choose(random, range(3, 20), 4)
+    title, values = choose(random, CHARTS, 1)[0], values or choose(random, range(3, 20), 4)
     labels, ink, font = CHARTS[title], (40, 40, 52), ImageFont.load_default(16)
     image = Image.new("RGB", look.image_size, (252, 252, 250))
     draw = ImageDraw.Draw(image)
@@ -324,7 +421,12 @@ CONVERSATIONS: dict[str, Callable[[np.random.Generator, Look], list[dict]]] = {
     "transparent": transparent,
     "bars": bars,
     "chart": chart,
+    "boxes": boxes,
+    "region": region,
+    "agent": agent,
+    "tool call": tool_call,
 }
+TOOLS = {"agent": AGENT_TOOLS, "tool call": TABLE_TOOLS}  # kinds whose samples name tools
 
 
 # --------------------------------------------------------------------------------------------------------- data sets
@@ -338,7 +440,7 @@ def interleave(numbers: dict[str, int]) -> list[str]:
 
 def media_parts(messages: list[dict]) -> list[dict]:
     contents = [message["content"] for message in messages if isinstance(message["content"], list)]
-    return [part for content in contents for part in content if part["type"] != "text"]
+    return [part for content in contents for part in content if part["type"] in ("image", "video")]
 
 
 def make_samples(kinds: list[str], look: Look, seed: tuple[int, int], seen: set[bytes]) -> Iterator[dict]:
@@ -350,7 +452,7 @@ def make_samples(kinds: list[str], look: Look, seed: tuple[int, int], seen: set[
             if seen.isdisjoint(fingerprints):
                 break
         seen |= fingerprints
-        yield {"kind": kind, "messages": messages}
+        yield {"kind": kind, "messages": messages, **({"tools": [*TOOLS[kind]]} if kind in TOOLS else {})}
 
 
 def write(samples: Iterable[dict], file: Path) -> None:

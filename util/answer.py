@@ -154,7 +154,7 @@ def answers_of(settings: Settings, model: str | None, name: str, reuse: bool) ->
 
 
 def answer_one(settings: Settings, model: str | None) -> None:
-    """Print the answer to one question about the images and videos of the command line."""
+    """Print the answer to one question about the images and videos of the command line, and its boxes in pixels."""
     from util.conversation import control_tokens
     from util.dataset import DataError, check_messages
     from util.evaluate import ask
@@ -170,7 +170,29 @@ def answer_one(settings: Settings, model: str | None) -> None:
         messages = check_messages({"messages": asked}, control_tokens(answerer.processor), Path.cwd())[:1]
     except DataError as error:
         raise UserError(f"the question{error}") from None
-    print(ask(answerer, messages, Budget(**settings.budget), settings.max_new_tokens).strip())
+    answer = ask(answerer, messages, Budget(**settings.budget), settings.max_new_tokens).strip()
+    print(answer)
+    show_boxes(answer, [item for item in messages[0]["content"] if item["type"] == "image"], settings.output_dir)
+
+
+def show_boxes(answer: str, images: list[dict], folder: Path) -> None:
+    """Print the boxes of an answer, if it has any, in pixels of the image asked about, and draw them into `folder`."""
+    from util import boxes, fetch, vision
+
+    if not images or not boxes.from_text(answer, 1, 1):
+        return
+    if len(images) > 1:
+        print("\nboxes: the answer does not say in which image they lie; in pixels of each:")
+    for number, item in enumerate(images):
+        (local,) = fetch.localise([item], fetch.FetchSettings())
+        image = vision.open_image(local["image"])
+        found = boxes.from_text(answer, *image.size)
+        file = folder / (f"boxes_{number}.png" if len(images) > 1 else "boxes.png")
+        folder.mkdir(parents=True, exist_ok=True)
+        boxes.draw(image, found).save(file)
+        print(f"\nboxes in pixels of {fetch.shown(item['image'])} ({image.width} x {image.height}), drawn in {file}:")
+        for label, corners in found:
+            print(f"  {'  '.join(f'{value:7.1f}' for value in corners)}  {label or '(no label)'}")
 
 
 def print_answers(columns: dict[str, list], metrics: list[str], show: int) -> None:

@@ -1,24 +1,24 @@
 """data.json or data.jsonl -> checked examples; the order of an epoch; samples grouped into packed batches.
 
 A data file holds conversations: `{"messages": [{"role": ..., "content": "text" or [item, ...]}, ...]}` with items
-`{"type": "image", "image": PATH}`, `{"type": "video", "video": PATH or [FRAME, ...]}`, `{"type": "text", "text": ...}`.
+`{"type": "image", "image": PATH}`, `{"type": "video", "video": PATH or [FRAME, ...]}`, `{"type": "text", "text": ...}`,
+and boxes (boxes.py); tools, their calls and answers are rewritten to such messages before anything else (tools.py).
 Samples and messages are counted from 0.
 """
 
 import itertools
 import math
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
-from util import conversation, fetch, vision
+from util import boxes, conversation, fetch, tools, vision
 from util.lines import MOST_TEXT, DataError, open_entries, shortened, split_weight, stop_on
-from util.media import MediaReader
+from util.media import MediaReader, resolve_path
 
 ROLES = ("system", "user", "assistant")
 
@@ -33,7 +33,7 @@ class Example:
 
     @property
     def media(self) -> list[dict]:
-        return [item for message in self.messages for item in message["content"] if item["type"] != "text"]
+        return [item for message in self.messages for item in message["content"] if item["type"] in ("image", "video")]
 
 
 @dataclass
@@ -124,8 +124,7 @@ def check_messages(entry: object, forbidden: list[str], folder: Path) -> list[di
     if not isinstance(messages, list) or not messages:
         raise DataError(": a sample is {'messages': [...]} with at least one message")
     checked = []
-    for number, message in enumerate(messages):
-        where = f", message {number}: "
+    for where, message in tools.turns(entry):
         if not isinstance(message, dict) or message.get("role") not in ROLES or "content" not in message:
             raise DataError(f"{where}a message is {{'role': one of {', '.join(ROLES)}, 'content': ...}}")
         role, content = message["role"], message["content"]
@@ -139,8 +138,8 @@ def check_messages(entry: object, forbidden: list[str], folder: Path) -> list[di
         items = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise DataError(f"{where}content must be text or a list of items, is {type(content).__name__}")
-        items = [check_item(item, role, folder, where) for item in items]
-        check_text(conversation.text_of(items), forbidden, where)
+        items = boxes.choose_images([check_item(item, role, folder, where) for item in items], checked, where)
+        check_text("\n".join([conversation.text_of(items), *boxes.labels_of(items)]), forbidden, where)
         checked.append({"role": role, "content": items})
     if checked[-1]["role"] != "assistant":
         raise DataError(f": ends with a {checked[-1]['role']} message, so nothing is supervised; add the answer")
@@ -161,8 +160,10 @@ def check_item(item: dict, role: str, folder: Path, where: str) -> dict:
     """One content item without its empty keys, its media path resolved, or DataError."""
     item = {key: value for key, value in item.items() if value is not None}
     kind = item.get("type", next((k for k in ("image", "video", "text") if k in item), None))
+    if kind == "box":
+        return boxes.check_item(item, where)
     if kind not in ("image", "video", "text") or kind not in item:
-        raise DataError(f"{where}an item has a type image, video or text and a key of that name, has {sorted(item)}")
+        raise DataError(f"{where}an item has a type image, video or text and its key, or type box; has {sorted(item)}")
     item["type"] = kind
     if kind == "text":
         if not isinstance(item["text"], str):
@@ -181,20 +182,6 @@ def check_item(item: dict, role: str, folder: Path, where: str) -> dict:
     return {**item, kind: resolved if isinstance(item[kind], list) else resolved[0]}
 
 
-def resolve_path(path: object, folder: Path, where: str) -> str:
-    """A media path as written if absolute or remote, else under the data file's folder, else under the current one."""
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise DataError(f"{where}a media path must be a non-empty string, is {path!r}")
-    if fetch.is_remote(path):
-        return path
-    path = fetch.local_path(path)
-    tried = [Path(path)] if os.path.isabs(path) else [folder / path, Path.cwd() / path]
-    for candidate in tried:
-        if os.path.isfile(candidate):  # unlike Path.is_file, False for a path too long or not allowed to be looked at
-            return str(candidate)
-    raise DataError(f"{where}no such file {path!r} (tried {', '.join(map(str, dict.fromkeys(tried)))})", "no such file")
-
-
 class Samples(Dataset):
     """Examples by index, encoded and with their pixels: what a data worker does for one sample."""
 
@@ -206,22 +193,35 @@ class Samples(Dataset):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Sample:
-        example = self.examples[index]
+        example = self.example(index)
         return Sample(self._encode(example), self._media(example, vision.load, self.shrunk.get(index)), example.where)
 
     def size(self, index: int) -> Size:
         """The cost of one sample from its text and its media's headers, without decoding a pixel."""
-        example = self.examples[index]
+        example = self.example(index)
         encoded, grids = self._encode(example), self._media(example, vision.read_grid, self.shrunk.get(index))
         tokens = len(encoded.input_ids) + sum(grid.tokens - 1 for grid in grids)
         return Size(tokens, sum(encoded.supervised), grids)
+
+    def example(self, index: int) -> Example:
+        """A sample with its boxes written as text, for which the sizes of the images they lie in are read."""
+        example = self.examples[index]
+        if not (images := boxes.images_of(example.messages)):
+            return example
+        sizes = self._reading(example, self.reader.image_sizes, list(images.values()))
+        messages = boxes.written(example.messages, dict(zip(images, sizes, strict=True)), example.where)
+        return replace(example, messages=messages)
 
     def _encode(self, example: Example) -> conversation.Encoded:
         return conversation.encode(conversation.render(example.messages, self.processor), self.processor)
 
     def _media(self, example: Example, read: Callable, budget: vision.Budget | None = None) -> list:
+        return self._reading(example, self.reader.each, read, example.media, budget or self.budget)
+
+    def _reading(self, example: Example, read: Callable, *arguments) -> list:
+        """What `read` gives, or the DataError of media that cannot be read, with the sample's name."""
         try:
-            return self.reader.each(read, example.media, budget or self.budget)
+            return read(*arguments)
         except (ValueError, OSError) as error:
             lost = fetch.FetchError in (type(error), type(error.__context__))
             raise DataError(f"{example.where}: {shortened(error)}", "not fetched" if lost else "not readable") from None

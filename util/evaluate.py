@@ -165,7 +165,7 @@ class QuestionSamples(Samples):
     """Questions by index: (prompt, prompt with its reference supervised)."""
 
     def __getitem__(self, index: int) -> tuple[Sample, Sample]:
-        example = self.examples[index]
+        example = self.example(index)
         pieces = conversation.render(example.messages, self.processor)
         for piece in pieces[:-1]:
             piece.supervised = False  # earlier answers are given, not asked
@@ -200,7 +200,7 @@ def answer_all(
                 texts = answerer.answers([prompt for prompt, _ in there.values()], max_new_tokens)
                 losses = answerer.losses([whole for _, whole in there.values()])
                 for index, text, loss in zip(there, texts, losses, strict=True):
-                    answers[index] = answer_of(questions.examples[index], text, loss)
+                    answers[index] = answer_of(questions.example(index), text, loss)
             bar.update(len(indices))
     return [answers[index] for index in sorted(answers)]
 

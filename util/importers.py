@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from util import fetch
+from util import fetch, tools
 from util.lines import DataError
 
 LLAVA = "ShareGPT / LLaVA"
@@ -26,16 +26,20 @@ MEDIA_KEYS = ("image", "images", "video", "videos")
 # ShareGPT's own files name the assistant after the site a conversation was taken from; OpenAI renamed its system role.
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant")
-TOOL_ROLES = ("tool", "function", "observation", "function_call", "function_response", "tool_call", "tool_response")
+# What a tool gave, and ShareGPT's own turns that are nothing but calls (LLaMA-Factory, data/README.md).
+TOOL_ROLES = ("tool", "function", "observation", "function_response", "tool_response")
+CALL_ROLES = ("function_call", "tool_call")
+ROLES |= dict.fromkeys(TOOL_ROLES, "tool") | dict.fromkeys(CALL_ROLES, "assistant")
 TOOL_KEYS = ("tools", "functions", "tool_calls", "tool_call_id", "function_call")
 # Keys that change what is trained, with the reason why a sample that has them is refused.
-REFUSED = dict.fromkeys(TOOL_KEYS, "tool calls cannot be trained on yet; leave the sample out")
+REFUSED = dict.fromkeys(TOOL_KEYS, "of this format no tools are read; write the sample as OpenAI chat does")
 REFUSED |= dict.fromkeys(("audio", "audios"), "the model does not hear; leave the sample out")
 REFUSED |= dict.fromkeys(
     ("chosen", "rejected"), "preferences cannot be trained on; keep the better answer as a message"
 )
 REFUSED |= {"refusal": "an answer stands in 'content'; move the text there"}
 OPENAI_TYPES = ("image_url", "video_url", "input_audio", "file", "refusal")
+CALL_KEYS = ("tool_calls", "tool_call_id", "function_call")
 OPENAI_KEYS = ("name", "weight", "refusal")
 
 # LLaVA sets a marker apart by a newline. Qwen2-VL's chat template has none between a picture and its text, and Qwen's
@@ -102,7 +106,7 @@ def detect_messages(entry: dict, turns: list[dict]) -> str:
     if any(turn.get(key) is not None for turn in turns for key in OPENAI_KEYS):
         return OPENAI
     roles = {str(turn.get("role")) for turn in turns}
-    if roles & {"developer", *TOOL_ROLES}:
+    if roles & {"developer", *TOOL_ROLES, *CALL_ROLES}:
         return OPENAI
     # A marker without any media is text to our format; far more often the media were forgotten. from_llava says so.
     return LLAVA if (marked and not items) or roles & (ROLES.keys() - {"system", "user", "assistant"}) else OWN
@@ -120,11 +124,12 @@ def from_llava(entry: dict, dropped: Counter) -> dict:
     """ShareGPT and LLaVA: `{"image": ..., "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}`.
 
     Sources: LLaVA (docs/Finetune_Custom_Data.md), LLaMA-Factory (data/README.md: `images`, `videos`, `system`, turns in
-    `messages` too) and Qwen's qwen-vl-finetune (README.md, data_processor.py: the same, with the folder `data_path`).
+    `messages` too, turns from `function_call` and `observation`, `tools`) and Qwen's qwen-vl-finetune (README.md,
+    data_processor.py: the same without tools, with the folder `data_path`).
     Every marker is replaced by the next image or video, where it stands; one newline on either side of it goes.
     """
     key = "conversations" if "conversations" in entry else "messages"
-    note_dropped(entry, (key, "system", "kind", "data_path", *MEDIA_KEYS), dropped)
+    note_dropped(entry, (key, "system", "kind", "data_path", "tools", *MEDIA_KEYS), dropped)
     folder = entry.get("data_path") or ""
     media = {kind: [below(folder, medium) for medium in media_beside(entry, kind)] for kind in KINDS}
     markers: Counter = Counter()
@@ -142,9 +147,11 @@ def from_llava(entry: dict, dropped: Counter) -> dict:
             markers[kind] += 1
             items.append({"type": kind, kind: media[kind][place] if place < len(media[kind]) else None})
         messages.append({"role": role, "content": simplest(items)})
+        if turn[names[0]] in CALL_ROLES:
+            messages[-1] |= {"content": "", "tool_calls": calls_in(text, where)}
     for kind in KINDS:
         check_count(f"<{kind}> marker", markers[kind], kind, len(media[kind]))
-    return {"messages": with_system(entry, messages)}
+    return {"messages": with_system(entry, messages), **tools_beside(entry)}
 
 
 def from_qwen_vl(entry: dict, dropped: Counter) -> dict:
@@ -221,18 +228,20 @@ def from_openai(entry: dict, dropped: Counter) -> dict:
 
     Source: OpenAI, "Vision fine-tuning" and the chat completions reference; `video_url` is what vLLM adds to it. URLs
     and `data:` URIs stay as they are: both are read by this project. `name`, `detail` and a `weight` of 1 say nothing
-    to this model; a `weight` of 0 is refused, since every assistant message is supervised here.
+    to this model; a `weight` of 0 is refused, since every assistant message is supervised here. Tools and their calls
+    stay, the older `functions` and `function_call` under their present names.
     """
-    note_dropped(entry, ("messages", "kind"), dropped)
+    note_dropped(entry, ("messages", "kind", "tools", "functions"), dropped)
     messages = []
     for where, turn in turns_of(entry, "messages"):
-        note_dropped(turn, ("role", "content"), dropped, "messages[].", where)
+        note_dropped(turn, ("role", "content", *CALL_KEYS), dropped, "messages[].", where)
         role, content = read_role(turn, "role", where), turn.get("content")
         if role == "assistant" and turn.get("weight") not in (None, 1):
             raise DataError(f"{where}weight {turn['weight']!r}, but every assistant message is supervised; leave "
                             "it out with its question, or cut the conversation")  # fmt: skip
-        if isinstance(content, str):
-            messages.append({"role": role, "content": content})
+        calls = calls_beside(turn)
+        if isinstance(content, str) or (content is None and "tool_calls" in calls):
+            messages.append({"role": role, "content": content or "", **calls})
             continue
         items = []
         for item in read_items(content, where):
@@ -249,23 +258,27 @@ def from_openai(entry: dict, dropped: Counter) -> dict:
             if not isinstance(holder.get("url"), str) or not holder["url"]:
                 raise DataError(f"{where}{kind} holds no url; it is {{'url': 'https://...' or 'data:...'}}")
             items.append({"type": kind.removesuffix("_url"), kind.removesuffix("_url"): holder["url"]})
-        messages.append({"role": role, "content": simplest(items)})
-    return {"messages": messages}
+        messages.append({"role": role, "content": simplest(items), **calls})
+    return {"messages": messages, **tools_beside(entry)}
 
 
 def from_own(entry: dict, dropped: Counter) -> dict:
     """This project's format (README.md, "Your own data"), unchanged but for empty keys."""
-    note_dropped(entry, ("messages", "kind"), dropped)
+    note_dropped(entry, ("messages", "kind", "tools"), dropped)
     messages = []
     for where, turn in turns_of(entry, "messages"):
-        note_dropped(turn, ("role", "content"), dropped, "messages[].", where)
-        role, content = read_role(turn, "role", where), turn.get("content")
+        note_dropped(turn, ("role", "content", *CALL_KEYS), dropped, "messages[].", where)
+        role, content, calls = read_role(turn, "role", where), turn.get("content"), calls_beside(turn)
+        if content is None and "tool_calls" in calls:
+            content = ""
         if not isinstance(content, str):
             content = read_items(content, where)
-            if bare := [item for item in content if not item.keys() & {"text", *KINDS}]:
-                raise DataError(f"{where}an item has a key text, image or video, has {sorted(bare[0])}; write one")
-        messages.append({"role": role, "content": content})
-    return {"messages": messages}
+            if bare := [item for item in content if not item.keys() & {"text", *KINDS, "bbox", "label"}]:
+                raise DataError(
+                    f"{where}an item has a key text, image or video, or is a box; has {sorted(bare[0])}; write one"
+                )
+        messages.append({"role": role, "content": content, **calls})
+    return {"messages": messages, **tools_beside(entry)}
 
 
 IMPORTERS = {
@@ -288,11 +301,14 @@ def import_entry(entry: object, dropped: Counter, join_turns: bool = False) -> t
         raise DataError(f": in none of the known formats ({', '.join(list(IMPORTERS)[:-1])}, this project's own), "
                         f"is {what}; write it as {{'messages': [...]}}")  # fmt: skip
     counted: Counter = Counter()  # what a refused sample drops is not said: nothing of it is written
-    messages = IMPORTERS[name](entry, counted)["messages"]
+    imported = IMPORTERS[name](entry, counted)
+    messages = imported["messages"]
     added = name in (LLAVA, QWEN_VL) and not is_empty(entry.get("system"))
     check_order(messages, -1 if added else 0, join_turns)
+    for _ in tools.turns({**imported, "messages": messages[added:]}):  # says what is wrong with tools
+        pass
     dropped.update(counted)
-    sample = {"messages": joined(messages) if join_turns else messages}
+    sample = {**imported, "messages": joined(messages) if join_turns else messages}
     if isinstance(entry.get("kind"), str):
         sample["kind"] = entry["kind"]
     return name, sample
@@ -303,25 +319,26 @@ def import_entry(entry: object, dropped: Counter, join_turns: bool = False) -> t
 
 def check_order(messages: list[dict], first: int = 0, same_role: bool = False) -> None:
     """DataError for what util/dataset.py would refuse, and for an empty answer. Messages are counted from `first`."""
-    before = None
+    before, before_calls = None, False
     for number, message in enumerate(messages, first):
         role, where = message["role"], f", message {number}: "
         if role == "system" and before is not None:
             raise DataError(f"{where}a system message can only be the first one; move it there or take it out")
-        if role == before and not same_role:
+        if role == before != "tool" and not (same_role and not message.get("tool_calls") and not before_calls):
             raise DataError(
                 f"{where}two {role} messages in a row; join them (--join_turns does) or add what is missing"
             )
-        if role == "assistant" and before not in ("user", "assistant"):
+        if role == "assistant" and before not in ("user", "assistant", "tool"):
             raise DataError(f"{where}an assistant message must follow a user message, follows {before or 'nothing'}; "
                             "add the question or take the answer out")  # fmt: skip
         content = message["content"]
         items = [{"text": content}] if isinstance(content, str) else content
-        if role != "user" and (held := [kind for kind in KINDS for item in items if kind in item]):
+        if role not in ("user", "tool") and (held := [kind for kind in KINDS for item in items if kind in item]):
             raise DataError(f"{where}only a user message can hold an image or a video; move the {held[0]} into one")
-        if role == "assistant" and not "".join(str(item.get("text", "")) for item in items).strip():
+        said = "".join(str(item.get("text", item.get("label", item.get("bbox", "")))) for item in items)
+        if role == "assistant" and not said.strip() and not message.get("tool_calls"):
             raise DataError(f"{where}an empty assistant message, so nothing to learn; write the answer or take it out")
-        before = role
+        before, before_calls = role, bool(message.get("tool_calls"))
     if before != "assistant":
         found = f"ends with a {before} message" if before else "has no messages"
         raise DataError(f": {found}, so nothing is supervised; add the answer")
@@ -331,7 +348,7 @@ def joined(messages: list[dict]) -> list[dict]:
     """Messages with those of the same role in a row made one, a newline between two texts."""
     result: list[dict] = []
     for message in messages:
-        if not result or result[-1]["role"] != message["role"]:
+        if not result or result[-1]["role"] != message["role"] or message["role"] == "tool":
             result.append(message)
             continue
         parts = [result[-1]["content"], message["content"]]
@@ -359,11 +376,32 @@ def turns_of(entry: dict, key: str) -> Iterator[tuple[str, dict]]:
 def read_role(turn: dict, key: str, where: str) -> str:
     """A turn's role in this project's words."""
     role = turn.get(key)
-    if role in TOOL_ROLES:
-        raise DataError(f"{where}role {role!r}: {REFUSED['tools']}")
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"{where}unknown role {role!r}; known are {', '.join(ROLES)}. Rename it")
     return ROLES[role]
+
+
+def calls_beside(turn: dict) -> dict:
+    """The keys of a message that say what it calls or answers, under their present names."""
+    kept = {key: turn[key] for key in ("tool_calls", "tool_call_id") if not is_empty(turn.get(key))}
+    if not is_empty(turn.get("function_call")):
+        kept["tool_calls"] = [{"type": "function", "function": turn["function_call"]}]
+    return kept
+
+
+def calls_in(text: str, where: str) -> list[dict]:
+    """The calls that are the whole text of a turn: JSON of one, or of a list of them."""
+    calls = tools.loads(text, f"{where}a turn of calls is JSON {{'name': ..., 'arguments': ...}}; repair it")
+    return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def tools_beside(entry: dict) -> dict:
+    """The tools of a sample, if it has any, as its key `tools`."""
+    if not is_empty(entry.get("tools")) and not is_empty(entry.get("functions")):
+        raise DataError(": has both 'tools' and 'functions'; keep one of them")
+    found = entry["tools"] if not is_empty(entry.get("tools")) else entry.get("functions")
+    found = tools.read_tools(found)
+    return {"tools": found} if found else {}
 
 
 def read_text(turn: dict, key: str, where: str) -> str:

@@ -146,7 +146,7 @@ class Chunks:
     def one(self, index: int) -> Finding:
         """What can be known of a sample without decoding a pixel."""
         try:
-            example = self.samples.examples[index]
+            example = self.samples.example(index)
             size = self.quick(example)
             note = self.note(example) if self.note else None
             if size.tokens <= self.max_tokens:

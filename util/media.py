@@ -3,12 +3,17 @@
 The one way by which training, evaluation and both test scripts read them.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from util import fetch, vision
 from util.cache import FrameCache
 from util.fetch import FetchSettings
+from util.lines import DataError
+
+MOST_SIZES = 2**17  # of remote images, remembered at a time by a process
 
 
 class MediaReader:
@@ -20,6 +25,7 @@ class MediaReader:
         self.settings = FetchSettings(**{name: getattr(config, name) for name in names} if config else {})
         directory = getattr(config, "cache_dir", None)
         identity = partial(fetch.identity, settings=self.settings)
+        self.sizes: dict[str, tuple[int, int]] = {}  # of remote images, by address
         self.cache = FrameCache(directory, config.cache_max_gib, identity) if directory else None
 
     def each(self, read: Callable, items: list[dict], budget: vision.Budget) -> list:
@@ -33,6 +39,20 @@ class MediaReader:
         cached = self.cache.load if whole else self.cache.read_grid
         return [cached(item, budget, partial(self._fetch_and_read, read, whole)) for item in items]
 
+    def image_sizes(self, items: list[dict]) -> list[tuple[int, int]]:
+        """Width and height in pixels of image items as people see them, from their headers. Raises as `each` does.
+
+        Each process asks for a remote image's size once.
+        """
+        paths = [item["image"] for item in items]
+        unknown = [item for item in items if item["image"] not in self.sizes]
+        found = fetch.localise(unknown, self.settings, whole_images=False)
+        now = {item["image"]: vision.open_image(here["image"]).size for item, here in zip(unknown, found, strict=True)}
+        sizes = [now.get(path) or self.sizes[path] for path in paths]
+        if len(self.sizes) < MOST_SIZES:  # a local file, which may change, and the text of a `data:` URI are read anew
+            self.sizes |= {path: now[path] for path in now if fetch.scheme_of(path) not in ("", "file", "data")}
+        return sizes
+
     def statistics(self) -> dict[str, float]:
         """What the log says of the cache: the share of media that came out of it so far."""
         return {"cache_hit_ratio": round(self.cache.statistics()["hit_ratio"], 4)} if self.cache else {}
@@ -40,3 +60,17 @@ class MediaReader:
     def _fetch_and_read(self, read: Callable, whole: bool, item: dict, budget: vision.Budget):
         (item,) = fetch.localise([item], self.settings, whole_images=whole)
         return read(item, budget)
+
+
+def resolve_path(path: object, folder: Path, where: str) -> str:
+    """A media path as written if absolute or remote, else under the data file's folder, else under the current one."""
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise DataError(f"{where}a media path must be a non-empty string, is {path!r}")
+    if fetch.is_remote(path):
+        return path
+    path = fetch.local_path(path)
+    tried = [Path(path)] if os.path.isabs(path) else [folder / path, Path.cwd() / path]
+    for candidate in tried:
+        if os.path.isfile(candidate):  # unlike Path.is_file, False for a path too long or not allowed to be looked at
+            return str(candidate)
+    raise DataError(f"{where}no such file {path!r} (tried {', '.join(map(str, dict.fromkeys(tried)))})", "no such file")

@@ -93,6 +93,8 @@ def edit_distance(one: str, other: str) -> int:
 # ---- boxes ----------------------------------------------------------------------------------------------------------
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2, in any one unit
+NUMBER = r"\s*(?P<{}>-?\d{{1,6}})\s*"
+CORNERS = rf"\({NUMBER.format('x1')},{NUMBER.format('y1')}\)\s*,\s*\({NUMBER.format('x2')},{NUMBER.format('y2')}\)"
 
 
 def box_iou(answer: str, reference: str) -> float | None:
@@ -111,10 +113,7 @@ def box_iou(answer: str, reference: str) -> float | None:
 
 def boxes_of(text: str) -> list[Box]:
     """The boxes that Qwen2-VL writes: (x1,y1),(x2,y2), in thousandths of the image's width and height."""
-    number, found = r"\s*(-?\d{1,6})\s*", []
-    for corners in re.findall(rf"\({number},{number}\)\s*,\s*\({number},{number}\)", text, re.ASCII):
-        found.append(tuple(float(value) for value in corners))
-    return found
+    return [tuple(float(value) for value in corners) for corners in re.findall(CORNERS, text, re.ASCII)]
 
 
 def iou(one: Box, other: Box) -> float:
