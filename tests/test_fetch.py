@@ -927,3 +927,44 @@ def test_truncated_video(server, tmp_path, monkeypatch):
         assert [text.partition(": ")[2] for text in local.warnings] == [
             text.partition(": ")[2].partition(": ")[2] or text.partition(": ")[2] for text in remote.warnings
         ]
+
+
+# ---- boxes in remote images -----------------------------------------------------------------------------------------
+
+
+@needs_http
+def test_boxes_in_remote_images(server, tmp_path, processor):
+    """The size that a box needs is read from the first bytes, and asked for once by a process."""
+    from util.dataset import DataError, Examples, Samples
+    from util.measure import look
+    from util.media import MediaReader
+    from util.vision import Budget
+
+    noise = np.random.default_rng(0).integers(0, 256, (600, 1200, 3), dtype=np.uint8)
+    written = io.BytesIO()
+    Image.fromarray(noise).save(written, "PNG")
+    server.files["/wide.png"] = written.getvalue()
+
+    def asking(*bbox, path="wide.png") -> dict:
+        question = {"role": "user", "content": [{"type": "image", "image": server.url(path)}]}
+        return {"messages": [question, {"role": "assistant", "content": [{"type": "box", "bbox": bbox}]}]}
+
+    (tmp_path / "data.json").write_text(
+        json.dumps([asking(0, 0, 600, 300), asking(0, 0, 1201, 300), asking(0, 0, 1, 1, path="gone.png")])
+    )
+    reader = MediaReader(QUICK)
+    samples = Samples(Examples([str(tmp_path / "data.json")], processor), processor, Budget(max_pixels=3136), reader)
+    for _ in range(3):
+        (answer,) = samples.example(0).messages[1]["content"]
+        assert answer == {"type": "text", "text": "<|box_start|>(0,0),(500,500)<|box_end|>"}
+    assert server.sent <= fetch.FIRST_BYTES < len(server.files["/wide.png"]) / 4
+    assert 1 <= len(server.requests) <= 3, "the other times it was known"
+    assert list(reader.sizes.values()) == [(1200, 600)]
+    good, outside, gone = look(samples, 1000, "stop")
+    assert good.size == samples.size(0)
+    assert "which is 1200 pixels wide and 600 high" in outside.problem
+    assert outside.reason == "bad conversation"
+    assert gone.reason == "not fetched"
+    assert len(samples[0].encoded.input_ids) == good.size.tokens - samples[0].media[0].grid.tokens + 1
+    with pytest.raises(DataError, match="sample 2: "):
+        samples[2]

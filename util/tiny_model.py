@@ -84,12 +84,13 @@ def make_tiny_model(directory: Path | None = None, seed: int = 0) -> Path:
 
 
 def conversation_texts(data_file: Path) -> list[str]:
-    """All text of a data file, message by message."""
+    """All text of a data file, message by message; of samples with tools or box items, which say little about the
+    demonstration's words, there is none: with them the vocabulary and all figures measured with it would be others."""
     texts = []
     for example in json.loads(data_file.read_text(encoding="utf-8")):
-        for message in example["messages"]:
-            content = message["content"]
-            items = [{"text": content}] if isinstance(content, str) else content
+        contents = [message["content"] for message in example["messages"]]
+        items = [item for c in contents for item in ([{"text": c}] if isinstance(c, str) else c)]
+        if "tools" not in example and not any(item.get("type") == "box" for item in items):
             texts += [item["text"] for item in items if "text" in item]
     return texts
 
