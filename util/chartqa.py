@@ -1,0 +1,383 @@
+"""ChartQA (arXiv 2203.10244) in this project's format: `python -m util.chartqa`.
+
+    python -m util.chartqa                                    from the hub (pip install datasets)
+    python -m util.chartqa --from "my/ChartQA Dataset"        from a folder in the published layout
+    python -m util.chartqa --from drawn --count 3000          charts drawn on the spot, in that same layout
+    python -m util.chartqa --share 0.1 --seed 1               a tenth of the human and of the augmented questions
+
+Writes train.jsonl, val.jsonl and test.jsonl into --output_dir, and test_plain.jsonl: the test without system message.
+Run it again to go on with a preparation or a download that was interrupted. Questions and labels stay as published
+(white space at their ends apart), because published scores compare with them; odd ones are counted and said.
+"""
+
+import hashlib
+import os
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from util.command_line import MOST_TOLD, CollectingParser, UserError, run_command
+from util.convert import counted, image_suffix, whole_file
+from util.lines import DataError, open_entries, shortened
+
+HUB_NAME = "HuggingFaceM4/ChartQA"
+KINDS = ("human", "augmented")  # who wrote a question; on the hub 0 and 1 of the column human_or_machine
+# Questions as published: 9,608 human and 23,111 augmented in all (arXiv 2203.10244, section 3.3).
+PUBLISHED = {
+    "train": {"human": 7398, "augmented": 20901},
+    "val": {"human": 960, "augmented": 960},
+    "test": {"human": 1250, "augmented": 1250},
+}
+SYSTEM_MESSAGE = (
+    "You are shown a chart and asked about it. Reply with the answer alone: one word, one number or a short phrase."
+)
+CONTROL = re.compile(r"<\|(?:endoftext|im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
+MOST_ASPECT = 200  # of an image's sides, as Qwen2-VL's smart_resize has it
+ROWS = 64  # of the hub's table read at a time; each holds an image
+CHARTS = ("bars", "lines", "pies")  # that util/draw_charts.py draws
+DRAWN_CHARTS = 3000  # for training; a tenth of it each for val and test
+
+
+@dataclass
+class Row:
+    """One question as its source holds it, unchecked."""
+
+    where: str
+    kind: str
+    query: object
+    label: object
+    image: object  # a file name in the split's png/, or an image's bytes
+
+
+# ---- sources --------------------------------------------------------------------------------------------------------
+
+
+class Folder:
+    """The published layout: {split}/png/, {split}/{split}_human.json and {split}/{split}_augmented.json."""
+
+    def __init__(self, folder: str) -> None:
+        nested = Path(folder, "ChartQA Dataset")  # as the repository and the archive have it
+        self.root = nested if nested.is_dir() else Path(folder)
+        if not self.root.is_dir():
+            raise UserError(f"--from {folder}: no such folder; give hub, drawn, or the folder that holds train/")
+
+    def file(self, split: str, kind: str) -> Path:
+        return self.root / split / f"{split}_{kind}.json"
+
+    def kinds(self, split: str) -> list[str]:
+        """The kind of every row of a split."""
+        there = {kind: self.file(split, kind) for kind in KINDS if self.file(split, kind).is_file()}
+        if not there:
+            wanted = " and ".join(str(self.file(split, kind)) for kind in KINDS)
+            raise UserError(f"{wanted}: no such files; name the folder that holds {split}/, or set --splits")
+        self.entries = [(kind, number, entry) for kind, file in there.items()
+                        for number, entry in enumerate(open_entries(str(file)))]  # fmt: skip
+        return [kind for kind, _, _ in self.entries]
+
+    def rows(self, split: str, chosen: list[int]) -> Iterator[Row | DataError]:
+        """The chosen rows of the split that `kinds` was called for last."""
+        for index in chosen:
+            kind, number, entry = self.entries[index]
+            where = f"{self.file(split, kind)}, row {number}"
+            if not isinstance(entry, dict):
+                yield DataError(f"{where}: must be an object, is {type(entry).__name__}; repair it")
+            elif missing := [key for key in ("imgname", "query", "label") if entry.get(key) is None]:
+                yield DataError(f"{where}: has no {missing[0]!r}; add it, or take the row out")
+            else:
+                yield Row(where, kind, entry["query"], entry["label"], entry["imgname"])
+
+
+class Hub:
+    """The data set of the hub, or a folder with its parquet files, through `datasets`; images stay encoded."""
+
+    def __init__(self, name: str) -> None:
+        try:
+            import datasets
+        except ImportError:
+            raise UserError("--from hub needs the package datasets: pip install datasets") from None
+        self.name, self.datasets = name, datasets
+
+    def kinds(self, split: str) -> list[str]:
+        """The kind of every row of a split, which is downloaded now where it is not there."""
+        try:
+            table = self.datasets.load_dataset(self.name, split=split)
+        except Exception as error:  # of the hub, the network, the disk or the files: `datasets` has one for each
+            told = shortened(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, 300)
+            raise UserError(
+                f"{self.name}, split {split}: cannot be loaded ({told}); the same command goes on with what is "
+                "downloaded, and --from FOLDER reads a copy"
+            ) from None
+        wanted = {"image", "query", "label", "human_or_machine"}
+        if missing := wanted - set(table.column_names):
+            raise UserError(f"{self.name}, split {split}: has no column {', '.join(sorted(missing))}; is it ChartQA?")
+        self.table = table.cast_column("image", self.datasets.Image(decode=False)).with_format("arrow")
+        codes = self.table.select_columns(["human_or_machine"])[:]["human_or_machine"].to_pylist()
+        if strange := set(codes) - {0, 1}:
+            told = f"human_or_machine must be 0 (human) or 1 (machine), is {min(map(str, strange))}"
+            raise UserError(f"{self.name}, split {split}: {told}; is it ChartQA?")
+        return [KINDS[code] for code in codes]
+
+    def rows(self, split: str, chosen: list[int]) -> Iterator[Row | DataError]:
+        """The chosen rows of the split that `kinds` was called for last."""
+        numbers = iter(chosen)
+        for batch in self.table.select(chosen).iter(ROWS):
+            for entry in batch.to_pylist():
+                where = f"{self.name}, {split}, row {next(numbers)}"
+                image, label = entry["image"] or {}, entry["label"]
+                if image.get("bytes") is None:
+                    yield DataError(f"{where}: has no image; take it out with --skip_bad")
+                else:
+                    yield Row(where, KINDS[entry["human_or_machine"]], entry["query"], label, image["bytes"])
+
+
+# ---- one row --------------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """Where the samples' images are: a folder's own stay there, the hub's bytes become files named by their content,
+    each once. A file that is there is not written again."""
+
+    def __init__(self, output: Path) -> None:
+        self.folder = os.path.realpath(output)
+        self.store = output / "images"
+        self.checked: dict[str, str] = {}  # path: what is wrong with it, or ""
+        self.new = 0
+
+    def place(self, image: object, png: Path | None) -> str:
+        """The path of a row's image as the output files name it. Raises DataError, its message without the row."""
+        if isinstance(image, bytes):
+            suffix = image_suffix(image, ": ")
+            path = self.store / f"{hashlib.sha256(image).hexdigest()[:32]}{suffix}"
+            if not path.exists():
+                self.store.mkdir(parents=True, exist_ok=True)
+                unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+                unfinished.write_bytes(image)
+                unfinished.replace(path)
+                self.new += 1
+            name = f"images/{path.name}"
+        else:
+            if not isinstance(image, str) or not image or Path(image).name != image or "\0" in image:
+                raise DataError(f": imgname must be the name of a file in {png}, is {str(image)[:80]!r}; repair it")
+            path = png / image
+            name = str(path) if path.is_absolute() else os.path.relpath(os.path.realpath(path), self.folder)
+        if str(path) not in self.checked:
+            self.checked[str(path)] = problem_of(path)
+        if self.checked[str(path)]:
+            raise DataError(f": {self.checked[str(path)]}")
+        return name
+
+
+def problem_of(path: Path) -> str:
+    """What makes an image file useless, seen from its header; "" for nothing."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except FileNotFoundError:
+        return f"no such image {str(path)!r}; add the file, or take the row out"
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+        return f"{str(path)!r} is no image that can be read; get the file again"
+    if max(width, height) > MOST_ASPECT * min(width, height):
+        return f"{str(path)!r} is {width}x{height}, sides more than {MOST_ASPECT} to 1; take the row out"
+    return ""
+
+
+def text_of(value: object, name: str, notes: Counter) -> str:
+    """A query or a label as text. Raises DataError for what is none."""
+    if isinstance(value, list):  # the hub's labels are lists of one
+        if len(value) != 1:
+            raise DataError(f": {name} must be one text, is a list of {len(value)}; keep one")
+        value = value[0]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        notes[f"{name}s that were numbers, written as text"] += 1
+        value = str(value)
+    if not isinstance(value, str):
+        raise DataError(f": {name} must be text, is {type(value).__name__}; repair it")
+    text = value.strip()
+    if not text:
+        raise DataError(f": {name} is empty; write one, or take the row out")
+    if control := CONTROL.search(text):
+        raise DataError(f": {name} contains the control token {control[0]!r}; take it out")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f": {name} holds half of a surrogate pair, which is no character; repair it")
+    notes[f"{name}s with white space at their ends, taken off"] += text != value
+    notes[f"{name}s with a lost character (U+FFFD), kept"] += "\ufffd" in text
+    return text
+
+
+def sample_of(row: Row, images: Images, png: Path | None, system: str, notes: Counter) -> dict:
+    """A row as a sample of this project. Raises DataError that names the row."""
+    try:
+        query, label = text_of(row.query, "question", notes), text_of(row.label, "label", notes)
+        path = images.place(row.image, png)
+    except DataError as error:
+        raise DataError(f"{row.where}{error}") from None
+    notes["labels that are a list in brackets, kept as one text"] += label.startswith("[") and label.endswith("]")
+    asked = [{"type": "image", "image": path}, {"type": "text", "text": query}]
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": label}]
+    return {"kind": row.kind, "messages": messages}
+
+
+# ---- all of it ------------------------------------------------------------------------------------------------------
+
+
+def sampled(kinds: list[str], share: float, seed: int, split: str) -> list[int]:
+    """The rows that a share takes, in their order: the same for the same seed, human and augmented in the ratio of
+    all, and each share's rows are among those of every larger share."""
+    chosen = []
+    for kind in KINDS:
+        rows = [index for index, other in enumerate(kinds) if other == kind]
+        random.Random(f"{seed} {split} {kind}").shuffle(rows)
+        chosen += rows[: max(round(share * len(rows)), min(1, len(rows)))]
+    return sorted(chosen)
+
+
+def compared(split: str, kinds: list[str]) -> str | None:
+    """What a split lacks of the published one, or has more."""
+    counts, differences = Counter(kinds), []
+    for kind, published in PUBLISHED[split].items():
+        if more := counts[kind] - published:
+            all_of_it = "" if counts[kind] else "all "
+            differences.append(f"{all_of_it}{abs(more):,} {kind} {'too many' if more > 0 else 'missing'}")
+    if not differences:
+        return None
+    return (
+        f"warning: {split} has {len(kinds):,} rows, published are {sum(PUBLISHED[split].values()):,}: "
+        f"{', '.join(differences)}; get the files again if this is to be compared with published scores"
+    )
+
+
+def described(kinds: Iterable[str]) -> str:
+    """`800 rows, 400 human and 400 augmented`."""
+    counts = Counter(kinds)
+    return f"{counted(sum(counts.values()), 'row')}, {' and '.join(f'{counts[kind]:,} {kind}' for kind in KINDS)}"
+
+
+def without_system(sample: dict) -> dict:
+    return {**sample, "messages": [message for message in sample["messages"] if message["role"] != "system"]}
+
+
+def prepare(
+    source: str,
+    output_dir: str,
+    splits: list[str],
+    share: float,
+    seed: int,
+    system_message: str,
+    skip_bad: bool,
+    count: int,
+    scale: int,
+    charts: list[str],
+    hub_name: str,
+) -> str:
+    """Write the files of `splits` and give the summary. Raises UserError, and then no .jsonl file is written."""
+    output = Path(output_dir)
+    check_flags(splits, share, count, scale, output)
+    opened = open_source(source, output, seed, count, scale, charts, hub_name)
+    images, notes, lines, problems, bad = Images(output), Counter(), [], [], 0
+    files: dict[str, list[dict]] = {}
+    seen: set[tuple] = set()
+    for split in splits:
+        kinds = opened.kinds(split)
+        if source != "drawn" and (warning := compared(split, kinds)):
+            print(warning, file=sys.stderr)
+        else:
+            lines.append(f"{split}: {described(kinds)}" + (", as published" if source != "drawn" else ""))
+        png = opened.root / split / "png" if isinstance(opened, Folder) else None
+        samples = files[f"{split}.jsonl"] = []
+        chosen = sampled(kinds, share, seed, split)
+        for row in tqdm(opened.rows(split, chosen), split, len(chosen), unit=" rows", leave=False, disable=None):
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                samples.append(sample_of(row, images, png, system_message, notes))
+            except DataError as error:
+                bad += 1
+                if skip_bad:
+                    tqdm.write(f"skipped: {error}", file=sys.stderr)
+                elif len(problems) < MOST_TOLD:
+                    problems.append(str(error))
+                continue
+            user, answer = samples[-1]["messages"][-2:]
+            same = (split, user["content"][0]["image"], user["content"][1]["text"], answer["content"])
+            notes["rows that stand there twice, kept"] += same in seen
+            seen.add(same)
+    if problems:
+        more = [f"... and {bad - len(problems):,} more"] if bad > len(problems) else []
+        last = f"{counted(bad, 'row')} cannot be used, so nothing is written; --skip_bad leaves such rows out"
+        raise DataError("\n".join([*problems, *more, last]))
+    if "test.jsonl" in files and system_message:
+        files["test_plain.jsonl"] = [without_system(sample) for sample in files["test.jsonl"]]
+    for name, samples in files.items():
+        if not samples:
+            raise UserError(f"{output / name}: no rows are left for it, so nothing is written")
+    for name, samples in files.items():
+        with whole_file(output / name) as writer:
+            for sample in samples:
+                writer.write(sample)
+        lines.append(f"wrote {output / name}: {described(sample['kind'] for sample in samples)}")
+    lines += [f"{number:,} {note}" for note, number in notes.items() if number]
+    lines += [f"{bad:,} skipped"] * bool(bad)
+    lines += [f"{counted(images.new, 'new image')} in {images.store}"] * bool(images.new)
+    return "\n".join([*lines, f"look at one: python -m util.show {output / next(iter(files))}"])
+
+
+def check_flags(splits: list[str], share: float, count: int, scale: int, output: Path) -> None:
+    """Raise one UserError for every flag that cannot be."""
+    found = []
+    if not 0 < share <= 1:
+        found.append(f"--share {share}: must be above 0 and at most 1")
+    found += [f"--{name} {value}: must be at least {least}"
+              for name, value, least in (("count", count, 10), ("scale", scale, 1)) if value < least]  # fmt: skip
+    if len(set(splits)) < len(splits):
+        found.append(f"--splits {' '.join(splits)}: names one twice")
+    if output.exists() and not output.is_dir():
+        found.append(f"--output_dir {output}: is a file; name a folder")
+    if found:
+        raise UserError("\n".join(found))
+
+
+def open_source(source: str, output: Path, seed: int, count: int, scale: int, charts: list[str], hub_name: str):
+    """What `--from` names."""
+    if source == "hub":
+        return Hub(hub_name)
+    if source != "drawn":
+        return Folder(source)
+    from util.draw_charts import draw
+
+    draw(output / "drawn", {"train": count, "val": count // 10, "test": count // 10}, seed, scale, tuple(charts))
+    return Folder(str(output / "drawn"))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = CollectingParser(prog="python -m util.chartqa", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--from", dest="source", default="hub", metavar="FROM",
+                        help="hub, a folder in the published layout, or drawn; default: hub")  # fmt: skip
+    parser.add_argument("--output_dir", default="train_data/chartqa", help="where to write; default: %(default)s")
+    parser.add_argument("--splits", nargs="+", choices=tuple(PUBLISHED), default=list(PUBLISHED), help="default: all")
+    parser.add_argument("--share", type=float, default=1.0, help="of each split and kind; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample and of drawn charts; default: %(default)s")
+    parser.add_argument("--system_message", default=SYSTEM_MESSAGE, help="default: %(default)r; '' for none")
+    parser.add_argument("--no_system_message", dest="system_message", action="store_const", const="",
+                        help="the same as --system_message ''")  # fmt: skip
+    parser.add_argument("--skip_bad", action="store_true", help="list rows that cannot be used and leave them out")
+    parser.add_argument("--hub_name", default=HUB_NAME, help="another name, or a folder of its parquet files")
+    parser.add_argument(
+        "--count", type=int, default=DRAWN_CHARTS, help="drawn charts to train on; default: %(default)s"
+    )
+    parser.add_argument("--scale", type=int, default=1, help="of drawn charts, times 112x84; default: %(default)s")
+    parser.add_argument("--charts", nargs="+", choices=CHARTS, default=[], help="which are drawn; default: all")
+    values = vars(parser.parse_args(arguments))
+    run_command(lambda: print(prepare(**values)))
+
+
+if __name__ == "__main__":
+    main()
