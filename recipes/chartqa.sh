@@ -20,13 +20,13 @@ step() {
 
 gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
 if [ "$gpus" -gt 0 ]; then
-    from="${FROM:-hub}" model="${MODEL:-Qwen/Qwen2-VL-7B-Instruct}" budget=()
+    from="${FROM:-hub}" model="${MODEL:-Qwen/Qwen2-VL-7B-Instruct}" budget=() joined=()
     recipe=(--quantize nf4 --lora_rank 8 --lora_alpha 16 --lora_dropout 0.05 --lora_targets q_proj v_proj
         --epochs 3 --global_batch_size 32 --micro_batch_size 4 --learning_rate 2e-4 --warmup_ratio 0.03
         --max_grad_norm 0.3 --activation_checkpointing full --eval_every 10 --eval_samples 64 --save_every 20)
 else
     echo "No GPU here: charts drawn on the spot, and all of tiny is trained, as a LoRA on random weights learns nothing."
-    from="${FROM:-drawn}" model="${MODEL:-tiny}" budget=(--min_pixels 3136)
+    from="${FROM:-drawn}" model="${MODEL:-tiny}" budget=(--min_pixels 3136) joined=(--join_questions)
     recipe=(--epochs 3 --global_batch_size 32 --learning_rate 2e-3 --eval_every 200 --eval_samples 200 --save_every 200)
 fi
 [ "$from" = drawn ] && default_share=1 || default_share=0.1 # of val: it is asked many times
@@ -34,7 +34,7 @@ data="${DATA:-train_data/chartqa}" run="${RUN:-train_output/chartqa}" output="${
 prepare=("$python" -m util.chartqa --from "$from" --output_dir "$data" --seed "${SEED:-0}" --count "${COUNT:-3000}")
 ask=(--model "$model" --metrics relaxed_accuracy --max_new_tokens 64 --show 5 "${budget[@]}")
 
-step "${prepare[@]}" --splits train --share "${SHARE:-1}"
+step "${prepare[@]}" --splits train --share "${SHARE:-1}" "${joined[@]}"
 step "${prepare[@]}" --splits val --share "${VAL_SHARE:-$default_share}"
 step "${prepare[@]}" --splits test --share "${TEST_SHARE:-1}"
 step "$python" test_on_official_model.py "${ask[@]}" --data "$data/test_plain.jsonl" --output_dir "$output/base"

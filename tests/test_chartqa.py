@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from util.chartqa import PUBLISHED, SYSTEM_MESSAGE, Hub, main, sampled
-from util.compare import compare, difference
+from util.compare import compare, difference, interval_of_changes
 from util.metrics import confidence_interval, relaxed_accuracy, share_with_interval
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -229,6 +229,28 @@ def test_a_share_of_a_folder(layout, tmp_path):
     assert not (tmp_path / "out" / "test_plain.jsonl").exists(), "test.jsonl has no system message itself"
 
 
+def test_questions_about_one_chart_joined(layout, tmp_path):
+    """Each question and answer once, the image with the first of its conversation; val and test stay as they are."""
+    printed = run("--from", layout, "--output_dir", tmp_path / "out", "--join_questions")
+    conversations = lines_of(tmp_path / "out" / "train.jsonl")
+    assert "30 rows, 10 human and 20 augmented, in 6 conversations" in printed
+    assert [sample["kind"] for sample in conversations] == ["human and augmented"] + ["human"] * 5
+    turns = []
+    for sample in conversations:
+        system, *others = sample["messages"]
+        assert system["role"] == "system"
+        image = others[0]["content"][0]["image"]
+        assert all(isinstance(message["content"], str) for message in others[2::2]), "one image a conversation"
+        questions = [others[0]["content"][1]["text"], *(message["content"] for message in others[2::2])]
+        turns += [(image, *pair) for pair in zip(questions, [m["content"] for m in others[1::2]], strict=True)]
+    rows = [(entry["imgname"], query, label) for entry, query, label in ODD]
+    rows += [("1.png", f"What is value {n}?", str(n)) for n in range(20)]
+    png = layout / "train" / "png"
+    assert sorted(turns) == sorted((str(png / name), query, label) for name, query, label in rows)
+    assert turns[:24] != [(str(png / name), *rest) for name, *rest in rows if name == "1.png"], "in random order"
+    assert len(lines_of(tmp_path / "out" / "test.jsonl")) == 30
+
+
 # ---- the hub's format -----------------------------------------------------------------------------------------------
 
 
@@ -327,7 +349,7 @@ def test_what_the_hub_lacks_is_said(tmp_path, monkeypatch):
 def test_drawn_charts(tmp_path):
     """In the published layout, none twice in all splits, the same from the same seed; labels that agree with the pixels."""
     printed = run("--from", "drawn", "--count", "30", "--output_dir", tmp_path / "a")
-    assert "train: 120 rows, 60 human and 60 augmented" in printed
+    assert re.search(r"train: \d+ rows, 90 human and \d+ augmented\n", printed), "3 human questions a chart"
     pictures = sorted((tmp_path / "a" / "drawn").glob("*/png/*.png"))
     assert len(pictures) == 36
     assert len({Image.open(file).tobytes() for file in pictures}) == 36
@@ -417,6 +439,15 @@ def test_the_comparison_of_three(tmp_path):
     assert difference([1.0, 0.0, 1.0], [1.0, 1.0, 0.0]).startswith("+0.0 (-")
 
 
+def test_the_interval_of_changes():
+    """20 better, 10 worse, 70 as they were, worked out by hand: 10 / 102 -+ 1.96 x sqrt(31 - 100 / 102) / 102."""
+    changes = [1.0] * 20 + [-1.0] * 10 + [0.0] * 70
+    assert interval_of_changes(changes) == pytest.approx((-0.007244, 0.203322), abs=1e-5)
+    low, high = interval_of_changes([0.0] * 6)
+    assert low == -high < 0, "6 questions without a change do not show that there is none"
+    assert interval_of_changes([0.25, 0.25]) == (0.25, 0.25), "partial scores: the bootstrap"
+
+
 def test_answers_to_other_questions_are_refused(tmp_path):
     base = answers(tmp_path / "base.jsonl", ["1"] * 4)
     fewer = answers(tmp_path / "fewer.jsonl", ["1"] * 3, "hha")
@@ -444,3 +475,54 @@ def test_relaxed_accuracy_of_the_odd_labels():
     assert relaxed_accuracy("a, b", "[a, b]") == 0.0
     assert relaxed_accuracy("72%", "0.72") == 1.0
     assert relaxed_accuracy("72", "0.72") == 0.0
+
+
+# ---- the whole recipe, and the figures ------------------------------------------------------------------------------
+
+
+def quiet(**more: str) -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def test_the_recipe(tmp_path):
+    """Without a GPU, cut to 2 steps: from drawn charts to the table of three; started again, it uses what is there."""
+    folders = {name: str(tmp_path / name.lower()) for name in ("DATA", "RUN", "OUTPUT")}
+    for again in (False, True):
+        done = subprocess.run(
+            ["./recipes/chartqa.sh", "--max_steps", "2"], cwd=ROOT, env=quiet(COUNT="10", **folders),
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        table = done.stdout.partition("relaxed accuracy  ")[2]
+        assert table.split("\n")[0].split() == ["base", "with", "system", "message", "tuned", "questions"], table
+        assert [line.split()[0] for line in table.split("\n")[1:7:2]] == ["all", "augmented", "human"]
+        assert ("holds a finished run" in done.stdout) is again
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in metrics) == 2
+    assert json.loads((tmp_path / "output" / "scores.json").read_text())["all questions"]["questions"] > 4
+
+
+def figures(*arguments: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/chartqa_tiny.py", *arguments], cwd=ROOT, env=quiet(), capture_output=True, text=True,
+        timeout=3600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_figures_in_short():
+    result = figures("--rows", "full", "--base_steps", "1", "--steps", "1", "--charts", "10", "--questions", "4")
+    assert result["all questions"]["questions"] == 4
+    assert set(result["runs"]) == {"base", "full"}
+    assert {"command", "commit", "device"} <= result.keys()
+
+
+@pytest.mark.slow
+def test_the_figures():
+    """Full, LoRA and frozen-tower training of `tiny` on drawn charts, in under 15 minutes on 2 cores."""
+    result = figures()
+    scores = result["all questions"]
+    assert scores["full"]["score"] > 0.7
+    assert scores["full"]["interval"][0] > scores["base"]["interval"][1], "training is no luck"
+    assert result["minutes"] < 15

@@ -34,9 +34,7 @@ PUBLISHED = {
     "val": {"human": 960, "augmented": 960},
     "test": {"human": 1250, "augmented": 1250},
 }
-SYSTEM_MESSAGE = (
-    "You are shown a chart and asked about it. Reply with the answer alone: one word, one number or a short phrase."
-)
+SYSTEM_MESSAGE = "Answer the question about the chart with one word, one number or a short phrase."
 CONTROL = re.compile(r"<\|(?:endoftext|im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
 MOST_ASPECT = 200  # of an image's sides, as Qwen2-VL's smart_resize has it
 ROWS = 64  # of the hub's table read at a time; each holds an image
@@ -261,6 +259,25 @@ def described(kinds: Iterable[str]) -> str:
     return f"{counted(sum(counts.values()), 'row')}, {' and '.join(f'{counts[kind]:,} {kind}' for kind in KINDS)}"
 
 
+def joined(samples: list[dict], seed: int) -> list[dict]:
+    """Samples about the same chart as one conversation of several turns, in the order of the charts' first questions;
+    the turns of each in random order, as a reading must not lean on the answers before it."""
+    charts: dict[str, list[dict]] = {}
+    for sample in samples:
+        charts.setdefault(sample["messages"][-2]["content"][0]["image"], []).append(sample)
+    conversations = []
+    for image, several in charts.items():
+        random.Random(f"{seed} {image}").shuffle(several)
+        messages = several[0]["messages"][:-2]
+        for number, sample in enumerate(several):
+            (shown, query), answer = sample["messages"][-2]["content"], sample["messages"][-1]
+            content = query["text"] if number else [shown, query]
+            messages += [{"role": "user", "content": content}, answer]
+        kinds = [kind for kind in KINDS if kind in {sample["kind"] for sample in several}]
+        conversations.append({"kind": " and ".join(kinds), "messages": messages})
+    return conversations
+
+
 def without_system(sample: dict) -> dict:
     return {**sample, "messages": [message for message in sample["messages"] if message["role"] != "system"]}
 
@@ -272,6 +289,7 @@ def prepare(
     share: float,
     seed: int,
     system_message: str,
+    join_questions: bool,
     skip_bad: bool,
     count: int,
     scale: int,
@@ -320,10 +338,13 @@ def prepare(
         if not samples:
             raise UserError(f"{output / name}: no rows are left for it, so nothing is written")
     for name, samples in files.items():
+        written = joined(samples, seed) if join_questions and name == "train.jsonl" else samples
         with whole_file(output / name) as writer:
-            for sample in samples:
+            for sample in written:
                 writer.write(sample)
         lines.append(f"wrote {output / name}: {described(sample['kind'] for sample in samples)}")
+        if len(written) < len(samples):
+            lines[-1] += f", in {counted(len(written), 'conversation')}"
     lines += [f"{number:,} {note}" for note, number in notes.items() if number]
     lines += [f"{bad:,} skipped"] * bool(bad)
     lines += [f"{counted(images.new, 'new image')} in {images.store}"] * bool(images.new)
@@ -368,6 +389,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--system_message", default=SYSTEM_MESSAGE, help="default: %(default)r; '' for none")
     parser.add_argument("--no_system_message", dest="system_message", action="store_const", const="",
                         help="the same as --system_message ''")  # fmt: skip
+    parser.add_argument("--join_questions", action="store_true",
+                        help="train on all questions about a chart in one conversation: its image is read once")  # fmt: skip
     parser.add_argument("--skip_bad", action="store_true", help="list rows that cannot be used and leave them out")
     parser.add_argument("--hub_name", default=HUB_NAME, help="another name, or a folder of its parquet files")
     parser.add_argument(

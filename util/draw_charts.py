@@ -88,7 +88,7 @@ def bars(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Que
     human = [("Which bar is the tallest?", highest), ("Which bar is the shortest?", lowest),
              ("How many bars are there?", str(number))]  # fmt: skip
     augmented = [(f"What is the value of the {c} bar?", str(v)) for c, v in zip(colours, values, strict=True)]
-    return canvas.image, questions(random, human, augmented)
+    return canvas.image, questions(human, augmented)
 
 
 def lines(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Question]]:
@@ -105,7 +105,7 @@ def lines(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Qu
              ("In which year is the line the lowest?", YEARS[int(np.argmin(values))]),
              ("What colour is the line?", colour)]  # fmt: skip
     augmented = [(f"What is the value in {year}?", str(v)) for year, v in zip(YEARS, values, strict=True)]
-    return canvas.image, questions(random, human, augmented)
+    return canvas.image, questions(human, augmented)
 
 
 def pies(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Question]]:
@@ -128,15 +128,12 @@ def pies(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Que
     human = [("Which segment is the largest?", largest), ("Which segment is the smallest?", smallest),
              ("How many segments are there?", str(number))]  # fmt: skip
     augmented = [(f"What percentage is the {c} segment?", str(s)) for c, s in zip(colours, shares, strict=True)]
-    return canvas.image, questions(random, human, augmented)
+    return canvas.image, questions(human, augmented)
 
 
-def questions(random: np.random.Generator, human: list, augmented: list) -> list[Question]:
-    """Two of each kind."""
-    chosen = []
-    for kind, pairs in ((HUMAN, human), (AUGMENTED, augmented)):
-        chosen += [(kind, *pairs[index]) for index in random.permutation(len(pairs))[:2]]
-    return chosen
+def questions(human: list, augmented: list) -> list[Question]:
+    """All of them, with their kind."""
+    return [(kind, *pair) for kind, pairs in ((HUMAN, human), (AUGMENTED, augmented)) for pair in pairs]
 
 
 CHARTS = {"bars": bars, "lines": lines, "pies": pies}

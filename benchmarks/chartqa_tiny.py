@@ -1,0 +1,120 @@
+"""Drawn charts on `tiny`: all of it trained, a LoRA, and the vision tower frozen; held-out relaxed accuracy of each.
+
+    python benchmarks/chartqa_tiny.py --out benchmarks/results/chartqa_tiny.json
+
+First a `tiny` with random weights learns bar and pie charts: the base model, which can see, but has not met a line
+chart. From it the three start, on all three kinds of chart, with the same samples in the same steps. Each is asked the
+same questions about charts that none has trained on. Everything runs through the commands that users type.
+"""
+
+# ruff: noqa: E402
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.report import origin, write_result
+from util.chartqa import CHARTS
+from util.compare import compare
+
+KNOWN = ("bars", "pies")  # to the base model
+BASE = ["--learning_rate", "2e-3"]
+ROWS = {  # what is trained: flags of finetune.py
+    "full": ["--learning_rate", "1e-3"],
+    "lora": ["--learning_rate", "5e-3", "--lora_rank", "8", "--lora_alpha", "16", "--lora_dropout", "0.05",
+             "--lora_targets", "q_proj", "v_proj"],
+    "frozen_tower": ["--learning_rate", "1e-3", "--freeze", "vision"],
+}  # fmt: skip
+BUDGET = ["--min_pixels", "3136"]  # charts of 112x84 pixels keep their size
+
+
+def run(*command: str) -> float:
+    """Run a command of the project; its seconds. One that fails ends the benchmark with what it said."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return time.perf_counter() - began
+
+
+def train(name: str, model: str, data: Path, steps: int, folder: Path, flags: list[str]) -> dict:
+    """Train `folder/name` for `steps` steps."""
+    print(f"training {name}: {steps} steps", flush=True)
+    seconds = run("finetune.py", "--model", model, "--data", str(data), "--output_dir", str(folder / name),
+                  "--epochs", "999", "--max_steps", str(steps), "--global_batch_size", "16", *BUDGET,
+                  *flags)  # fmt: skip
+    last = json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])
+    return {"steps": steps, "seconds": round(seconds, 1), "loss": round(last["loss"], 4), "flags": flags}
+
+
+def ask(name: str, base: Path, data: Path, folder: Path) -> Path:
+    """The answers of `folder/name` to the held-out questions, as a file of its own."""
+    flags = ["--data", str(data), "--output_dir", str(folder / "answers"), "--metrics", "relaxed_accuracy",
+             "--max_new_tokens", "8", "--show", "0", *BUDGET]  # fmt: skip
+    file = folder / "answers" / "before.jsonl"
+    if name == "base":
+        run("test_on_official_model.py", "--model", str(base), *flags)
+        return file
+    run("test_on_trained_model.py", str(folder / name), "--model", str(base), *flags)
+    return file.with_name("after.jsonl").rename(file.with_name(f"{name}.jsonl"))
+
+
+def known_rows(data: Path, known: Path) -> int:
+    """Write the rows about the charts that the base model learns; they are drawn in turn, so the number tells the kind.
+    Their number."""
+    kept = []
+    for line in data.read_text(encoding="utf-8").splitlines():
+        image = json.loads(line)["messages"][0]["content"][0]["image"]
+        if CHARTS[int(Path(image).stem) % len(CHARTS)] in KNOWN:
+            kept.append(line + "\n")
+    known.write_text("".join(kept), encoding="utf-8")
+    return len(kept)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="default: all")
+    parser.add_argument("--base_steps", type=int, default=600, help="of the base model")
+    parser.add_argument("--steps", type=int, default=400, help="of each row")
+    parser.add_argument("--charts", type=int, default=3000, help="to train on; a tenth more are held out")
+    parser.add_argument("--questions", type=int, default=400, help="asked, at most, spread evenly")
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data, test = folder / "data" / "train.jsonl", folder / "data" / "asked.jsonl"
+        run("-m", "util.chartqa", "--from", "drawn", "--count", str(arguments.charts), "--no_system_message",
+            "--join_questions", "--splits", "train", "test", "--output_dir", str(data.parent))  # fmt: skip
+        lines = data.with_name("test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        number = min(arguments.questions, len(lines))
+        test.write_text("".join(lines[i * len(lines) // number] for i in range(number)), encoding="utf-8")
+        known = known_rows(data, data.with_name("known.jsonl"))
+        runs = {"base": train("base", "tiny", data.with_name("known.jsonl"), arguments.base_steps, folder, BASE)}
+        for row in arguments.rows:
+            runs[row] = train(row, str(folder / "base"), data, arguments.steps, folder, ROWS[row])
+        files = {row: ask(row, folder / "base", test, folder) for row in runs}
+        table = compare([f"{row}={file}" for row, file in files.items()], "relaxed_accuracy", str(folder / "scores"))
+        scores = json.loads((folder / "scores").read_text())
+    print(table)
+    result = {
+        **origin("chartqa_tiny.py", sys.argv[1:]),
+        "minutes": round((time.perf_counter() - began) / 60, 2),
+        "rows": {"train": 4 * arguments.charts, "known to the base": known, "asked": number},
+        "runs": runs,
+        **{group: value for group, value in scores.items() if isinstance(value, dict)},
+    }
+    write_result(result, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
