@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util.chartqa import PUBLISHED, SYSTEM_MESSAGE, Hub, main, sampled
+from util.chartqa import PUBLISHED, SYSTEM_MESSAGE, main, sampled
+from util.chartqa_sources import Hub
 from util.compare import compare, difference, interval_of_changes
 from util.metrics import confidence_interval, relaxed_accuracy, share_with_interval
 

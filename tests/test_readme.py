@@ -38,6 +38,8 @@ def test_every_flag_exists():
         ["-m", "util.show"],
         ["-m", "util.convert"],
         ["-m", "util.check_data"],
+        ["-m", "util.chartqa"],
+        ["-m", "util.compare"],
         *([script] for script in scripts),
     ):
         printed = subprocess.run(

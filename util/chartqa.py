@@ -16,19 +16,17 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
 
+from util.chartqa_sources import HUB_NAME, KINDS, Folder, Hub, Row
 from util.command_line import MOST_TOLD, CollectingParser, UserError, run_command
 from util.convert import counted, image_suffix, whole_file
-from util.lines import DataError, open_entries, shortened
+from util.lines import DataError
 
-HUB_NAME = "HuggingFaceM4/ChartQA"
-KINDS = ("human", "augmented")  # who wrote a question; on the hub 0 and 1 of the column human_or_machine
-# Questions as published: 9,608 human and 23,111 augmented in all (arXiv 2203.10244, section 3.3).
+# Questions as published: 9,608 human and 23,111 augmented in all (arXiv 2203.10244).
 PUBLISHED = {
     "train": {"human": 7398, "augmented": 20901},
     "val": {"human": 960, "augmented": 960},
@@ -37,101 +35,8 @@ PUBLISHED = {
 SYSTEM_MESSAGE = "Answer the question about the chart with one word, one number or a short phrase."
 CONTROL = re.compile(r"<\|(?:endoftext|im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
 MOST_ASPECT = 200  # of an image's sides, as Qwen2-VL's smart_resize has it
-ROWS = 64  # of the hub's table read at a time; each holds an image
 CHARTS = ("bars", "lines", "pies")  # that util/draw_charts.py draws
 DRAWN_CHARTS = 3000  # for training; a tenth of it each for val and test
-
-
-@dataclass
-class Row:
-    """One question as its source holds it, unchecked."""
-
-    where: str
-    kind: str
-    query: object
-    label: object
-    image: object  # a file name in the split's png/, or an image's bytes
-
-
-# ---- sources --------------------------------------------------------------------------------------------------------
-
-
-class Folder:
-    """The published layout: {split}/png/, {split}/{split}_human.json and {split}/{split}_augmented.json."""
-
-    def __init__(self, folder: str) -> None:
-        nested = Path(folder, "ChartQA Dataset")  # as the repository and the archive have it
-        self.root = nested if nested.is_dir() else Path(folder)
-        if not self.root.is_dir():
-            raise UserError(f"--from {folder}: no such folder; give hub, drawn, or the folder that holds train/")
-
-    def file(self, split: str, kind: str) -> Path:
-        return self.root / split / f"{split}_{kind}.json"
-
-    def kinds(self, split: str) -> list[str]:
-        """The kind of every row of a split."""
-        there = {kind: self.file(split, kind) for kind in KINDS if self.file(split, kind).is_file()}
-        if not there:
-            wanted = " and ".join(str(self.file(split, kind)) for kind in KINDS)
-            raise UserError(f"{wanted}: no such files; name the folder that holds {split}/, or set --splits")
-        self.entries = [(kind, number, entry) for kind, file in there.items()
-                        for number, entry in enumerate(open_entries(str(file)))]  # fmt: skip
-        return [kind for kind, _, _ in self.entries]
-
-    def rows(self, split: str, chosen: list[int]) -> Iterator[Row | DataError]:
-        """The chosen rows of the split that `kinds` was called for last."""
-        for index in chosen:
-            kind, number, entry = self.entries[index]
-            where = f"{self.file(split, kind)}, row {number}"
-            if not isinstance(entry, dict):
-                yield DataError(f"{where}: must be an object, is {type(entry).__name__}; repair it")
-            elif missing := [key for key in ("imgname", "query", "label") if entry.get(key) is None]:
-                yield DataError(f"{where}: has no {missing[0]!r}; add it, or take the row out")
-            else:
-                yield Row(where, kind, entry["query"], entry["label"], entry["imgname"])
-
-
-class Hub:
-    """The data set of the hub, or a folder with its parquet files, through `datasets`; images stay encoded."""
-
-    def __init__(self, name: str) -> None:
-        try:
-            import datasets
-        except ImportError:
-            raise UserError("--from hub needs the package datasets: pip install datasets") from None
-        self.name, self.datasets = name, datasets
-
-    def kinds(self, split: str) -> list[str]:
-        """The kind of every row of a split, which is downloaded now where it is not there."""
-        try:
-            table = self.datasets.load_dataset(self.name, split=split)
-        except Exception as error:  # of the hub, the network, the disk or the files: `datasets` has one for each
-            told = shortened(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, 300)
-            raise UserError(
-                f"{self.name}, split {split}: cannot be loaded ({told}); the same command goes on with what is "
-                "downloaded, and --from FOLDER reads a copy"
-            ) from None
-        wanted = {"image", "query", "label", "human_or_machine"}
-        if missing := wanted - set(table.column_names):
-            raise UserError(f"{self.name}, split {split}: has no column {', '.join(sorted(missing))}; is it ChartQA?")
-        self.table = table.cast_column("image", self.datasets.Image(decode=False)).with_format("arrow")
-        codes = self.table.select_columns(["human_or_machine"])[:]["human_or_machine"].to_pylist()
-        if strange := set(codes) - {0, 1}:
-            told = f"human_or_machine must be 0 (human) or 1 (machine), is {min(map(str, strange))}"
-            raise UserError(f"{self.name}, split {split}: {told}; is it ChartQA?")
-        return [KINDS[code] for code in codes]
-
-    def rows(self, split: str, chosen: list[int]) -> Iterator[Row | DataError]:
-        """The chosen rows of the split that `kinds` was called for last."""
-        numbers = iter(chosen)
-        for batch in self.table.select(chosen).iter(ROWS):
-            for entry in batch.to_pylist():
-                where = f"{self.name}, {split}, row {next(numbers)}"
-                image, label = entry["image"] or {}, entry["label"]
-                if image.get("bytes") is None:
-                    yield DataError(f"{where}: has no image; take it out with --skip_bad")
-                else:
-                    yield Row(where, KINDS[entry["human_or_machine"]], entry["query"], label, image["bytes"])
 
 
 # ---- one row --------------------------------------------------------------------------------------------------------
@@ -390,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no_system_message", dest="system_message", action="store_const", const="",
                         help="the same as --system_message ''")  # fmt: skip
     parser.add_argument("--join_questions", action="store_true",
-                        help="train on all questions about a chart in one conversation: its image is read once")  # fmt: skip
+                        help="train on all questions about a chart in one conversation: it is read once")  # fmt: skip
     parser.add_argument("--skip_bad", action="store_true", help="list rows that cannot be used and leave them out")
     parser.add_argument("--hub_name", default=HUB_NAME, help="another name, or a folder of its parquet files")
     parser.add_argument(
