@@ -83,8 +83,8 @@ def known_rows(data: Path, known: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="default: all")
-    parser.add_argument("--base_steps", type=int, default=600, help="of the base model")
-    parser.add_argument("--steps", type=int, default=400, help="of each row")
+    parser.add_argument("--base_steps", type=int, default=1000, help="of the base model")
+    parser.add_argument("--steps", type=int, default=500, help="of each row")
     parser.add_argument("--charts", type=int, default=3000, help="to train on; a tenth more are held out")
     parser.add_argument("--questions", type=int, default=400, help="asked, at most, spread evenly")
     parser.add_argument("--out", type=Path, help="write the JSON here too")

@@ -27,7 +27,7 @@ if [ "$gpus" -gt 0 ]; then
 else
     echo "No GPU here: charts drawn on the spot, and all of tiny is trained, as a LoRA on random weights learns nothing."
     from="${FROM:-drawn}" model="${MODEL:-tiny}" budget=(--min_pixels 3136) joined=(--join_questions)
-    recipe=(--epochs 3 --global_batch_size 32 --learning_rate 2e-3 --eval_every 200 --eval_samples 200 --save_every 200)
+    recipe=(--epochs 6 --global_batch_size 16 --learning_rate 2e-3 --eval_every 250 --eval_samples 100 --save_every 250)
 fi
 [ "$from" = drawn ] && default_share=1 || default_share=0.1 # of val: it is asked many times
 data="${DATA:-train_data/chartqa}" run="${RUN:-train_output/chartqa}" output="${OUTPUT:-test_output/chartqa}"

@@ -34,6 +34,7 @@ TITLES = {  # title: what the parts of the chart may be called
     "Birds seen": ("tits", "crows", "owls"),
 }
 COLUMNS = [LEFT + (RIGHT - LEFT) * (column + 0.5) / 3 for column in range(3)]  # their middles
+PLACES = ("first", "second", "third")
 YEARS = ("2020", "2021", "2022")
 HUMAN, AUGMENTED = "human", "augmented"
 Question = tuple[str, str, str]  # kind, query, label
@@ -87,6 +88,7 @@ def bars(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Que
     highest, lowest = colours[int(np.argmax(values))], colours[int(np.argmin(values))]
     human = [("Which bar is the tallest?", highest), ("Which bar is the shortest?", lowest),
              ("How many bars are there?", str(number))]  # fmt: skip
+    human += [(f"What colour is the {place} bar?", c) for place, c in zip(PLACES, colours, strict=False)]
     augmented = [(f"What is the value of the {c} bar?", str(v)) for c, v in zip(colours, values, strict=True)]
     return canvas.image, questions(human, augmented)
 
@@ -127,6 +129,7 @@ def pies(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Que
     largest, smallest = colours[int(np.argmax(shares))], colours[int(np.argmin(shares))]
     human = [("Which segment is the largest?", largest), ("Which segment is the smallest?", smallest),
              ("How many segments are there?", str(number))]  # fmt: skip
+    human += [(f"What colour is the {place} segment?", c) for place, c in zip(PLACES, colours, strict=False)]
     augmented = [(f"What percentage is the {c} segment?", str(s)) for c, s in zip(colours, shares, strict=True)]
     return canvas.image, questions(human, augmented)
 
