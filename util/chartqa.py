@@ -17,6 +17,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -187,6 +188,50 @@ def without_system(sample: dict) -> dict:
     return {**sample, "messages": [message for message in sample["messages"] if message["role"] != "system"]}
 
 
+@dataclass
+class Tally:
+    """What was odd about the rows read, and which cannot be used."""
+
+    skip_bad: bool
+    notes: Counter = field(default_factory=Counter)  # what was odd: how often
+    problems: list[str] = field(default_factory=list)  # the first few
+    bad: int = 0
+
+    def refuse(self, error: DataError) -> None:
+        self.bad += 1
+        if self.skip_bad:
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+        elif len(self.problems) < MOST_TOLD:
+            self.problems.append(str(error))
+
+    def stop(self) -> None:
+        """Raise one DataError that names the rows which cannot be used, if there are any and none may be skipped."""
+        if self.problems:
+            more = [f"... and {self.bad - len(self.problems):,} more"] * (self.bad > len(self.problems))
+            last = f"{counted(self.bad, 'row')} cannot be used, so nothing is written; --skip_bad leaves such rows out"
+            raise DataError("\n".join([*self.problems, *more, last]))
+
+
+def read_split(opened: Folder | Hub, split: str, chosen: list[int], images: Images, system: str, tally: Tally) -> list:
+    """The samples of a split's chosen rows. A broken row goes to the tally."""
+    png = opened.root / split / "png" if isinstance(opened, Folder) else None
+    samples, seen = [], set()
+    for row in tqdm(opened.rows(split, chosen), split, len(chosen), unit=" rows", leave=False, disable=None):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            sample = sample_of(row, images, png, system, tally.notes)
+        except DataError as error:
+            tally.refuse(error)
+            continue
+        user, answer = sample["messages"][-2:]
+        same = (user["content"][0]["image"], user["content"][1]["text"], answer["content"])
+        tally.notes["rows that stand there twice, kept"] += same in seen
+        seen.add(same)
+        samples.append(sample)
+    return samples
+
+
 def prepare(
     source: str,
     output_dir: str,
@@ -205,39 +250,17 @@ def prepare(
     output = Path(output_dir)
     check_flags(splits, share, count, scale, output)
     opened = open_source(source, output, seed, count, scale, charts, hub_name)
-    images, notes, lines, problems, bad = Images(output), Counter(), [], [], 0
-    files: dict[str, list[dict]] = {}
-    seen: set[tuple] = set()
+    images, tally, lines, files = Images(output), Tally(skip_bad), [], {}
     for split in splits:
         kinds = opened.kinds(split)
         if source != "drawn" and (warning := compared(split, kinds)):
             print(warning, file=sys.stderr)
         else:
             lines.append(f"{split}: {described(kinds)}" + (", as published" if source != "drawn" else ""))
-        png = opened.root / split / "png" if isinstance(opened, Folder) else None
-        samples = files[f"{split}.jsonl"] = []
         chosen = sampled(kinds, share, seed, split)
-        for row in tqdm(opened.rows(split, chosen), split, len(chosen), unit=" rows", leave=False, disable=None):
-            try:
-                if isinstance(row, DataError):
-                    raise row
-                samples.append(sample_of(row, images, png, system_message, notes))
-            except DataError as error:
-                bad += 1
-                if skip_bad:
-                    tqdm.write(f"skipped: {error}", file=sys.stderr)
-                elif len(problems) < MOST_TOLD:
-                    problems.append(str(error))
-                continue
-            user, answer = samples[-1]["messages"][-2:]
-            same = (split, user["content"][0]["image"], user["content"][1]["text"], answer["content"])
-            notes["rows that stand there twice, kept"] += same in seen
-            seen.add(same)
-    if problems:
-        more = [f"... and {bad - len(problems):,} more"] if bad > len(problems) else []
-        last = f"{counted(bad, 'row')} cannot be used, so nothing is written; --skip_bad leaves such rows out"
-        raise DataError("\n".join([*problems, *more, last]))
-    if "test.jsonl" in files and system_message:
+        files[f"{split}.jsonl"] = read_split(opened, split, chosen, images, system_message, tally)
+    tally.stop()
+    if "test.jsonl" in files:
         files["test_plain.jsonl"] = [without_system(sample) for sample in files["test.jsonl"]]
     for name, samples in files.items():
         if not samples:
@@ -250,8 +273,8 @@ def prepare(
         lines.append(f"wrote {output / name}: {described(sample['kind'] for sample in samples)}")
         if len(written) < len(samples):
             lines[-1] += f", in {counted(len(written), 'conversation')}"
-    lines += [f"{number:,} {note}" for note, number in notes.items() if number]
-    lines += [f"{bad:,} skipped"] * bool(bad)
+    lines += [f"{number:,} {note}" for note, number in tally.notes.items() if number]
+    lines += [f"{tally.bad:,} skipped"] * bool(tally.bad)
     lines += [f"{counted(images.new, 'new image')} in {images.store}"] * bool(images.new)
     return "\n".join([*lines, f"look at one: python -m util.show {output / next(iter(files))}"])
 
