@@ -5,7 +5,7 @@ python test_on_trained_model.py train_output/my_run         a run, a checkpoint 
 python test_on_trained_model.py --image a.jpg --question "What is this?"
 """
 
-from util.answer import answer_one, compare, parse_arguments, run_after, run_before
+from util.answer import answer_one, compare, parse_arguments, require, run_after, run_before, write_report
 from util.config import run_command
 
 
@@ -14,7 +14,10 @@ def main() -> None:
     if settings.question:
         answer_one(settings, settings.run)
     else:
-        compare(run_before(settings), run_after(settings), settings.metrics, settings.at_least, settings.show)
+        before, after = run_before(settings), run_after(settings)
+        compare(before, after, settings.metrics, settings.show)
+        write_report(settings)
+        require(after, settings.metrics[0], settings.at_least)
 
 
 if __name__ == "__main__":

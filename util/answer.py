@@ -200,7 +200,7 @@ def print_answers(columns: dict[str, list], metrics: list[str], show: int) -> No
     rows = list(zip(*columns.values(), strict=True))
     for row in rows[:show]:
         asked = row[0]
-        media = f"  [{', '.join(map(str, asked.media))}]" if asked.media else ""
+        media = f"  [{', '.join(str(item[item['type']]) for item in asked.media)}]" if asked.media else ""
         print(f"{asked.where}{media}\n   question    {asked.question!r}\n  reference    {asked.reference!r}")
         for name, answer in zip(columns, row, strict=True):
             print(f"{name:>11}  {mark(answer.score(metrics[0]))} {answer.answer!r}")
@@ -215,18 +215,34 @@ def mark(score: float | None) -> str:
     return {None: "-", 0.0: "✗", 1.0: "✓"}.get(score) or f"{score:.2f}"
 
 
-def compare(before: list, after: list, metrics: list[str], at_least: float | None, show: int) -> None:
-    """Print both answers to each question, the scores, and what changed; exit 1 below `at_least`."""
+def compare(before: list, after: list, metrics: list[str], show: int) -> None:
+    """Print both answers to each question, the scores, and what changed."""
     print_answers({"before": before, "after": after}, metrics, show)
-    pairs = [
-        (old.score(metrics[0]) or 0.0, new.score(metrics[0]) or 0.0) for old, new in zip(before, after, strict=True)
-    ]
+    better, worse, same = changes(before, after, metrics[0])
+    print(f"\n{better} answers became better, {worse} became worse, {same} stayed as they were")
+
+
+def changes(before: list, after: list, metric: str) -> tuple[int, int, int]:
+    """How many answers became better, worse, and stayed as they were; what a metric says nothing of stayed."""
+    pairs = [(old.score(metric) or 0.0, new.score(metric) or 0.0) for old, new in zip(before, after, strict=True)]
     better, worse = sum(new > old for old, new in pairs), sum(new < old for old, new in pairs)
-    print(f"\n{better} answers became better, {worse} became worse, {len(pairs) - better - worse} stayed as they were")
-    score = mean([answer.score(metrics[0]) for answer in after]) or 0.0
+    return better, worse, len(pairs) - better - worse
+
+
+def write_report(settings: Settings) -> None:
+    """report.html, from the two files of answers."""
+    from util.report import report
+
+    files = [settings.output_dir / f"{name}.jsonl" for name in ("before", "after")]
+    report(files, settings.output_dir / "report.html", settings.metrics, settings.run)
+
+
+def require(after: list, metric: str, at_least: float | None) -> None:
+    """Exit 1 where the mean of a metric is below `at_least`."""
+    score = mean([answer.score(metric) for answer in after]) or 0.0
     if at_least is not None:
         verdict = "reached" if score >= at_least else "MISSED"
-        print(f"{LABELS[metrics[0]]} {score:.1%}, asked for at least {at_least:.1%}: {verdict}")
+        print(f"{LABELS[metric]} {score:.1%}, asked for at least {at_least:.1%}: {verdict}")
         if score < at_least:
             sys.exit(1)
 
@@ -242,10 +258,12 @@ def print_scores(columns: dict[str, list], metrics: list[str]) -> None:
         print(f"{LABELS[metric]:>24}" + "".join(f"{share(row[metric]):>12}" for row in rows.values()))
     print(f"{'loss':>24}" + "".join(f"{row['loss']:>12.3f}" for row in rows.values()))
     for kind in kinds if len(kinds) > 1 else []:
-        cells = []
-        for answers in columns.values():
-            scores = [answer.score(metrics[0]) for answer in answers if answer.kind == kind]
-            found = [score for score in scores if score is not None]
-            cells.append(f"{sum(found):g} / {len(found)}" if {*found} <= {0.0, 1.0} else share(mean(found)))
+        cells = [of_kind([a.score(metrics[0]) for a in answers if a.kind == kind]) for answers in columns.values()]
         print(f"{kind:>24}" + "".join(f"{cell:>12}" for cell in cells))
     print(f"{'questions':>24}" + "".join(f"{row['questions']:>12}" for row in rows.values()))
+
+
+def of_kind(scores: list[float | None]) -> str:
+    """The scores of one kind of question: how many of how many are right, else their mean."""
+    found = [score for score in scores if score is not None]
+    return f"{sum(found):g} / {len(found)}" if {*found} <= {0.0, 1.0} else share(mean(found))

@@ -75,10 +75,11 @@ class Answer:
     where: str
     kind: str | None
     question: str
-    media: list[str]
+    media: list[dict]  # the image and video items of the conversation so far, as in a data file
     reference: str
     answer: str
     loss: float  # mean cross-entropy of the reference's tokens
+    earlier: list[list[str]]  # [role, text] of the messages before the question
 
     def score(self, metric: str) -> float | None:
         """From 0 to 1; None where the reference is nothing that `metric` measures."""
@@ -230,9 +231,9 @@ def ask(answerer: Answerer, messages: list[dict], budget: vision.Budget, max_new
 
 def answer_of(question: Example, text: str, loss: float) -> Answer:
     reference = conversation.text_of(question.messages[-1]["content"])
-    media = [item[item["type"]] for item in question.media]
     asked = conversation.text_of(question.messages[-2]["content"])
-    return Answer(question.where, question.kind, asked, media, reference, text, loss)
+    earlier = [[message["role"], conversation.text_of(message["content"])] for message in question.messages[:-2]]
+    return Answer(question.where, question.kind, asked, question.media, reference, text, loss, earlier)
 
 
 def summarise(answers: list[Answer], metrics: list[str]) -> dict[str, float | None]:
@@ -275,7 +276,17 @@ def write_answers(path: Path, made_from: dict, answers: list[Answer]) -> None:
 def read_answers(path: Path, made_from: dict) -> list[Answer] | None:
     """The answers in a file, or None where there is none or it was made from something else."""
     try:
-        first, *rest = path.read_text(encoding="utf-8").splitlines()
-        return [Answer(**json.loads(line)) for line in rest] if json.loads(first)["made_from"] == made_from else None
+        known, answers = read_file(path)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return answers if known == made_from else None
+
+
+def read_file(path: Path) -> tuple[dict, list[Answer]]:
+    """What the answers in a file were made from, and the answers.
+
+    Raises OSError, ValueError, KeyError or TypeError over a file that this version did not write.
+    """
+    with open(path, encoding="utf-8") as file:  # its lines end with \n alone: an answer may hold other line ends
+        made_from = json.loads(next(file, ""))["made_from"]
+        return made_from, [Answer(**json.loads(line)) for line in file]
