@@ -40,6 +40,7 @@ def test_every_flag_exists():
         ["-m", "util.check_data"],
         ["-m", "util.chartqa"],
         ["-m", "util.compare"],
+        ["-m", "util.report"],
         *([script] for script in scripts),
     ):
         printed = subprocess.run(

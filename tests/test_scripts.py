@@ -163,6 +163,9 @@ def test_before_and_after(run, tmp_path):
         "made with the same base, data and budget: read, not made again"
     )
     assert "answers became better" in after
+    assert f"report: {tmp_path / 'report.html'} (" in after
+    rows = json.loads(re.search('id="facts">(.*?)</script>', (tmp_path / "report.html").read_text())[1])["rows"]
+    assert [row["reference"] for row in rows] == references
     trained = [json.loads(line) for line in (tmp_path / "after.jsonl").read_text().splitlines()]
     assert trained[0]["made_from"]["budget"]["max_pixels"] == 50176, "the budget of training is that of testing"
     assert sum(a["loss"] for a in trained[1:]) < sum(a["loss"] for a in asked), "six steps must lower the loss"
@@ -171,6 +174,7 @@ def test_before_and_after(run, tmp_path):
                     *common, expect=1)  # fmt: skip
     assert "before: 2" not in again, "another budget: before must be answered anew"
     assert "MISSED" in again
+    assert "report: " in again, "the report is written whatever was reached"
 
 
 def test_one_question(run):

@@ -51,7 +51,7 @@ def write_report(files: list[Path], output: Path, metrics: list[str], run: str |
     facts = {
         "written": datetime.now().strftime("%Y-%m-%d %H:%M"),
         "data": sorted({plain(answer.where.rpartition(", sample ")[0]) for answer in first}),
-        "columns": [{"name": name, "madeFrom": made_from[name]} for name in columns],
+        "columns": [{"name": name, "madeFrom": as_shown(made_from[name])} for name in columns],
         "metrics": [{"name": name, "label": LABELS[name]} for name in metrics],
         "scores": score_rows(columns, metrics),
         "changes": [changes(answers, judged, metrics[0]) for answers in others],
@@ -98,6 +98,12 @@ def read_columns(files: list[Path]) -> tuple[dict[str, list[Answer]], dict[str, 
     if not first:
         raise UserError(f"{files[0]}: holds no answers")
     return columns, made_from
+
+
+def as_shown(made_from: dict) -> dict:
+    """What answers were made from, in a reader's words: no pixel limit that limits nothing, no marks of files."""
+    budget = {key: value for key, value in made_from.get("budget", {}).items() if key != "cap_pixels"}
+    return {key: plain(value) for key, value in {**made_from, **budget}.items() if key not in ("budget", "weights")}
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -240,7 +246,9 @@ class Pictures:
                 f"page stays below {MOST_BYTES // 1_000_000} MB"
             )
         if lost := sum("problem" in picture for picture in self.facts):
-            notes.append(f"{lost:,} of {len(self.facts):,} could not be read, and why stands in their place")
+            notes.append(
+                f"{lost:,} of {len(self.facts):,} pictures could not be read; the reason stands in their place"
+            )
         return "; ".join(notes) + "." if notes else None
 
 
@@ -286,7 +294,8 @@ def draw_video(item: dict, budget: Budget) -> tuple[Image.Image, str]:
     for number, frame in enumerate(frames):
         sheet.paste(frame.resize((width, height)), (number % across * (width + 2), number // across * (height + 2)))
     when = "" if isinstance(item["video"], list) else f", {seconds[0]:.1f} to {seconds[1]:.1f} s"
-    return sheet, f"{count} of the {len(seen)} frames that the model saw{when}"
+    share_shown = f"all {count}" if count == len(seen) else f"{count} of the {len(seen)}"
+    return sheet, f"{share_shown} frames that the model saw{when}"
 
 
 def as_image(pixels, side: int) -> Image.Image:
