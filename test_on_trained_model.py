@@ -1,7 +1,7 @@
 """After: what a tuned model answers to every question of test_data/, side by side with what the untuned one answered.
 
 python test_on_trained_model.py                             the newest run
-python test_on_trained_model.py train_output/my_run         a run, a checkpoint folder or a hub name
+python test_on_trained_model.py train_output/my_run         a run, or train_output/my_run/checkpoints/step_000100
 python test_on_trained_model.py --image a.jpg --question "What is this?"
 """
 

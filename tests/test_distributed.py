@@ -17,6 +17,7 @@ import finetune
 from tests import runs
 from tests.runs import metrics, weights
 from util.config import Config
+from util.export import export
 from util.model import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,6 +203,18 @@ def test_checkpoints_resume_on_another_number_of_ranks(saved, two_ranks, four_ra
     for run in (Path(to_one), two_ranks / "1to2", four_ranks / "2to4"):
         assert gap(run, saved) < 1e-12, run.name
         assert [line["step"] for line in runs.log(run) if "loss" in line] == [4, 5, 6], run.name
+
+
+def test_a_sharded_checkpoint_is_exported_as_the_final_model(saved, two_ranks, tmp_path):
+    """Bit for bit the final model of its own run, and one process's to rounding."""
+    export(two_ranks / "saved" / "checkpoints" / "step_000006", tmp_path / "six")
+    export(two_ranks / "saved" / "checkpoints" / "step_000003", tmp_path / "three")
+    export(saved / "checkpoints" / "step_000003", tmp_path / "three of one")
+    ours, theirs = weights(tmp_path / "six"), weights(two_ranks / "saved")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert gap(tmp_path / "three", tmp_path / "three of one") < 1e-12
+    assert gap(tmp_path / "three", saved) > 1e-6, "the third step is not the sixth"
 
 
 def gap(one: Path, other: Path) -> float:

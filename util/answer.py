@@ -41,7 +41,7 @@ def parse_arguments(description: str, trained: bool) -> Settings:
     )
     if trained:
         parser.add_argument(
-            "run", nargs="?", help="run directory, checkpoint folder or hub name; default: the newest run"
+            "run", nargs="?", help="run directory, one of its checkpoints, or hub name; default: the newest run"
         )
         parser.add_argument("--at_least", type=float, help="exit 1 where the first of --metrics is below this share")
     parser.add_argument("--model", dest="base", help="the untuned model; default: the one the run started from")
@@ -71,6 +71,8 @@ def parse_arguments(description: str, trained: bool) -> Settings:
     settings = Settings(**{"run": None, "at_least": None, **values})
     if trained:
         settings.run = find_run(settings.run)
+    else:
+        settings.base = settings.base and model_of(settings.base)
     trained_with = settings_of_run(settings.run)
     settings.base = settings.base or trained_with.get("model")
     settings.metrics = settings.metrics or trained_with.get("eval_metrics") or Config().eval_metrics
@@ -81,8 +83,9 @@ def parse_arguments(description: str, trained: bool) -> Settings:
 
 
 def find_run(run: str | None) -> str:
-    """The run to test: as given, else the newest one."""
+    """The model to test: of the run or checkpoint that is given, else of the newest run."""
     if run is not None:
+        run = model_of(run)
         if Path(run).is_dir() and not is_finished(Path(run)):
             raise UserError(f"{run}: no model in it; a finished run has config.json or adapter_config.json")
         return run
@@ -95,6 +98,15 @@ def find_run(run: str | None) -> str:
 def is_finished(run: Path) -> bool:
     """Does a run directory hold a model, or an adapter? Their configs are written last."""
     return (run / "config.json").exists() or (run / "adapter_config.json").exists()
+
+
+def model_of(path: str) -> str:
+    """Where the model of a path is: what is a checkpoint in training is exported."""
+    if not (Path(path) / "state.json").exists():
+        return path
+    from util.export import exported
+
+    return exported(path)
 
 
 def settings_of_run(run: str | None) -> dict:

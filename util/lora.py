@@ -143,8 +143,6 @@ def add_adapters(model, config) -> None:
     The adapters are kept in fp32 (fp64 on request) like all that is trained. Paths of modules stay as they were, but an
     adapted layer's weight is now at `base_layer.weight`.
     """
-    import torch
-
     peft = import_peft()
     settings = peft.LoraConfig(
         r=config.lora_rank,
@@ -156,16 +154,19 @@ def add_adapters(model, config) -> None:
         task_type="CAUSAL_LM",
     )
     inject(model, settings)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def inject(model, settings) -> None:
-    """peft's adapters into the model, in place; random numbers come from torch's generator."""
+    """peft's adapters into the model, in place and in fp32 (fp64); random numbers come from torch's generator."""
+    import torch
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft on tied heads, which no adapter touches here
         import_peft().inject_adapter_in_model(settings, model)
+    wide = torch.promote_types(model.get_input_embeddings().weight.dtype, torch.float32)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(wide)
 
 
 def has_adapters(model) -> bool:
@@ -266,7 +267,6 @@ def quantised_in_training(path: str) -> bool:
 
 def load_adapters(model, path: str) -> None:
     """Put the adapters in `path` beside the layers of their base model, as they were trained. Raises UserError."""
-    import torch
     from safetensors import SafetensorError
 
     peft = import_peft()
@@ -284,12 +284,6 @@ def load_adapters(model, path: str) -> None:
     if wrong:
         raise UserError(f"{path}: its adapters do not fit {settings.base_model_name_or_path} ({wrong[0]})")
     peft.set_peft_model_state_dict(model, weights)
-    for parameter in adapter_parameters(model):
-        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-
-
-def adapter_parameters(model) -> list:
-    return [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
 
 
 def write_adapters(model, weights: dict, directory: Path) -> None:

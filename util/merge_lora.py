@@ -38,7 +38,7 @@ def merge_run(run: str, out: Path, base: str | None = None, dtype: str = "auto")
     import torch
 
     from util import lora
-    from util.model import load_config, load_processor, load_weights, write_model
+    from util.model import load_config, load_processor, load_weights, write_published
 
     if not lora.is_adapter(run):
         raise UserError(f"{run}: no adapter there (adapter_config.json); a run with --lora_rank leaves one")
@@ -55,7 +55,7 @@ def merge_run(run: str, out: Path, base: str | None = None, dtype: str = "auto")
     lora.load_adapters(model, run)
     lora.merge(model)
     out.mkdir(parents=True, exist_ok=True)
-    write_model(model, dict(model.named_parameters()), processor, out)
+    write_published(model, dict(model.named_parameters()), processor, out)
 
 
 def resolved_dtype(run: str) -> str:

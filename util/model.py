@@ -262,11 +262,10 @@ def set_budget(processor, budget: vision.Budget) -> None:
 
 
 def save_model(packed: PackedLoss, processor, budget: vision.Budget, directory: Path) -> None:
-    """Write weights, config and processor in the published format, which plain transformers opens; of a model with
-    adapters these alone, in peft's.
+    """Write a model in training in the published format, as `write_published` does; of one with adapters these alone.
 
-    bf16 compute saves bf16 weights, as the official checkpoints are.
-    Of several ranks the first writes, and all take part: sharded weights are gathered one at a time.
+    bf16 compute saves bf16 weights, as the official checkpoints are. Of several ranks the first writes, and all take
+    part: sharded weights are gathered one at a time.
     """
     model = packed.model
     weights = {}
@@ -276,19 +275,25 @@ def save_model(packed: PackedLoss, processor, budget: vision.Budget, directory: 
         weights[name] = tensor.detach().to("cpu", dtype) if ranks.is_first() else None
     if ranks.is_first():
         set_budget(processor, budget)
-        write_model(model, weights, processor, directory)
+        write_published(model, weights, processor, directory)
 
 
-def write_model(model, weights: dict[str, torch.Tensor], processor, directory: Path) -> None:
-    """Write whole weights by name (or adapters), config and processor into a folder: complete or absent."""
+def write_published(model: nn.Module, weights: dict[str, torch.Tensor], processor, directory: Path) -> None:
+    """Write weights, config and processor in the published format, which plain transformers opens; adapters in peft's.
+
+    Of `model` only the config and the names are used; `weights` are by its parameters' names, all in one precision.
+    The config comes last: where it is, all is.
+    """
     unfinished = directory / ".unfinished_model"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     if lora.has_adapters(model):
         lora.write_adapters(model, weights, unfinished)
     else:
-        model.config.dtype = next(iter(weights.values())).dtype
         model.save_pretrained(unfinished, state_dict=weights)
+        for config in (model.config, model.config.text_config, model.config.vision_config):
+            config.dtype = next(iter(weights.values())).dtype  # save_pretrained names that of the model in training
+        model.config.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
     # transformers before 5, vLLM and others read these two instead of processor_config.json and chat_template.jinja
     image = json.loads(processor.image_processor.to_json_string())
