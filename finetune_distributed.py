@@ -141,8 +141,8 @@ def train(config: Config) -> str:
     saver.wait()
     stop.restore()
     save_model(model, processor, budget, run.directory)
-    run.finish(len(steps) - first, sizes.left_out, guard.left_out)
     distributed.stop()
+    run.finish(len(steps) - first, sizes.left_out, guard.left_out)
     return str(run.directory)
 
 

@@ -32,7 +32,11 @@ def test_the_tree_is_the_tree():
 
 
 def test_every_flag_exists():
-    known = {f"--{item.name}" for item in dataclasses.fields(Config)} | {"--no-check_memory", "--help"}
+    known = {f"--{item.name}" for item in dataclasses.fields(Config)} | {
+        "--no-check_memory",
+        "--no-hub_private",
+        "--help",
+    }
     scripts = ("test_on_trained_model.py", "train_data/make_data.py", "benchmarks/train_step.py")
     for module in (
         ["-m", "util.show"],

@@ -289,7 +289,8 @@ def resolve_resume(config: Config, latest: Path) -> Path | None:
 HARMLESS = {"output_dir", "micro_batch_size", "max_tokens", "device", "attention", "activation_checkpointing",
             "compile", "check_memory", "eval_data", "eval_every", "eval_samples", "eval_metrics", "save_every", "keep",
             "sharding", "shard_group_size", "resume", "resume_anyway", "num_workers", "fetch_concurrency",
-            "fetch_retries", "fetch_timeout", "cache_dir", "cache_max_gib"}  # fmt: skip
+            "fetch_retries", "fetch_timeout", "cache_dir", "cache_max_gib", "report_to", "project", "run_name",
+            "push_to_hub", "push_every_save", "hub_private"}  # fmt: skip
 
 
 def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:

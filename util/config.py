@@ -7,13 +7,15 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from util import lora
+from util import hub, lora, trackers
 from util.bad_samples import SampleSettings
 from util.cache import CacheSettings
 from util.command_line import UserError, parse, run_command, setting
 from util.fetch import FetchSettings
+from util.hub import HubSettings
 from util.lora import LoraSettings
 from util.metrics import MetricSettings
+from util.trackers import TrackerSettings
 
 __all__ = ["OFFICIAL_MODEL", "Config", "UserError", "parse_arguments", "run_command"]
 
@@ -21,7 +23,9 @@ OFFICIAL_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 
 
 @dataclass
-class Config(FetchSettings, CacheSettings, SampleSettings, MetricSettings, LoraSettings):
+class Config(
+    FetchSettings, CacheSettings, SampleSettings, MetricSettings, LoraSettings, TrackerSettings, HubSettings
+):
     # fmt: off
     model: str | None = setting(None, f"checkpoint directory, hub name or `tiny`; default: {OFFICIAL_MODEL} on a GPU, tiny without one")
     data: list[str] = setting(["train_data/data.json"], "training data, .json or .jsonl, one or several files")
@@ -114,7 +118,7 @@ class Config(FetchSettings, CacheSettings, SampleSettings, MetricSettings, LoraS
             found.append(f"--attention {self.attention} needs a GPU and --dtype bfloat16; use --attention sdpa")
         if self.optimizer == "adamw_8bit" and on_cpu:
             found.append("--optimizer adamw_8bit needs a GPU; use --optimizer adamw")
-        return found + lora.problems(self)
+        return found + lora.problems(self) + trackers.problems(self) + hub.problems(self)
 
 
 def parse_arguments(description: str, arguments: list[str] | None = None) -> Config:

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from util import bad_samples, flops, memory
+from util import bad_samples, flops, hub, memory, trackers
+from util.beside import Beside
 from util.config import Config, UserError
 from util.memory import GIB
 from util.metrics import LABELS, share
@@ -29,13 +30,15 @@ class Run:
 
     def __init__(self, config: Config, device: torch.device, resumed: Path | None = None) -> None:
         self.config, self.device = config, device
+        self.bar: tqdm | None = None
+        self.beside: list[Beside] = []
         self.directory = self.choose_directory(config, resumed)
         if config.resume == "none" and (self.directory / "metrics.jsonl").exists():
             raise UserError(
                 f"--output_dir {self.directory} holds a run already; name another folder, or go on with --resume auto"
             )
+        hub.check_token(config, self.say)
         self.peak_flops = flops.peak_flops(device)
-        self.bar: tqdm | None = None
         self.tally = bad_samples.Tally()
         self.began = self.last = time.perf_counter()
         self.trained_seconds = 0.0
@@ -66,6 +69,8 @@ class Run:
         if self.directory.resolve().parent == RUNS:
             point_latest_at(self.directory)
         self.bar = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
+        self.beside = trackers.start(self.config, self.directory, first_step, self.say)
+        self.beside += hub.start(self.config, self.directory, self.say)
         self.last = time.perf_counter()
 
     def keep_metrics_before(self, first_step: int) -> None:
@@ -137,9 +142,11 @@ class Run:
         self.last = time.perf_counter()
 
     def close(self) -> None:
-        """Close the files and the bar."""
+        """Close the files and the bar, and end what runs beside the training."""
         self.bar.close()
         self.metrics.close()
+        for program in self.beside:
+            program.end()
 
     def finish(self, steps: int, left_out: Counter, updates_left_out: int) -> None:
         """Close the files, draw loss.png, and say what was done and how to try it.
@@ -159,6 +166,7 @@ class Run:
             print(text)
         if updates_left_out:
             print(f"updates left out: {updates_left_out}, whose loss or gradient was no number (see above)")
+        hub.push_at_end(self.config, self.directory, self.say)
 
 
 def point_latest_at(directory: Path) -> None:
