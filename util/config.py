@@ -23,9 +23,7 @@ OFFICIAL_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 
 
 @dataclass
-class Config(
-    FetchSettings, CacheSettings, SampleSettings, MetricSettings, LoraSettings, TrackerSettings, HubSettings
-):
+class Config(FetchSettings, CacheSettings, SampleSettings, MetricSettings, LoraSettings, TrackerSettings, HubSettings):
     # fmt: off
     model: str | None = setting(None, f"checkpoint directory, hub name or `tiny`; default: {OFFICIAL_MODEL} on a GPU, tiny without one")
     data: list[str] = setting(["train_data/data.json"], "training data, .json or .jsonl, one or several files")
