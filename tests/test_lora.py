@@ -19,8 +19,9 @@ from util.checkpoint import TensorReader
 from util.collator import Collator
 from util.config import Config, UserError
 from util.dataset import Samples, Size, load_examples
+from util.evaluate import Answerer, ask
 from util.merge_lora import merge_run
-from util.model import build_model, load_config, load_weights
+from util.model import build_model, load_config, load_processor, load_weights
 from util.optimizer import build_optimizer
 from util.vision import Budget, Grid
 
@@ -360,3 +361,26 @@ def test_what_cannot_be_merged_is_named(trained, tiny_path, tmp_path):
 
 def test_the_config_names_a_base_that_others_find(trained, tiny_path):
     assert AutoConfig.from_pretrained(lora.base_of(str(trained("lora")))).model_type == "qwen2_vl"
+
+
+@pytest.mark.parametrize("kind", ["lora", "merged"])
+def test_the_lines_of_the_readme_open_it(trained, tmp_path, kind):
+    """Run as a user would, in a process that knows nothing of this project; the answer is ours."""
+    run = trained("lora")
+    if kind == "merged":
+        merge_run(str(run), tmp_path / "merged")
+        run = tmp_path / "merged"
+    lines = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert 'run = "train_output/latest"' in lines
+    (tmp_path / "lines.py").write_text(lines.replace('"train_output/latest"', repr(str(run))))
+    done = subprocess.run(
+        [sys.executable, tmp_path / "lines.py"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    picture = {"type": "image", "image": str(ROOT / "test_data" / "media" / "0000_colour_0.png")}
+    question = [{"role": "user", "content": [picture, {"type": "text", "text": "What colour is it?"}]}]
+    own = load_processor(str(run))
+    answerer = Answerer.load(str(run), own, CPU, torch.float32)
+    ours = ask(answerer, question, Budget(3136, 28 * 28 * 8), 64)
+    assert ours
+    assert done.stdout == own.tokenizer.decode(own.tokenizer(ours).input_ids, skip_special_tokens=True) + "\n"

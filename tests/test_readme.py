@@ -11,6 +11,7 @@ from util.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+FOREIGN = ("srun ", "vllm ", "  --mm-processor-kwargs")  # lines that begin with another program's words
 CORE = ["dataset.py", "conversation.py", "vision.py", "collator.py", "loss.py"]
 
 
@@ -44,6 +45,7 @@ def test_every_flag_exists():
         ["-m", "util.check_data"],
         ["-m", "util.chartqa"],
         ["-m", "util.compare"],
+        ["-m", "util.merge_lora"],
         ["-m", "util.report"],
         *([script] for script in scripts),
     ):
@@ -51,7 +53,7 @@ def test_every_flag_exists():
             [sys.executable, *module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         )
         known |= set(re.findall(r"--[a-z_]+", printed.stdout))
-    ours = "\n".join(line for line in README.splitlines() if not line.startswith("srun "))
+    ours = "\n".join(line for line in README.splitlines() if not line.startswith(FOREIGN))
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", ours))
     assert used
     assert not used - known - {"--slow"}

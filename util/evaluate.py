@@ -30,22 +30,23 @@ MOST_NEW_TOKENS = 64  # longest answer while training
 
 @torch.no_grad()
 def evaluate_loss(model: nn.Module, loader: DataLoader, device: torch.device) -> dict[str, float]:
-    """Of all the loader's batches: "loss_sum", the cross-entropies of all supervised tokens, and `Batch.counts`."""
+    """Of all the loader's batches: "loss_sum", the cross-entropies of all supervised tokens, "likeliest_tokens", how
+    many of these the model held for the likeliest, and `Batch.counts`."""
     model.eval()
-    loss_sum, counts = torch.zeros((), dtype=torch.float64, device=device), Counter(Collator()([]).counts)
+    sums, counts = torch.zeros(2, dtype=torch.float64, device=device), Counter(Collator()([]).counts)
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed; training goes on as if it had not
         for batch in loader:
-            loss_sum += model(batch.to(device))
+            sums += model(batch.to(device), reduction="none").sum(1)
             counts.update(batch.counts)
     model.train()
-    return {"loss_sum": loss_sum.item(), **counts}
+    return {"loss_sum": sums[0].item(), "likeliest_tokens": round(sums[1].item()), **counts}
 
 
 def evaluate_answers(
     model: PackedLoss, held_out: Samples, device: torch.device, config: Config
 ) -> dict[str, float | None]:
     """`config.eval_metrics` of what a model in training answers, at most `MOST_NEW_TOKENS` long, to
-    `config.eval_samples` questions spread evenly; {} where that is 0.
+    `config.eval_samples` questions spread evenly, over all and by kind of sample; {} where that is 0.
 
     Of several ranks each answers its share, at its own pace, and all get the scores of all.
     """
@@ -62,7 +63,13 @@ def evaluate_answers(
         shown = title if rank == 0 else None
         answers = answer_all(answerer, own, BATCH_SIZE, MOST_NEW_TOKENS, shown, config.on_bad_sample)
     model.train()
-    return summarise([answer for share in ranks.gather(answers) for answer in share], config.eval_metrics)
+    answers = [answer for share in ranks.gather(answers) for answer in share]
+    scores = summarise(answers, config.eval_metrics)
+    kinds = sorted({answer.kind for answer in answers if answer.kind})
+    for kind in kinds if len(kinds) > 1 else []:
+        of_kind = summarise([answer for answer in answers if answer.kind == kind], config.eval_metrics)
+        scores |= {f"{metric}_{kind}": of_kind[metric] for metric in config.eval_metrics}
+    return scores
 
 
 # ---- questions and answers ------------------------------------------------------------------------------------------
@@ -117,7 +124,7 @@ class Answerer:
     def losses(self, samples: list[Sample]) -> list[float]:
         """Mean cross-entropy of the supervised tokens of each sample."""
         batch = Collator()(samples)
-        losses = self.packed(batch.to(self.device), reduction="none").cpu()
+        losses, _ = self.packed(batch.to(self.device), reduction="none").cpu()
         owner = torch.bucketize(batch.supervised_index, batch.segments.cu_seqlens[1:], right=True)
         return [losses[owner == number].mean().item() for number in range(len(samples))]
 

@@ -110,9 +110,10 @@ class Run:
         left_out = bad_samples.Tally()
         skipped = {key: value for key, value in left_out.take(totals).items() if key.startswith("skipped")}
         loss = totals["loss_sum"] / (totals["supervised_tokens"] or float("nan"))
-        values = {"loss": loss, **skipped, **scores}
+        accuracy = totals["likeliest_tokens"] / (totals["supervised_tokens"] or float("nan"))
+        values = {"loss": loss, "token_accuracy": accuracy, **skipped, **scores}
         self.write({"step": step, **{f"eval_{key}": value for key, value in values.items()}})
-        text = f"step {step}: loss on held-out data {loss:.4f}"
+        text = f"step {step}: loss on held-out data {loss:.4f}, {accuracy:.1%} of its tokens the likeliest"
         if scores:
             shown = ", ".join(f"{LABELS[name]} {share(scores[name])}" for name in self.config.eval_metrics)
             text += f"; {scores['questions']} answers: {shown}"

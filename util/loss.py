@@ -31,7 +31,8 @@ class PackedLoss(nn.Module):
         self.register_buffer("pixel_shift", -mean / std, persistent=False)
 
     def forward(self, batch: Batch, reduction: str = "sum") -> torch.Tensor:
-        """Cross-entropy of the supervised tokens in fp32 (fp64 where weights are): their sum, or with "none" (S,)."""
+        """Cross-entropy of the supervised tokens in fp32 (fp64 where weights are), summed up. With "none": (2, S), each
+        token's, and 1 where it is the likeliest of all."""
         language_model = self.model.model.language_model
         hidden = self.embed(batch)[None]  # (1, T, D)
         position_embeddings = language_model.rotary_emb(hidden, batch.position_ids[:, None])
@@ -85,16 +86,15 @@ class PackedLoss(nn.Module):
         return pixels.flatten(1).to(self.dtype)
 
     def cross_entropy(self, hidden: torch.Tensor, target_ids: torch.Tensor, reduction: str) -> torch.Tensor:
-        """(S, D), (S,) -> (S,) or its sum, in few large chunks whose logits are recomputed in the backward pass."""
+        """(S, D), (S,) -> what forward returns, in few large chunks; the backward pass makes their logits anew."""
         if len(target_ids) <= LOGIT_ROWS:
-            losses = self.token_losses(hidden, target_ids)
-        else:
-            chunks = zip(hidden.split(LOGIT_ROWS), target_ids.split(LOGIT_ROWS), strict=True)
-            losses = torch.cat([checkpoint(self.token_losses, *chunk, use_reentrant=False) for chunk in chunks])
-        return losses.sum() if reduction == "sum" else losses
+            return self.token_losses(hidden, target_ids, reduction)
+        chunks = zip(hidden.split(LOGIT_ROWS), target_ids.split(LOGIT_ROWS), strict=True)
+        parts = [checkpoint(self.token_losses, *chunk, reduction, use_reentrant=False) for chunk in chunks]
+        return torch.stack(parts).sum() if reduction == "sum" else torch.cat(parts, dim=1)
 
-    def token_losses(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+    def token_losses(self, hidden: torch.Tensor, target_ids: torch.Tensor, reduction: str) -> torch.Tensor:
         logits = F.linear(hidden, self.model.lm_head.weight)
-        return F.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), target_ids, reduction="none"
-        )
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(logits, target_ids, reduction="none")
+        return losses.sum() if reduction == "sum" else torch.stack([losses, logits.argmax(1) == target_ids])
