@@ -10,7 +10,7 @@
 #   RUN=train_output/chartqa_2 ./recipes/chartqa.sh     another run directory (OUTPUT: another folder for the answers)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source util/setup.sh requirements.txt
+source util/setup.sh requirements-chartqa.txt
 
 step() {
     echo
@@ -20,21 +20,27 @@ step() {
 
 gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
 if [ "$gpus" -gt 0 ]; then
-    from="${FROM:-hub}" model="${MODEL:-Qwen/Qwen2-VL-7B-Instruct}" budget=() joined=()
+    from="${FROM:-hub}" model="${MODEL:-Qwen/Qwen2-VL-7B-Instruct}" budget=()
     recipe=(--quantize nf4 --lora_rank 8 --lora_alpha 16 --lora_dropout 0.05 --lora_targets q_proj v_proj
         --epochs 3 --global_batch_size 32 --micro_batch_size 4 --learning_rate 2e-4 --warmup_ratio 0.03
         --max_grad_norm 0.3 --activation_checkpointing full --eval_every 10 --eval_samples 64 --save_every 20)
 else
-    echo "No GPU here: charts drawn on the spot, and all of tiny is trained, as a LoRA on random weights learns nothing."
-    from="${FROM:-drawn}" model="${MODEL:-tiny}" budget=(--min_pixels 3136) joined=(--join_questions)
-    recipe=(--epochs 6 --global_batch_size 16 --learning_rate 2e-3 --eval_every 250 --eval_samples 100 --save_every 250)
+    from="${FROM:-drawn}" model="${MODEL:-train_output/demonstration}" budget=(--min_pixels 3136)
+    recipe=(--epochs 9 --max_steps 500 --global_batch_size 32 --learning_rate 1e-3 --eval_every 100 --eval_samples 100 --save_every 100)
+    echo "No GPU here: charts drawn on the spot, and all of a tiny model is trained."
+    if [ "$model" = train_output/demonstration ] && [ ! -f "$model/config.json" ]; then
+        echo "First it learns to see, from random weights, with the demonstration of ./finetune.sh."
+        step "$python" train_data/make_data.py --demonstration
+        step "$python" finetune.py --model tiny --data train_data/demonstration/data.jsonl --min_pixels 3136 --epochs 9 \
+            --max_steps 1200 --global_batch_size 32 --learning_rate 2e-3 --save_every 200 --output_dir "$model" --resume auto
+    fi
 fi
 [ "$from" = drawn ] && default_share=1 || default_share=0.1 # of val: it is asked many times
 data="${DATA:-train_data/chartqa}" run="${RUN:-train_output/chartqa}" output="${OUTPUT:-test_output/chartqa}"
-prepare=("$python" -m util.chartqa --from "$from" --output_dir "$data" --seed "${SEED:-0}" --count "${COUNT:-3000}")
+prepare=("$python" -m util.chartqa --from "$from" --output_dir "$data" --seed "${SEED:-0}" --count "${COUNT:-4000}")
 ask=(--model "$model" --metrics relaxed_accuracy --max_new_tokens 64 --show 5 "${budget[@]}")
 
-step "${prepare[@]}" --splits train --share "${SHARE:-1}" "${joined[@]}"
+step "${prepare[@]}" --splits train --share "${SHARE:-1}"
 step "${prepare[@]}" --splits val --share "${VAL_SHARE:-$default_share}"
 step "${prepare[@]}" --splits test --share "${TEST_SHARE:-1}"
 step "$python" test_on_official_model.py "${ask[@]}" --data "$data/test_plain.jsonl" --output_dir "$output/base"

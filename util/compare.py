@@ -5,12 +5,11 @@ questions and by kind, with 95 % confidence intervals, and what each changed aga
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from util.command_line import CollectingParser, UserError, run_command
-from util.metrics import LABELS, METRICS, confidence_interval, mean, share_with_interval
+from util.metrics import LABELS, METRICS, confidence_interval, interval_of_changes, mean, share_with_interval
 
 
 @dataclass
@@ -27,7 +26,8 @@ def read_column(named: str, metric: str) -> Column:
     name, equals, file = named.partition("=")
     name, file = (name, file) if equals else (Path(named).stem, named)
     try:
-        _, *lines = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        with open(file, encoding="utf-8") as opened:
+            _, *lines = map(json.loads, opened)
         scores = [METRICS[metric](line["answer"], line["reference"]) for line in lines]
         asked = [{key: line[key] for key in ("question", "reference", "media", "kind")} for line in lines]
     except OSError as error:
@@ -47,18 +47,6 @@ def difference(scores: list[float | None], others: list[float | None]) -> str:
         return "-"
     low, high = interval_of_changes(changes)
     return f"{100 * mean(changes):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-
-
-def interval_of_changes(changes: list[float]) -> tuple[float, float]:
-    """The 95 % confidence interval of the mean change. Of right and wrong answers to the same questions: by A. Agresti
-    and Y. Min, Statistics in Medicine 24, 2005, which adds half a question to each of the four cases, and so also holds
-    where nothing changed. Else the bootstrap."""
-    if not {*changes} <= {-1.0, 0.0, 1.0}:
-        return confidence_interval(changes)
-    number, better, worse = len(changes) + 2, changes.count(1.0) + 0.5, changes.count(-1.0) + 0.5
-    middle = (better - worse) / number
-    half = 1.959964 * math.sqrt(better + worse - (better - worse) ** 2 / number) / number
-    return max(middle - half, -1.0), min(middle + half, 1.0)
 
 
 def compare(files: list[str], metric: str, out: str | None) -> str:

@@ -34,7 +34,7 @@ TITLES = {  # title: what the parts of the chart may be called
     "Birds seen": ("tits", "crows", "owls"),
 }
 COLUMNS = [LEFT + (RIGHT - LEFT) * (column + 0.5) / 3 for column in range(3)]  # their middles
-PLACES = ("first", "second", "third")
+HIGHEST, LARGEST = (40, 60, 80, 100), (50, 60, 70, 80)  # values, and shares in percent
 YEARS = ("2020", "2021", "2022")
 HUMAN, AUGMENTED = "human", "augmented"
 Question = tuple[str, str, str]  # kind, query, label
@@ -46,11 +46,12 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 class Canvas:
-    """A white picture with a title, drawn in the pixels of scale 1."""
+    """A light picture with a title, drawn in the pixels of scale 1, at which letters would be too small to read."""
 
-    def __init__(self, title: str, scale: int) -> None:
+    def __init__(self, random: np.random.Generator, title: str, scale: int) -> None:
         self.scale = scale
-        self.image = Image.new("RGB", (WIDTH * scale, HEIGHT * scale), (252, 252, 250))
+        paper = tuple(random.integers(238, 256, 3).tolist())
+        self.image = Image.new("RGB", (WIDTH * scale, HEIGHT * scale), paper)
         self.draw = ImageDraw.Draw(self.image)
         self.write((WIDTH / 2, 6), title, 8)
 
@@ -58,7 +59,8 @@ class Canvas:
         return [(round(x * self.scale), round(y * self.scale)) for x, y in corners]
 
     def write(self, middle: tuple[float, float], text: str, size: int = 7, anchor: str = "mm") -> None:
-        self.draw.text(self.points(middle)[0], text, INK, font(size * self.scale), anchor=anchor)
+        if self.scale > 1:
+            self.draw.text(self.points(middle)[0], text, INK, font(size * self.scale), anchor=anchor)
 
     def axes(self, names: tuple[str, ...], columns: list[float]) -> None:
         """Horizontal lines at 0, 20 ... 100 with their numbers, and a name below each column."""
@@ -75,63 +77,53 @@ def y_of(value: float) -> float:
 
 
 def bars(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Question]]:
-    """2 or 3 bars of different colours and values."""
+    """2 or 3 bars of different colours, one at least twice as tall as the others."""
     number = int(random.integers(2, 4))
     title = str(random.choice(list(TITLES)))
     colours = random.permutation(list(COLOURS))[:number].tolist()
-    values = (10 * random.permutation(np.arange(1, 11))[:number]).tolist()
-    canvas, columns = Canvas(title, scale), COLUMNS[:number]
+    highest, tallest = int(random.choice(HIGHEST)), int(random.integers(number))
+    values = random.integers(10, highest // 2 + 1, number)
+    values[tallest] = highest
+    canvas, columns = Canvas(random, title, scale), COLUMNS[:number]
     canvas.axes(TITLES[title][:number], columns)
     half_width = float(random.uniform(6, 11))
     for x, colour, value in zip(columns, colours, values, strict=True):
         canvas.draw.rectangle(canvas.points((x - half_width, y_of(value)), (x + half_width, BOTTOM)), COLOURS[colour])
-    highest, lowest = colours[int(np.argmax(values))], colours[int(np.argmin(values))]
-    human = [("Which bar is the tallest?", highest), ("Which bar is the shortest?", lowest),
-             ("How many bars are there?", str(number))]  # fmt: skip
-    human += [(f"What colour is the {place} bar?", c) for place, c in zip(PLACES, colours, strict=False)]
-    augmented = [(f"What is the value of the {c} bar?", str(v)) for c, v in zip(colours, values, strict=True)]
-    return canvas.image, questions(human, augmented)
+    human = [("Which bar is the tallest?", colours[tallest]), ("How many bars are there?", str(number))]
+    return canvas.image, questions(human, [("What is the highest value?", str(highest))])
 
 
 def lines(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Question]]:
-    """A line of one colour through the values of 3 years."""
-    colour = str(random.choice(list(COLOURS)))
-    values = (10 * random.permutation(np.arange(1, 11))[:3]).tolist()
-    canvas = Canvas(str(random.choice(list(TITLES))), scale)
+    """A line of one colour that rises or falls over 3 years."""
+    colour, highest = str(random.choice(list(COLOURS))), int(random.choice(HIGHEST))
+    values = np.sort([*random.choice(np.arange(5, highest - 4), 2, replace=False), highest])
+    rises = bool(random.integers(2))
+    canvas = Canvas(random, str(random.choice(list(TITLES))), scale)
     canvas.axes(YEARS, COLUMNS)
-    points = canvas.points(*((x, y_of(value)) for x, value in zip(COLUMNS, values, strict=True)))
+    points = canvas.points(*((x, y_of(value)) for x, value in zip(COLUMNS, values[:: 1 if rises else -1], strict=True)))
     canvas.draw.line(points, COLOURS[colour], 2 * scale, joint="curve")
     for x, y in points:
         canvas.draw.ellipse((x - 2 * scale, y - 2 * scale, x + 2 * scale, y + 2 * scale), COLOURS[colour])
-    human = [("In which year is the line the highest?", YEARS[int(np.argmax(values))]),
-             ("In which year is the line the lowest?", YEARS[int(np.argmin(values))]),
-             ("What colour is the line?", colour)]  # fmt: skip
-    augmented = [(f"What is the value in {year}?", str(v)) for year, v in zip(YEARS, values, strict=True)]
-    return canvas.image, questions(human, augmented)
+    human = [("Does the line rise or fall?", "rise" if rises else "fall"), ("What colour is the line?", colour)]
+    return canvas.image, questions(human, [("What is the highest value?", str(highest))])
 
 
 def pies(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Question]]:
-    """2 or 3 segments that make 100 %, with a legend."""
+    """2 or 3 segments that make 100 %, one of them more than half, with a legend."""
     number = int(random.integers(2, 4))
     title = str(random.choice(list(TITLES)))
     colours = random.permutation(list(COLOURS))[:number].tolist()
-    while True:  # different shares of at least 10 %
-        cuts = np.sort(random.permutation(np.arange(1, 10))[: number - 1])
-        shares = (10 * np.diff([0, *cuts, 10])).tolist()
-        if len(set(shares)) == number:
-            break
-    canvas, angle = Canvas(title, scale), -90.0
+    largest, place = int(random.choice(LARGEST)), int(random.integers(number))
+    shares = random.multinomial(100 - largest - 5 * (number - 1), [1 / (number - 1)] * (number - 1)) + 5
+    shares = np.insert(shares, place, largest)
+    canvas, angle = Canvas(random, title, scale), float(random.uniform(0, 360))
     for row, (colour, name, part) in enumerate(zip(colours, TITLES[title][:number], shares, strict=True)):
         canvas.draw.pieslice(canvas.points((4, 16), (68, 80)), angle, angle + 3.6 * part, COLOURS[colour])
         angle += 3.6 * part
         canvas.draw.rectangle(canvas.points((74, 22 + 14 * row), (80, 28 + 14 * row)), COLOURS[colour])
         canvas.write((83, 25 + 14 * row), name, 7, "lm")
-    largest, smallest = colours[int(np.argmax(shares))], colours[int(np.argmin(shares))]
-    human = [("Which segment is the largest?", largest), ("Which segment is the smallest?", smallest),
-             ("How many segments are there?", str(number))]  # fmt: skip
-    human += [(f"What colour is the {place} segment?", c) for place, c in zip(PLACES, colours, strict=False)]
-    augmented = [(f"What percentage is the {c} segment?", str(s)) for c, s in zip(colours, shares, strict=True)]
-    return canvas.image, questions(human, augmented)
+    human = [("Which segment is the largest?", colours[place]), ("How many segments are there?", str(number))]
+    return canvas.image, questions(human, [("What percentage is the largest segment?", str(largest))])
 
 
 def questions(human: list, augmented: list) -> list[Question]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from util.config import Config, UserError
 from util.dataset import Example, Examples, Sample, Samples
 from util.lines import DataError
 from util.loss import PackedLoss
+from util.measure import usable_cpus
 from util.media import MediaReader
 from util.metrics import METRICS, mean
 from util.model import choose_attention, load_weights, set_attention, whole_weights
@@ -61,7 +62,9 @@ def evaluate_answers(
         answerer, title = Answerer(model, held_out.processor, device), "answering held-out questions"
         own = QuestionSamples(chosen[rank::size], held_out.processor, held_out.budget, held_out.reader)
         shown = title if rank == 0 else None
-        answers = answer_all(answerer, own, BATCH_SIZE, MOST_NEW_TOKENS, shown, config.on_bad_sample)
+        answers = answer_all(
+            answerer, own, BATCH_SIZE, MOST_NEW_TOKENS, shown, config.on_bad_sample, config.num_workers
+        )
     model.train()
     answers = [answer for share in ranks.gather(answers) for answer in share]
     scores = summarise(answers, config.eval_metrics)
@@ -121,18 +124,25 @@ class Answerer:
         return cls(PackedLoss(model, processor, dtype).to(device).eval(), processor, device)
 
     @torch.no_grad()
-    def losses(self, samples: list[Sample]) -> list[float]:
-        """Mean cross-entropy of the supervised tokens of each sample."""
-        batch = Collator()(samples)
-        losses, _ = self.packed(batch.to(self.device), reduction="none").cpu()
+    def answers_and_losses(
+        self, pairs: list[tuple[Sample, Sample]], max_new_tokens: int
+    ) -> tuple[list[str], list[float]]:
+        """Of pairs (prompt, the same with its reference): what is answered, and the mean cross-entropy of each
+        reference's tokens. The vision tower sees their media once."""
+        prompts, wholes = zip(*pairs, strict=True)
+        batch = Collator()(wholes)
+        there = batch.to(self.device)
+        visual = self.packed.visual_tokens(there) if len(batch.vision_position_ids) else None
+        losses, _ = self.packed(there, reduction="none", visual=visual).cpu()
         owner = torch.bucketize(batch.supervised_index, batch.segments.cu_seqlens[1:], right=True)
-        return [losses[owner == number].mean().item() for number in range(len(samples))]
+        means = [losses[owner == number].mean().item() for number in range(len(wholes))]
+        return self.answers(prompts, max_new_tokens, visual), means
 
     @torch.no_grad()
-    def answers(self, prompts: list[Sample], max_new_tokens: int) -> list[str]:
-        """Greedy answers to a batch of prompts, one per prompt, cut at the end token."""
+    def answers(self, prompts: list[Sample], max_new_tokens: int, visual: torch.Tensor | None = None) -> list[str]:
+        """Greedy answers to a batch of prompts, one per prompt, cut at the end token. `visual`: as in `prefill`."""
         model, text = self.packed.model, self.packed.model.config.text_config
-        embeddings, mask, positions = self.prefill(prompts)
+        embeddings, mask, positions = self.prefill(prompts, visual)
         packed_name, text._attn_implementation = text._attn_implementation, "sdpa"  # packed attention knows no padding
         try:
             self.generation.max_new_tokens = max_new_tokens
@@ -150,10 +160,13 @@ class Answerer:
         # special tokens stay: the boxes of a grounded answer are written with them
         return self.processor.tokenizer.batch_decode(cut, skip_special_tokens=False)
 
-    def prefill(self, prompts: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Left-padded embeddings (B, L, D), mask (B, L) and the released model's positions (4, B, L)."""
+    def prefill(
+        self, prompts: list[Sample], visual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Left-padded embeddings (B, L, D), mask (B, L) and the released model's positions (4, B, L). `visual`: the
+        visual tokens (V, D) where they are known already."""
         batch: Batch = Collator()(prompts).to(self.device)
-        embeddings = self.packed.embed(batch)
+        embeddings = self.packed.embed(batch, visual)
         lengths = batch.segments.cu_seqlens.diff().tolist()
         longest = max(lengths)
         padded = embeddings.new_zeros(len(lengths), longest, embeddings.shape[1])
@@ -178,8 +191,12 @@ class QuestionSamples(Samples):
         for piece in pieces[:-1]:
             piece.supervised = False  # earlier answers are given, not asked
         media = self._media(example, vision.load)
-        prompt = conversation.encode(pieces[:-1], self.processor)
-        whole = conversation.encode(pieces, self.processor)
+        prompt, reference = (conversation.encode(part, self.processor) for part in (pieces[:-1], pieces[-1:]))
+        whole = replace(
+            prompt,
+            input_ids=prompt.input_ids + reference.input_ids,
+            supervised=prompt.supervised + reference.supervised,
+        )
         return Sample(prompt, media, example.where), Sample(whole, media, example.where)
 
 
@@ -190,23 +207,26 @@ def answer_all(
     max_new_tokens: int,
     title: str | None,
     on_bad_sample: str = "stop",
+    num_workers: int | None = None,
 ) -> list[Answer]:
-    """Answer every question, in batches of like length; the answers in the order asked. No bar without title.
+    """Answer every question, in batches of like length; the answers in the order asked. No bar without title. Beside a
+    GPU the media are read in `num_workers` processes, by default up to 8; a CPU reads them itself.
 
     A question whose media cannot be read raises DataError; with `on_bad_sample` "skip" it is said and has no answer.
     """
     sizes = [size_of(questions, index, on_bad_sample) for index in range(len(questions))]
     order = sorted(range(len(questions)), key=lambda index: -sizes[index])
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    loader = DataLoader(Lenient(questions, on_bad_sample), batch_sampler=batches, collate_fn=list)
+    workers = min(num_workers if num_workers is not None else min(8, usable_cpus()), len(batches))
+    workers = workers if answerer.device.type == "cuda" else 0
+    loader = DataLoader(Lenient(questions, on_bad_sample), batch_sampler=batches, collate_fn=list, num_workers=workers)
     answers: dict[int, Answer] = {}
     shown = {"desc": title, "unit": " answers", "dynamic_ncols": True, "leave": False, "disable": title is None}
     with tqdm(total=len(questions), **shown) as bar, torch.random.fork_rng(devices=[]):
         for indices, loaded in zip(batches, loader, strict=True):
             there = {i: pair for i, pair in zip(indices, loaded, strict=True) if not isinstance(pair, Skipped)}
             if there:
-                texts = answerer.answers([prompt for prompt, _ in there.values()], max_new_tokens)
-                losses = answerer.losses([whole for _, whole in there.values()])
+                texts, losses = answerer.answers_and_losses(list(there.values()), max_new_tokens)
                 for index, text, loss in zip(there, texts, losses, strict=True):
                     answers[index] = answer_of(questions.example(index), text, loss)
             bar.update(len(indices))

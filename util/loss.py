@@ -30,24 +30,24 @@ class PackedLoss(nn.Module):
         self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
         self.register_buffer("pixel_shift", -mean / std, persistent=False)
 
-    def forward(self, batch: Batch, reduction: str = "sum") -> torch.Tensor:
+    def forward(self, batch: Batch, reduction: str = "sum", visual: torch.Tensor | None = None) -> torch.Tensor:
         """Cross-entropy of the supervised tokens in fp32 (fp64 where weights are), summed up. With "none": (2, S), each
         token's, and 1 where it is the likeliest of all."""
         language_model = self.model.model.language_model
-        hidden = self.embed(batch)[None]  # (1, T, D)
+        hidden = self.embed(batch, visual)[None]  # (1, T, D)
         position_embeddings = language_model.rotary_emb(hidden, batch.position_ids[:, None])
         for layer in language_model.layers:
             hidden = layer(hidden, position_embeddings=position_embeddings, segments=batch.segments)
         supervised = hidden[0].index_select(0, batch.supervised_index)  # (S, D): the head sees no other row
         return self.cross_entropy(language_model.norm(supervised), batch.target_ids, reduction)
 
-    def embed(self, batch: Batch) -> torch.Tensor:
-        """The row's embeddings (T, D), visual tokens in their places."""
+    def embed(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
+        """The row's embeddings (T, D), visual tokens in their places; `visual` (V, D) where they are known already."""
         hidden = F.embedding(batch.input_ids, self.model.model.language_model.embed_tokens.weight)
         if not len(batch.vision_position_ids):
             return hidden
-        visual = self.visual_tokens(batch)[: len(batch.visual_index)]
-        return hidden.index_copy(0, batch.visual_index, visual.to(hidden.dtype))
+        visual = self.visual_tokens(batch) if visual is None else visual
+        return hidden.index_copy(0, batch.visual_index, visual[: len(batch.visual_index)].to(hidden.dtype))
 
     def visual_tokens(self, batch: Batch) -> torch.Tensor:
         """The vision tower on all patches of the batch at once: (V, D), images first."""

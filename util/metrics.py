@@ -149,16 +149,16 @@ def mean(values: list[float | None]) -> float | None:
 RESAMPLES = 2000
 
 
-def confidence_interval(scores: list[float | None]) -> tuple[float, float]:
+def confidence_interval(scores: list[float | None]) -> tuple[float, float] | None:
     """The 95 % confidence interval (low, high) of the mean of scores, each of another question; None does not count.
 
     Of right and wrong alone: Wilson's (E. B. Wilson, Journal of the American Statistical Association 22, 1927), which
     also holds for few questions and for shares near 0 and 1. Else the percentile bootstrap over questions (B. Efron,
-    The Annals of Statistics 7, 1979), always with the same 2,000 resamples. Not a number, twice, for no scores.
+    The Annals of Statistics 7, 1979), always with the same 2,000 resamples. None for no scores.
     """
     found = [score for score in scores if score is not None]
     if not found:
-        return math.nan, math.nan
+        return None
     if {*found} <= {0.0, 1.0}:
         z, number, right = 1.959964, len(found), sum(found) / len(found)
         middle = right + z * z / (2 * number)
@@ -171,6 +171,18 @@ def confidence_interval(scores: list[float | None]) -> tuple[float, float]:
     means = [values[dice.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
     low, high = np.quantile(means, [0.025, 0.975]).tolist()
     return low, high
+
+
+def interval_of_changes(changes: list[float]) -> tuple[float, float]:
+    """The 95 % confidence interval of the mean change. Of right and wrong answers to the same questions: by A. Agresti
+    and Y. Min, Statistics in Medicine 24, 2005, which adds half a question to each of the four cases, and so also holds
+    where nothing changed. Else the bootstrap."""
+    if not {*changes} <= {-1.0, 0.0, 1.0}:
+        return confidence_interval(changes)
+    number, better, worse = len(changes) + 2, changes.count(1.0) + 0.5, changes.count(-1.0) + 0.5
+    middle = (better - worse) / number
+    half = 1.959964 * math.sqrt(better + worse - (better - worse) ** 2 / number) / number
+    return max(middle - half, -1.0), min(middle + half, 1.0)
 
 
 def share_with_interval(scores: list[float | None]) -> str:

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -29,7 +28,7 @@ from util.evaluate import Answer, read_file, summarise
 from util.fetch import FetchSettings
 from util.lines import shortened
 from util.log import relative
-from util.metrics import LABELS, METRICS, boxes_of, confidence_interval, share
+from util.metrics import LABELS, METRICS, boxes_of, confidence_interval, interval_of_changes, share
 from util.vision import Budget
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -145,19 +144,12 @@ def score_row(section: str, label: str, shown: list[str], scores: list[list[floa
 
 
 def difference(before: list[float | None], after: list[float | None]) -> dict:
-    """Mean of after - before, and its 95 % interval: percentiles of the paired bootstrap (Efron and Tibshirani, An
-    Introduction to the Bootstrap, 1993), 2,000 resamples of the questions. None where all differ alike: an interval
-    without width would say too much."""
-    pairs = [(old, new) for old, new in zip(before, after, strict=True) if None not in (old, new)]
-    if not pairs:
+    """Mean of after - before over the questions that both have a score of, and its 95 % interval."""
+    changes = [new - old for old, new in zip(before, after, strict=True) if None not in (old, new)]
+    if not changes:
         return {"value": None}
-    each = np.array([new - old for old, new in pairs])
-    interval = None
-    if each.min() < each.max():
-        generator = np.random.default_rng(0)
-        means = [each[generator.integers(0, len(each), len(each))].mean() for _ in range(2000)]
-        interval = np.percentile(means, (2.5, 97.5)).tolist()
-    return {"value": float(each.mean()), "text": points(each.mean()), "span": span(interval, points)}
+    value = sum(changes) / len(changes)
+    return {"value": value, "text": points(value), "span": span(interval_of_changes(changes), points)}
 
 
 def span(interval: tuple[float, float] | None, shown=lambda value: f"{100 * value:.1f}") -> str | None:
