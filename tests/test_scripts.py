@@ -163,7 +163,7 @@ def test_before_and_after(run, tmp_path):
     assert all(answer["loss"] > 0 for answer in asked)
 
     after = command(sys.executable, "test_on_trained_model.py", str(run), *common)
-    assert f"before: {len(references)} answers" in after, (
+    assert f"before: {len(answers)} answers" in after, (
         "made with the same base, data and budget: read, not made again"
     )
     assert "answers became better" in after
