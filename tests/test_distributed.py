@@ -69,8 +69,8 @@ CASES = {
     "checkpointing": {"activation_checkpointing": "full"},
     "text on one rank, then nothing": {"data": "texts", "global_batch_size": 2, "max_steps": 6},
     "text on one rank, gradients": {"data": "texts", "global_batch_size": 2, "max_steps": 6, "sharding": "optimizer"},
-    "adapters": {"lora_rank": 4, "lora_vision": True, "learning_rate": 1e-2, "micro_batch_size": 2},
-    "adapters, gradients": {"lora_rank": 4, "lora_dora": True, "learning_rate": 1e-2, "sharding": "gradients"},
+    "adapters": {"lora_rank": 4, "lora_vision": True, "micro_batch_size": 2},
+    "adapters, gradients": {"lora_rank": 4, "lora_dora": True, "sharding": "gradients"},
     "evaluation": {"eval_data": [str(ROOT / "test_data" / "data.json")], "eval_every": 2, "eval_samples": 7},
     "evaluation, frozen tower": {
         "eval_data": [str(ROOT / "test_data" / "data.json")],

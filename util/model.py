@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoProcessor, Qwen2VLForConditionalGeneration
@@ -155,6 +156,10 @@ def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, devic
     """Set attention, frozen parts, adapters, activation checkpointing and compilation."""
     model.config.use_cache = False
     set_attention(model, choose_attention(config.attention, device, choose_dtype(config.dtype, device)))
+    if choose_dtype(config.dtype, device) == torch.float64:
+        for module in model.modules():
+            if hasattr(module, "variance_epsilon"):  # an RMSNorm; the name of its class changed between versions
+                module.forward = partial(rms_norm, module)
     if config.lora_rank:
         lora.add_adapters(model, config)
     else:
@@ -166,6 +171,12 @@ def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, devic
         for layer in layers(model):
             layer.compile()
     return model
+
+
+def rms_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """transformers' norm in the precision of its input. Its own rounds to fp32: of a last bit of fp64, which depends on
+    how samples are packed, it makes one of 1e-8 now and then."""
+    return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def shard(
