@@ -513,7 +513,7 @@ def recipe(folder: Path, *flags: str, **settings: str) -> tuple[str, dict]:
 def test_the_recipe(tmp_path):
     """Without a GPU, cut to 2 steps: from drawn charts to the table of three."""
     printed, scores = recipe(tmp_path, "--max_steps", "2", COUNT="10", MODEL="tiny")
-    table = printed.partition("relaxed accuracy  ")[2].splitlines()
+    table = printed.rpartition("relaxed accuracy  ")[2].splitlines()
     assert table[0].split() == ["base", "with", "system", "message", "tuned", "questions"], printed
     assert [line.split()[0] for line in table[1:7:2]] == ["all", "augmented", "human"]
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -542,10 +542,11 @@ def figures(*arguments: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_figures_in_short():
-    result = figures("--rows", "full", "--base_steps", "1", "--steps", "1", "--charts", "10", "--questions", "4")
+def test_the_figures_in_short(tiny_path):
+    result = figures("--base", str(tiny_path), "--rows", "lora", "--steps", "1", "--charts", "20", "--questions", "4")
     assert result["all questions"]["questions"] == 4
-    assert set(result["runs"]) == {"base", "full"}
+    assert set(result["runs"]) == {"lora"}
+    assert set(result["all questions"]) == {"questions", "base", "lora"}
     assert {"command", "commit", "device"} <= result.keys()
 
 

@@ -115,7 +115,7 @@ def test_the_card_says_how_it_was_made(hub, run):
     lines = runs.log(run)
     best = min((line for line in lines if "eval_loss" in line), key=lambda line: line["eval_loss"])
     assert f"| loss | {best['eval_loss']:.4g} |" in card.text
-    for words in ("| learning_rate | `0.001` |", "4 steps of training on 27 samples", '("someone/my-model", dtype="auto")',
+    for words in ("| learning_rate | `0.001` |", "4 steps of training on 31 samples", '("someone/my-model", dtype="auto")',
                   "| `data.json` | ", f"{os.path.getsize(TEST_DATA):,} bytes | evaluation |", "--max_steps 4",
                   "| torch | "):  # fmt: skip
         assert words in card.text, words

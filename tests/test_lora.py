@@ -255,17 +255,6 @@ def test_the_test_script_opens_a_run_and_what_was_merged(trained, tmp_path, kind
     for name, path in (("run", trained(kind)), ("merged", tmp_path / "merged")):
         command = [sys.executable, "test_on_trained_model.py", str(path), "--data", "test_data/data.json", "--device", "cpu",
                    "--dtype", "float32", "--max_new_tokens", "4", "--output_dir", str(tmp_path / name)]  # fmt: skip
-        if name == "merged":
-            command += [
-                "--model",
-                "tiny",
-                "--max_pixels",
-                str(28 * 28 * 8),
-                "--min_pixels",
-                "3136",
-                "--video_max_frames",
-                "4",
-            ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         lines = (tmp_path / name / "after.jsonl").read_text().splitlines()[1:]

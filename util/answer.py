@@ -246,7 +246,8 @@ def write_report(settings: Settings) -> None:
     from util.report import report
 
     files = [settings.output_dir / f"{name}.jsonl" for name in ("before", "after")]
-    report(files, settings.output_dir / "report.html", settings.metrics, settings.run)
+    run = settings.run if settings_of_run(settings.run) else None  # of another's model there is no loss curve
+    report(files, settings.output_dir / "report.html", settings.metrics, run)
 
 
 def require(after: list, metric: str, at_least: float | None) -> None:

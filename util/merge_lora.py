@@ -9,6 +9,7 @@ trained over 4 bits (--quantize nf4) is added to what these 4 bits stand for, wh
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 from util.config import UserError, run_command
@@ -55,6 +56,8 @@ def merge_run(run: str, out: Path, base: str | None = None, dtype: str = "auto")
     lora.load_adapters(model, run)
     lora.merge(model)
     out.mkdir(parents=True, exist_ok=True)
+    if (Path(run) / "training_config.json").exists():  # by which the test scripts know its base and its pixel budget
+        shutil.copyfile(Path(run) / "training_config.json", out / "training_config.json")
     write_published(model, dict(model.named_parameters()), processor, out)
 
 
