@@ -31,6 +31,7 @@ def work_dir(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("benchmark")
 
 
+@pytest.mark.slow
 def test_video_reads_the_frames_that_decoding_everything_gives(work_dir):
     file = work_dir / "video.json"
     result = result_of(run("video.py", "--quick", "--work_dir", str(work_dir), "--out", str(file)), file)
@@ -46,6 +47,7 @@ def test_video_reads_the_frames_that_decoding_everything_gives(work_dir):
     assert not list(work_dir.glob("unfinished*"))
 
 
+@pytest.mark.slow
 def test_input_gives_the_same_grids_and_fewer_bytes(work_dir):
     footage = next(work_dir.glob("drawn*_10_*.mp4"), None)
     assert footage, "made by the test before this one"

@@ -247,7 +247,10 @@ def test_four_bits_are_opened_as_four_bits(trained, tiny_path, processor):
     assert difference > 1e-3, "4 bits are not the weights themselves"
 
 
-@pytest.mark.parametrize("kind", ["lora in the tower", pytest.param("qlora", marks=ALL_KINDS[-1].marks)])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("lora in the tower", marks=pytest.mark.slow), pytest.param("qlora", marks=ALL_KINDS[-1].marks)],
+)
 def test_the_test_script_opens_a_run_and_what_was_merged(trained, tmp_path, kind):
     """Both give the same answers through the command line's own functions."""
     merge_run(str(trained(kind)), tmp_path / "merged")
