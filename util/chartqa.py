@@ -10,7 +10,6 @@ Run it again to go on with a preparation or a download that was interrupted. Que
 (white space at their ends apart), because published scores compare with them; odd ones are counted and said.
 """
 
-import hashlib
 import os
 import random
 import re
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from util.chartqa_sources import HUB_NAME, KINDS, Folder, Hub, Row
 from util.command_line import MOST_TOLD, CollectingParser, UserError, run_command
-from util.convert import counted, image_suffix, whole_file
+from util.convert import counted, image_suffix, whole_file, write_by_content
 from util.lines import DataError
 
 # Questions as published: 9,608 human and 23,111 augmented in all (arXiv 2203.10244).
@@ -57,13 +56,8 @@ class Images:
         """The path of a row's image as the output files name it. Raises DataError, its message without the row."""
         if isinstance(image, bytes):
             suffix = image_suffix(image, ": ")
-            path = self.store / f"{hashlib.sha256(image).hexdigest()[:32]}{suffix}"
-            if not path.exists():
-                self.store.mkdir(parents=True, exist_ok=True)
-                unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-                unfinished.write_bytes(image)
-                unfinished.replace(path)
-                self.new += 1
+            path, is_new = write_by_content(self.store, image, suffix)
+            self.new += is_new
             name = f"images/{path.name}"
         else:
             if not isinstance(image, str) or not image or Path(image).name != image or "\0" in image:

@@ -165,12 +165,8 @@ class Media:
         """Write a file named by its content, unless it is there, and give its path."""
         suffix = os.path.splitext(name)[1].lower() if isinstance(name, str) else ""
         suffix = image_suffix(content, where) if kind == "image" else suffix or ".mp4"
-        path = self.bytes_folder / f"{hashlib.sha256(content).hexdigest()[:32]}{suffix}"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-            unfinished.write_bytes(content)
-            unfinished.replace(path)
+        path, is_new = write_by_content(self.bytes_folder, content, suffix)
+        if is_new:
             self.written.append(path)
         return f"{self.bytes_folder.name}/{path.name}"
 
@@ -180,6 +176,19 @@ class Media:
             path.unlink(missing_ok=True)
         if self.written and not any(self.bytes_folder.iterdir()):
             self.bytes_folder.rmdir()
+
+
+def write_by_content(folder: Path, content: bytes, suffix: str) -> tuple[Path, bool]:
+    """Write a file named by its content into a folder, complete or absent, unless it is there: its path, and whether
+    it is new."""
+    path = folder / f"{hashlib.sha256(content).hexdigest()[:32]}{suffix}"
+    if path.exists():
+        return path, False
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
+    return path, True
 
 
 def image_suffix(content: bytes, where: str) -> str:

@@ -10,6 +10,7 @@ import json
 import logging
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -234,11 +235,17 @@ def quantisable(model) -> list[tuple]:
 
 def is_adapter(path: str) -> bool:
     """Is this folder or hub name an adapter in peft's format?"""
+    return (Path(path) / "adapter_config.json").is_file() if Path(path).is_dir() else is_adapter_on_hub(path)
+
+
+@cache
+def is_adapter_on_hub(name: str) -> bool:
+    """Asked once: the answer may cost a request."""
     from transformers.utils import find_adapter_config_file
 
     try:
-        return find_adapter_config_file(path) is not None
-    except (OSError, ValueError):  # neither a folder nor a name that a hub could have
+        return find_adapter_config_file(name) is not None
+    except (OSError, ValueError):  # no name that a hub could have
         return False
 
 
