@@ -147,7 +147,7 @@ def test_untrained_adapters_change_nothing(tiny_path, processor, batch):
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
-def test_a_run_learns_and_saves_adapters_only(trained, kind):
+def test_a_run_learns_and_saves_adapters_only(trained, tiny_path, kind):
     run = trained(kind)
     losses = runs.metrics(run)
     assert losses[-1] < losses[0] - 0.5, f"the loss did not fall: {losses}"
@@ -155,6 +155,7 @@ def test_a_run_learns_and_saves_adapters_only(trained, kind):
     assert all(".lora_" in name for name in load_file(run / "adapter_model.safetensors"))
     held = TensorReader(run / "checkpoints" / "step_000004").read_metadata().state_dict_metadata
     weights = {key for key in held if key.startswith("model.")}
+    assert len(weights) >= 2 * 7 * load_config(str(tiny_path)).text_config.num_hidden_layers
     assert len(weights) == len(load_file(run / "adapter_model.safetensors"))
     assert all(".lora_" in key for key in weights), "a checkpoint holds adapters and no weight beside them"
 
@@ -210,6 +211,8 @@ def test_merged_weights_are_the_sum_by_hand(tiny_path, trained, tmp_path):
     before, after = load_file(tiny_path / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     adapters = load_file(run / "adapter_model.safetensors")
     assert before.keys() == after.keys()
+    text, tower = load_config(str(tiny_path)).text_config, load_config(str(tiny_path)).vision_config
+    assert len(adapters) == 2 * (7 * text.num_hidden_layers + 4 * tower.depth + 2), "A and B of every linear layer"
     published = {  # the names of modules in memory, and in the published files
         key.replace("base_model.model.model.language_model.", "model.").replace(
             "base_model.model.model.visual.", "visual."
