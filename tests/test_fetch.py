@@ -145,9 +145,9 @@ class Handler(BaseHTTPRequestHandler):
             # Not the orderly end of a connection, but a reset.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return
-        self.wfile.write(body)
-        with server.lock:
+        with server.lock:  # before the body leaves: the test may look the moment its last byte is here
             server.sent += len(body)
+        self.wfile.write(body)
 
     do_HEAD = do_GET
 
