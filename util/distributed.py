@@ -187,14 +187,18 @@ def make_mesh(config: Config, world: World) -> DeviceMesh:
 
 
 def build_model(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
-    """As model.build_model, sharded. Rank 0 alone reads the weights; the others begin without memory for them."""
+    """As model.build_model, sharded."""
     if world.size == 1:
         return model.build_model(config, path, processor, world.device)
+    build = build_sharded if config.quantize == "none" else build_quantised
+    packed = build(config, path, model_config, processor, world)
+    torch.manual_seed(config.seed + world.rank)  # dropout draws anew on every rank
+    return packed.train()
+
+
+def build_sharded(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
+    """Rank 0 alone reads the weights; the others begin without memory for them."""
     dtype = choose_dtype(config.dtype, world.device)
-    # ZeRO-3 frees a layer's weights after its forward pass; the others keep them until the backward pass
-    sharding = {"mesh": make_mesh(config, world), "reshard_after_forward": config.sharding == "full"}
-    if config.quantize != "none":
-        return shard_adapters(load_trainable(config, path, world.device), config, processor, world, sharding)
     if world.is_first:
         read = load_trainable(config, path, torch.device("cpu"))
         whole = PackedLoss(prepare_layers(read, config, world.device), processor, dtype)
@@ -202,7 +206,7 @@ def build_model(config: Config, path: str, model_config, processor, world: World
         bare = Qwen2VLForConditionalGeneration(model_config)
         bare = bare.to(dtype if config.lora_rank else torch.promote_types(dtype, torch.float32))
         packed = PackedLoss(prepare_layers(bare, config, world.device), processor, dtype)
-    shard(packed, dtype=dtype, **sharding)
+    shard(packed, dtype=dtype, **sharding_of(config, world))
     for layer, following in pairwise(layers(packed.model)):
         layer.set_modules_to_forward_prefetch([following])
     packed.to_empty(device=world.device)
@@ -212,19 +216,23 @@ def build_model(config: Config, path: str, model_config, processor, world: World
         if world.is_first:
             buffer.copy_(whole.get_buffer(name))
         dist.broadcast(buffer, src=0)
-    torch.manual_seed(config.seed + world.rank)  # dropout draws anew on every rank
-    return packed.train()
+    return packed
 
 
-def shard_adapters(quantised, config: Config, processor, world: World, sharding: dict) -> PackedLoss:
+def build_quantised(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
     """Weights of 4 bits cannot be sharded: every rank has read and keeps all of them, and its shard of the adapters."""
     dtype = choose_dtype(config.dtype, world.device)
+    quantised = load_trainable(config, path, world.device)
     packed = PackedLoss(prepare_layers(quantised, config, world.device), processor, dtype).to(world.device)
     for parameter in lora.trained_parameters(packed).values():
         dist.broadcast(parameter.data, src=0)
-    shard(packed, dtype=dtype, kept_whole=lora.frozen_parameters(packed), **sharding)
-    torch.manual_seed(config.seed + world.rank)
-    return packed.train()
+    shard(packed, dtype=dtype, kept_whole=lora.frozen_parameters(packed), **sharding_of(config, world))
+    return packed
+
+
+def sharding_of(config: Config, world: World) -> dict:
+    """Over which ranks, and whether a layer's weights are freed between its passes: so does ZeRO-3 alone."""
+    return {"mesh": make_mesh(config, world), "reshard_after_forward": config.sharding == "full"}
 
 
 def drop_blank_gradients(packed: PackedLoss, visual_tokens: int) -> None:
