@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -20,7 +21,7 @@ from util.config import Config, UserError
 from util.dataset import Example, Examples, Sample, Samples
 from util.lines import DataError
 from util.loss import PackedLoss
-from util.measure import usable_cpus
+from util.measure import QuickSize, usable_cpus
 from util.media import MediaReader
 from util.metrics import METRICS, mean
 from util.model import choose_attention, load_weights, set_attention, whole_weights
@@ -108,13 +109,18 @@ def questions_of(examples: Examples, on_bad_sample: str = "stop") -> list[Exampl
     return questions
 
 
+Prompt = tuple[torch.Tensor, torch.Tensor]  # embeddings (L, D), positions (L, 3)
+
+
 class Answerer:
     """A model that answers: its vision tower and its loss in packed form, generation under sdpa."""
 
     def __init__(self, packed: PackedLoss, processor, device: torch.device) -> None:
         self.packed, self.processor, self.device = packed, processor, device
-        stop = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-        self.generation = GenerationConfig(do_sample=False, use_cache=True, eos_token_id=stop, pad_token_id=stop[1])
+        self.stop = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+        self.generation = GenerationConfig(
+            do_sample=False, use_cache=True, eos_token_id=self.stop, pad_token_id=self.stop[1]
+        )
 
     @classmethod
     def load(cls, path: str, processor, device: torch.device, dtype: torch.dtype) -> "Answerer":
@@ -124,25 +130,48 @@ class Answerer:
         return cls(PackedLoss(model, processor, dtype).to(device).eval(), processor, device)
 
     @torch.no_grad()
-    def answers_and_losses(
-        self, pairs: list[tuple[Sample, Sample]], max_new_tokens: int
-    ) -> tuple[list[str], list[float]]:
-        """Of pairs (prompt, the same with its reference): what is answered, and the mean cross-entropy of each
-        reference's tokens. The vision tower sees their media once."""
-        prompts, wholes = zip(*pairs, strict=True)
-        batch = Collator()(wholes)
+    def read(self, pairs: list[tuple[Sample, Sample]], max_new_tokens: int) -> list[tuple[float, str | Prompt]]:
+        """Of each pair (prompt, the same with its reference): the mean cross-entropy of the reference's tokens, and the
+        answer; where that is still to be generated, the prompt for `generate`.
+
+        Greedy decoding writes the likeliest token each time. Where every token of a reference is the likeliest after
+        those before it, the reference is what would be generated: one forward pass instead of one for each token.
+        """
+        batch = Collator()([whole for _, whole in pairs])
         there = batch.to(self.device)
         visual = self.packed.visual_tokens(there) if len(batch.vision_position_ids) else None
-        losses, _ = self.packed(there, reduction="none", visual=visual).cpu()
+        losses, likeliest = self.packed(there, reduction="none", visual=visual).cpu()
         owner = torch.bucketize(batch.supervised_index, batch.segments.cu_seqlens[1:], right=True)
-        means = [losses[owner == number].mean().item() for number in range(len(wholes))]
-        return self.answers(prompts, max_new_tokens, visual), means
+        rows = self.prompts_of(there, self.packed.embed(there, visual))
+        found = []
+        for number, (prompt, whole) in enumerate(pairs):
+            mine = owner == number
+            tokens = list(takewhile(lambda token: token not in self.stop, batch.target_ids[mine].tolist()))
+            needed = min(len(tokens) + 1, max_new_tokens)  # the end token too, where there is room for it
+            if likeliest[mine][:needed].all():
+                answer = self.text(tokens[:max_new_tokens])
+            else:  # a copy: a part of the row would keep the whole row
+                reference = len(whole.encoded.input_ids) - len(prompt.encoded.input_ids)
+                answer = tuple(x[:-reference].clone() for x in rows[number])
+            found.append((losses[mine].mean().item(), answer))
+        return found
 
     @torch.no_grad()
-    def answers(self, prompts: list[Sample], max_new_tokens: int, visual: torch.Tensor | None = None) -> list[str]:
-        """Greedy answers to a batch of prompts, one per prompt, cut at the end token. `visual`: as in `prefill`."""
+    def answers(self, prompts: list[Sample], max_new_tokens: int) -> list[str]:
+        """Greedy answers to a batch of prompts, one per prompt, cut at the end token."""
+        batch = Collator()(prompts).to(self.device)
+        return self.generate(self.prompts_of(batch, self.packed.embed(batch)), max_new_tokens)
+
+    def prompts_of(self, batch: Batch, embeddings: torch.Tensor) -> list[Prompt]:
+        """The samples of a packed batch with embeddings (T, D), each by itself."""
+        lengths = batch.segments.cu_seqlens.diff().tolist()
+        return list(zip(embeddings.split(lengths), batch.position_ids.T.split(lengths), strict=True))
+
+    @torch.no_grad()
+    def generate(self, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
+        """As `answers`, of prompts whose embeddings are there."""
         model, text = self.packed.model, self.packed.model.config.text_config
-        embeddings, mask, positions = self.prefill(prompts, visual)
+        embeddings, mask, positions = self.pad(prompts)
         packed_name, text._attn_implementation = text._attn_implementation, "sdpa"  # packed attention knows no padding
         try:
             self.generation.max_new_tokens = max_new_tokens
@@ -155,30 +184,24 @@ class Answerer:
             )
         finally:
             text._attn_implementation = packed_name
-        stop = set(self.generation.eos_token_id)
-        cut = [list(takewhile(lambda token: token not in stop, row)) for row in generated.tolist()]
-        # special tokens stay: the boxes of a grounded answer are written with them
-        return self.processor.tokenizer.batch_decode(cut, skip_special_tokens=False)
+        return [self.text(takewhile(lambda token: token not in self.stop, row)) for row in generated.tolist()]
 
-    def prefill(
-        self, prompts: list[Sample], visual: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Left-padded embeddings (B, L, D), mask (B, L) and the released model's positions (4, B, L). `visual`: the
-        visual tokens (V, D) where they are known already."""
-        batch: Batch = Collator()(prompts).to(self.device)
-        embeddings = self.packed.embed(batch, visual)
-        lengths = batch.segments.cu_seqlens.diff().tolist()
-        longest = max(lengths)
-        padded = embeddings.new_zeros(len(lengths), longest, embeddings.shape[1])
-        mask = torch.zeros(len(lengths), longest, dtype=torch.int64, device=self.device)
-        positions = torch.zeros(4, len(lengths), longest, dtype=torch.int64, device=self.device)
-        row = 0
-        for number, length in enumerate(lengths):
-            padded[number, longest - length :] = embeddings[row : row + length]
+    def text(self, tokens: Iterable[int]) -> str:
+        # special tokens stay: the boxes of a grounded answer are written with them
+        return self.processor.tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def pad(self, prompts: list[Prompt]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Left-padded embeddings (B, L, D), mask (B, L) and the released model's positions (4, B, L)."""
+        longest = max(len(embeddings) for embeddings, _ in prompts)
+        padded = prompts[0][0].new_zeros(len(prompts), longest, prompts[0][0].shape[1])
+        mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device=self.device)
+        positions = torch.zeros(4, len(prompts), longest, dtype=torch.int64, device=self.device)
+        for number, (embeddings, position_ids) in enumerate(prompts):
+            length = len(embeddings)
+            padded[number, longest - length :] = embeddings
             mask[number, longest - length :] = 1
             positions[0, number, longest - length :] = torch.arange(length, device=self.device)
-            positions[1:, number, longest - length :] = batch.position_ids[:, row : row + length]
-            row += length
+            positions[1:, number, longest - length :] = position_ids.T
         return padded, mask, positions
 
 
@@ -209,34 +232,40 @@ def answer_all(
     on_bad_sample: str = "stop",
     num_workers: int | None = None,
 ) -> list[Answer]:
-    """Answer every question, in batches of like length; the answers in the order asked. No bar without title. Beside a
-    GPU the media are read in `num_workers` processes, by default up to 8; a CPU reads them itself.
+    """Answer every question, in batches of like length; the answers in the order asked. No bar without title. The media
+    are read in `num_workers` processes, by default up to 8 beside a GPU and one beside a CPU.
 
     A question whose media cannot be read raises DataError; with `on_bad_sample` "skip" it is said and has no answer.
     """
-    sizes = [size_of(questions, index, on_bad_sample) for index in range(len(questions))]
+    quick = QuickSize(questions)
+    sizes = [size_of(quick, index, on_bad_sample) for index in range(len(questions))]
     order = sorted(range(len(questions)), key=lambda index: -sizes[index])
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    workers = min(num_workers if num_workers is not None else min(8, usable_cpus()), len(batches))
-    workers = workers if answerer.device.type == "cuda" else 0
+    most = min(8, usable_cpus()) if answerer.device.type == "cuda" else 1
+    workers = min(most if num_workers is None else num_workers, max(len(batches) - 1, 0))
     loader = DataLoader(Lenient(questions, on_bad_sample), batch_sampler=batches, collate_fn=list, num_workers=workers)
-    answers: dict[int, Answer] = {}
+    losses: dict[int, float] = {}
+    texts: dict[int, str] = {}
+    waiting: dict[int, Prompt] = {}  # answers to generate, until there is a batch of them
     shown = {"desc": title, "unit": " answers", "dynamic_ncols": True, "leave": False, "disable": title is None}
     with tqdm(total=len(questions), **shown) as bar, torch.random.fork_rng(devices=[]):
-        for indices, loaded in zip(batches, loader, strict=True):
+        for number, (indices, loaded) in enumerate(zip(batches, loader, strict=True), 1):
             there = {i: pair for i, pair in zip(indices, loaded, strict=True) if not isinstance(pair, Skipped)}
-            if there:
-                texts, losses = answerer.answers_and_losses(list(there.values()), max_new_tokens)
-                for index, text, loss in zip(there, texts, losses, strict=True):
-                    answers[index] = answer_of(questions.example(index), text, loss)
-            bar.update(len(indices))
-    return [answers[index] for index in sorted(answers)]
+            found = answerer.read(list(there.values()), max_new_tokens) if there else []
+            for index, (loss, answer) in zip(there, found, strict=True):
+                losses[index] = loss
+                (texts if isinstance(answer, str) else waiting)[index] = answer
+            while len(waiting) >= batch_size or (waiting and number == len(batches)):
+                chosen = list(waiting)[:batch_size]
+                texts |= zip(chosen, answerer.generate([waiting.pop(i) for i in chosen], max_new_tokens), strict=True)
+            bar.update(sum(map(len, batches[:number])) - len(waiting) - bar.n)
+    return [answer_of(questions.example(index), texts[index], losses[index]) for index in sorted(texts)]
 
 
-def size_of(questions: QuestionSamples, index: int, on_bad_sample: str) -> int:
+def size_of(quick: QuickSize, index: int, on_bad_sample: str) -> int:
     """Tokens of a question; 0 for one that will be skipped."""
     try:
-        return questions.size(index).tokens
+        return quick(quick.samples.example(index)).tokens
     except DataError:
         if on_bad_sample == "stop":
             raise
