@@ -88,11 +88,24 @@ def find_run(run: str | None) -> str:
         run = model_of(run)
         if Path(run).is_dir() and not is_finished(Path(run)):
             raise UserError(f"{run}: no model in it; a finished run has config.json or adapter_config.json")
+        if not Path(run).is_dir():
+            check_hub_name(run)  # before the untuned model has answered everything
         return run
     latest = ROOT / "train_output" / "latest"
     if not is_finished(latest):
         raise UserError("no finished run in train_output/; train one with ./finetune.sh, or name a run directory")
     return str(latest.resolve())
+
+
+def check_hub_name(run: str) -> None:
+    """Raise UserError where a name is neither a folder here nor a model of the hub."""
+    from util.lora import base_of
+    from util.model import load_config
+
+    try:
+        load_config(base_of(run))
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--model ")) from None
 
 
 def is_finished(run: Path) -> bool:
