@@ -23,8 +23,8 @@ elif [ $# -eq 0 ]; then
     echo "No GPU here: running the demonstration. A small Qwen2-VL with random weights learns to see, in minutes on 2 cores."
     run "$python" train_data/make_data.py --demonstration
     run "$python" finetune.py --model tiny --data train_data/demonstration/data.jsonl --min_pixels 3136 \
-        --epochs 9 --max_steps 1200 --global_batch_size 32 --learning_rate 2e-3
-    run "$python" test_on_trained_model.py --data test_data/demonstration/data.jsonl --at_least 0.9
+        --epochs 9 --max_steps 900 --global_batch_size 32 --learning_rate 2e-3
+    run "$python" test_on_trained_model.py --data test_data/demonstration/data.jsonl --max_new_tokens 16 --at_least 0.9
     pictures=(test_data/demonstration/media/*_colour_*.png)
     echo "ask it yourself: $python test_on_trained_model.py --image ${pictures[0]} --question 'Where is the shape?'"
     exit

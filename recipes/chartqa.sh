@@ -32,7 +32,7 @@ else
         echo "First it learns to see, from random weights, with the demonstration of ./finetune.sh."
         step "$python" train_data/make_data.py --demonstration
         step "$python" finetune.py --model tiny --data train_data/demonstration/data.jsonl --min_pixels 3136 --epochs 9 \
-            --max_steps 1200 --global_batch_size 32 --learning_rate 2e-3 --save_every 200 --output_dir "$model" --resume auto
+            --max_steps 900 --global_batch_size 32 --learning_rate 2e-3 --save_every 200 --output_dir "$model" --resume auto
     fi
 fi
 [ "$from" = drawn ] && default_share=1 || default_share=0.1 # of val: it is asked many times

@@ -26,11 +26,13 @@ SPECIAL_TOKENS = [
 # thousands; at a width of 128 it left the model blind to its images for 400 steps (loss 0.54 against 0.13).
 INITIALIZER_RANGE = 0.08
 
+DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
+
 # Written for this project; behaves as the published template does (tests compare the two).
 CHAT_TEMPLATE = """\
 {%- set seen = namespace(images=0, videos=0) -%}
 {%- if messages and messages[0].role != 'system' -%}
-{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{{- '<|im_start|>system\\nDEFAULT_SYSTEM_MESSAGE<|im_end|>\\n' -}}
 {%- endif -%}
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
@@ -54,7 +56,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
-"""
+""".replace("DEFAULT_SYSTEM_MESSAGE", DEFAULT_SYSTEM_MESSAGE)
 
 
 def make_tiny_model(directory: Path | None = None, seed: int = 0) -> Path:
@@ -84,10 +86,13 @@ def make_tiny_model(directory: Path | None = None, seed: int = 0) -> Path:
 
 
 def conversation_texts(data_file: Path) -> list[str]:
-    """All text of a data file, message by message; of samples with tools or box items, which say little about the
-    demonstration's words, there is none: with them the vocabulary and all figures measured with it would be others."""
+    """The words that the template puts around the messages of a data file, and their texts; of samples with tools or
+    box items, which say little about the demonstration's words, there is none: with them the vocabulary and all figures
+    measured with it would be others."""
     texts = []
     for example in json.loads(data_file.read_text(encoding="utf-8")):
+        roles = [message["role"] for message in example["messages"]]
+        texts += roles if "system" in roles else ["system", DEFAULT_SYSTEM_MESSAGE, *roles]
         contents = [message["content"] for message in example["messages"]]
         items = [item for c in contents for item in ([{"text": c}] if isinstance(c, str) else c)]
         if "tools" not in example and not any(item.get("type") == "box" for item in items):
