@@ -16,7 +16,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +33,8 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image, PngImagePlugin
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SECONDS = 20.0  # of the processor's time, as other work may share it
@@ -950,7 +951,7 @@ def run_command_line(case: Case, output: Path, model: str) -> str:
     flags = {**SETTINGS, "model": model, "output_dir": output}
     command = [sys.executable, "finetune.py", "--data", case.argument]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=MOST_WAITED, errors="replace")
+    done = warm.run(command, timeout=MOST_WAITED)
     assert "Traceback" not in done.stdout + done.stderr, done.stderr[-3000:]
     if done.returncode == 0:
         check_training(case, output)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import warm
 from util.chartqa import PUBLISHED, SYSTEM_MESSAGE, main, sampled
 from util.chartqa_sources import Hub
 from util.compare import compare, difference
@@ -88,10 +89,9 @@ def layout(tmp_path) -> Path:
 
 def run(*arguments: str, expect: int = 0, cwd: Path = ROOT) -> str:
     """The command, as a user types it; all it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "util.chartqa", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}, timeout=300,
-    )  # fmt: skip
+    done = warm.run(
+        [sys.executable, "-m", "util.chartqa", *arguments], cwd, {**os.environ, "PYTHONPATH": str(ROOT)}, 300
+    )
     assert done.returncode == expect, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
@@ -473,13 +473,7 @@ def test_answers_to_other_questions_are_refused(tmp_path):
         ([base, base], "two have the same name"),
         ([ROOT / "README.md"], "holds no answers"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "util.compare", *map(str, files)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
+        done = warm.run([sys.executable, "-m", "util.compare", *files])
         assert done.returncode == 2, done.stdout
         assert said in done.stderr
         assert "Traceback" not in done.stderr

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import random
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 
 import util.show
+from tests import warm
 from tests.conftest import ROOT
 from tests.samples import assistant, entry, system, text, user
 from util import dataset
@@ -659,6 +659,6 @@ def test_show_refuses_bad_data_and_bad_settings(folder, tiny_path, show):
 def test_show_is_a_command(folder, tiny_path):
     file = write(folder, [GOOD])
     command = [sys.executable, "-m", "util.show", file, "--model", str(tiny_path)]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    answer = warm.run(command)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.startswith(f"{file}, sample 0: ")

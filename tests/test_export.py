@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import finetune
-from tests import runs
+from tests import runs, warm
 from util.config import Config, UserError
 from util.export import export
 
@@ -72,9 +72,9 @@ def test_weights_that_are_read_in_several_parts_are_the_same(run, tmp_path, monk
 def test_the_command_and_plain_transformers(run, tmp_path):
     """The model is opened in a process that cannot import this project."""
     command = [sys.executable, "-m", "util.export", str(step(run, 4)), str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = warm.run(command)
     assert done.returncode == 0, done.stderr
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    again = warm.run(command)
     assert again.returncode == 2
     assert again.stderr.strip().splitlines()[-1].endswith("out: exists already; name a folder that does not")
     program = """
@@ -140,7 +140,7 @@ def test_the_test_scripts_answer_with_a_checkpoint(run, tmp_path):
     for name, path in (("run", run), ("checkpoint", step(run, 4))):
         command = [sys.executable, "test_on_trained_model.py", str(path), "--device", "cpu", "--data", str(data),
                    "--max_new_tokens", "8", "--output_dir", str(tmp_path / name)]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = warm.run(command)
         assert done.returncode == 0, done.stderr[-3000:]
         lines = [json.loads(line) for line in (tmp_path / name / "after.jsonl").read_text().splitlines()]
         answers[name] = lines[1:]

@@ -6,20 +6,25 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import warm
+
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
 
 
+run_cold = partial(subprocess.run, capture_output=True, text=True)
+
+
 def command(*words: str, expect: int = 0, cwd: Path = ROOT, **environment: str) -> str:
     """Run a command; return all it printed. Another exit code than expected fails with that text."""
-    done = subprocess.run(
-        words, cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=1200
-    )
+    run = warm.run if words[0] == sys.executable else run_cold
+    done = run(words, cwd=cwd, env={**ENVIRONMENT, **environment}, timeout=1200)
     assert done.returncode == expect, (
         f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     )
@@ -297,6 +302,36 @@ def test_batched_answers_equal_answers_one_by_one(run):
     alone = answer_all(answerer, questions, 1, 12, "alone")
     assert [a.answer for a in together] == [a.answer for a in alone]
     assert [a.loss for a in together] == pytest.approx([a.loss for a in alone], abs=1e-4)
+
+
+def test_a_reference_that_is_the_answer_is_not_generated_again(run, monkeypatch):
+    """Every second question gets what `generate` answers as its reference: that is read off, the rest is generated."""
+    from dataclasses import replace
+
+    from util.dataset import load_examples
+    from util.evaluate import Answerer, QuestionSamples, answer_all, questions_of
+    from util.model import load_processor
+    from util.vision import Budget
+
+    processor = load_processor(str(run))
+    examples = questions_of(load_examples([str(ROOT / "test_data" / "data.json")], processor))
+    budget = Budget(max_pixels=50176, video_max_frames=4)
+    answerer = Answerer.load(str(run), processor, torch.device("cpu"), torch.float32)
+    samples = QuestionSamples(examples, processor, budget)
+    generated = [answerer.answers([samples[index][0]], 12)[0] for index in range(len(samples))]
+    assert len(set(generated)) > 1
+    known = range(0, len(examples), 2)
+    for index in known:
+        reference = {"role": "assistant", "content": [{"type": "text", "text": generated[index]}]}
+        examples[index] = replace(examples[index], messages=[*examples[index].messages[:-1], reference])
+    sizes, generate = [], Answerer.generate
+    monkeypatch.setattr(
+        Answerer, "generate", lambda self, prompts, most: sizes.append(len(prompts)) or generate(self, prompts, most)
+    )
+    answers = answer_all(answerer, QuestionSamples(examples, processor, budget), 4, 12, None)
+    assert [answer.answer for answer in answers] == generated
+    assert sum(sizes) == len(examples) - len(known), "only what is not known is generated"
+    assert all(size == 4 for size in sizes[:-1]), "in full batches"
 
 
 def test_tiny_is_made_deterministically(tmp_path, tiny_path):

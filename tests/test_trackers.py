@@ -17,7 +17,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from tests import runs
+from tests import runs, warm
 from util import trackers
 from util.config import Config, UserError
 
@@ -30,8 +30,7 @@ def train(tiny_path: Path, folder: Path, *more: str, **environment: str) -> subp
     values = runs.settings(tiny_path, folder, max_steps=3, epochs=1, eval_data=TEST_DATA, eval_every=2)
     flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
     own = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, "finetune.py", *flags, *more], cwd=ROOT, env=own, capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
+    return warm.run([sys.executable, "finetune.py", *flags, *more], env=own)
 
 
 def expected(run: Path) -> dict[str, list[tuple[int, float]]]:
