@@ -2,7 +2,7 @@
 
     python benchmarks/chartqa_tiny.py --out benchmarks/results/chartqa_tiny.json
 
-First a `tiny` with random weights learns the demonstration, as in ./finetune.sh: the base model, which can see, but has
+First a `tiny` with random weights learns the demonstration of ./finetune.sh: the base model, which can see, but has
 met none of these charts. From it the three start, with the same samples in the same steps. Each is asked the same
 questions about charts that none has trained on. Everything runs through the commands that users type.
 """
@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="default: all")
     parser.add_argument("--base", type=Path, help="a finished run; default: the demonstration, trained now")
-    parser.add_argument("--base_steps", type=int, default=900, help="of the demonstration")
+    parser.add_argument("--base_steps", type=int, default=600, help="of the demonstration, which has 900")
     parser.add_argument("--steps", type=int, default=400, help="of each row")
     parser.add_argument("--charts", type=int, default=4000, help="to train on; a tenth more are held out")
     parser.add_argument("--questions", type=int, default=600, help="asked, at most, spread evenly")
