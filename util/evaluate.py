@@ -233,8 +233,8 @@ def answer_all(
     num_workers: int | None = None,
 ) -> list[Answer]:
     """Answer every question, in batches of like length; the answers in the order asked. No bar without title. Beside a
-    GPU the media are read in `num_workers` processes, by default up to 8; a CPU reads them itself, which takes 0.7 times
-    as long as with a worker on 2 cores.
+    GPU the media are read in `num_workers` processes, by default up to 8; a CPU reads them itself: with a worker it
+    takes 1.4 times as long on 2 cores.
 
     A question whose media cannot be read raises DataError; with `on_bad_sample` "skip" it is said and has no answer.
     """
