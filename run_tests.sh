@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint and test. The first use makes .venv.
 #
-#   ./run_tests.sh                     everything that takes seconds, and the demonstration (under 15 minutes on 2 cores)
+#   ./run_tests.sh                     everything that takes seconds, and the demonstration (18 minutes on 2 busy cores)
 #   ./run_tests.sh --slow              the long tests too
 #   ./run_tests.sh -k positions -x     arguments of pytest (-n 0: in one process)
 set -euo pipefail
