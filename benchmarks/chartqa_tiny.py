@@ -12,6 +12,7 @@ questions about charts that none has trained on. Everything runs through the com
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--base_steps", type=int, default=600, help="of the demonstration, which has 900")
     parser.add_argument("--steps", type=int, default=400, help="of each row")
     parser.add_argument("--charts", type=int, default=4000, help="to train on; a tenth more are held out")
-    parser.add_argument("--questions", type=int, default=600, help="asked, at most, spread evenly")
+    parser.add_argument("--questions", type=int, default=600, help="asked, at most, drawn at random")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     arguments = parser.parse_args()
     began = time.perf_counter()
@@ -83,7 +84,7 @@ def main() -> None:
             "--splits", "train", "test", "--output_dir", str(data.parent))  # fmt: skip
         lines = data.with_name("test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         number = min(arguments.questions, len(lines))
-        test.write_text("".join(lines[i * len(lines) // number] for i in range(number)), encoding="utf-8")
+        test.write_text("".join(random.Random(0).sample(lines, number)), encoding="utf-8")
         rows = len(data.read_text(encoding="utf-8").splitlines())
         base, runs = arguments.base or folder / "base", {}
         if not arguments.base:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -48,7 +49,7 @@ def evaluate_answers(
     model: PackedLoss, held_out: Samples, device: torch.device, config: Config
 ) -> dict[str, float | None]:
     """`config.eval_metrics` of what a model in training answers, at most `MOST_NEW_TOKENS` long, to
-    `config.eval_samples` questions spread evenly, over all and by kind of sample; {} where that is 0.
+    `config.eval_samples` questions, the same each time, over all and by kind of sample; {} where that is 0.
 
     Of several ranks each answers its share, at its own pace, and all get the scores of all.
     """
@@ -57,7 +58,8 @@ def evaluate_answers(
     questions = questions_of(held_out.examples, config.on_bad_sample)
     rank, size = ranks.rank_and_size()
     most = min(config.eval_samples, len(questions))
-    chosen = [questions[i * len(questions) // most] for i in range(most)]
+    # Not every n-th: where each image has n questions, these are all of one kind.
+    chosen = random.Random(0).sample(questions, most)
     model.eval()
     with whole_weights(model):
         answerer, title = Answerer(model, held_out.processor, device), "answering held-out questions"
