@@ -267,3 +267,24 @@ def test_evaluation_leaves_the_random_state_as_it_was(tiny_path, processor):
     assert torch.equal(torch.get_rng_state(), state)
     assert evaluate_answers(model, samples, device, config)["questions"] == 2
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_held_out_questions_are_drawn_from_all_kinds(tiny_path, processor, tmp_path):
+    """Kinds take turns in the file, as questions about one image do: every fourth would always be the same kind."""
+    from util.dataset import Samples, load_examples
+    from util.evaluate import evaluate_answers
+    from util.model import build_model
+    from util.vision import Budget
+
+    entries = [
+        {"kind": "ab"[n % 2], "messages": [{"role": role, "content": f"{n}"} for role in ("user", "assistant")]}
+        for n in range(24)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    config = Config(device="cpu", dtype="float32", eval_data=[str(tmp_path / "data.json")], eval_samples=6)
+    samples = Samples(load_examples(config.eval_data, processor), processor, Budget())
+    model = build_model(config, str(tiny_path), processor, torch.device("cpu"))
+    scores = evaluate_answers(model, samples, torch.device("cpu"), config)
+    assert scores["questions"] == 6
+    assert {"exact_match_a", "exact_match_b"} <= scores.keys()
+    assert scores == evaluate_answers(model, samples, torch.device("cpu"), config), "the same questions each time"
