@@ -34,7 +34,7 @@ import av
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from tests import warm
+from tests import runs, warm
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SECONDS = 20.0  # of the processor's time, as other work may share it
@@ -949,8 +949,7 @@ def run_media(case: Case, processor) -> str:
 def run_command_line(case: Case, output: Path, model: str) -> str:
     """The same through `python finetune.py`, with its data worker: exit codes, and what stands on the error stream."""
     flags = {**SETTINGS, "model": model, "output_dir": output}
-    command = [sys.executable, "finetune.py", "--data", case.argument]
-    command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "finetune.py", "--data", case.argument, *runs.flags(flags)]
     done = warm.run(command, timeout=MOST_WAITED)
     assert "Traceback" not in done.stdout + done.stderr, done.stderr[-3000:]
     if done.returncode == 0:

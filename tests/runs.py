@@ -17,6 +17,11 @@ def settings(model: Path, directory: Path, **changes) -> dict:
     return {**common, **changes}
 
 
+def flags(config: dict) -> list[str]:
+    """The same as words of a command line."""
+    return [text for name, value in config.items() for text in (f"--{name}", str(value))]
+
+
 def log(run: str | Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]

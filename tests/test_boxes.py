@@ -336,7 +336,9 @@ def test_show_prints_the_showcases_boxes(tmp_path):
     entries = json.loads((ROOT / "train_data" / "data.json").read_text())
     number = next(number for number, sample in enumerate(entries) if sample["kind"] == "boxes")
     command = [sys.executable, "-m", "util.show", "train_data/data.json", "--sample", str(number)]
-    printed = warm.run(command).stdout
+    done = warm.run(command)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout
     image = Image.open(ROOT / "train_data" / entries[number]["messages"][0]["content"][0]["image"]).convert("RGB")
     colours = {"red": (221, 41, 41), "green": (34, 160, 62), "blue": (38, 82, 224),
                "yellow": (246, 200, 0), "purple": (158, 46, 196), "black": (24, 24, 28)}  # fmt: skip

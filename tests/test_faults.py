@@ -54,7 +54,7 @@ def test_a_rank_that_fails_ends_the_job_with_the_first_cause_last(fault, last_li
     _, printed, seconds = finish(launch(fault, settings(tiny_path, tmp_path / "run")), expect=1)
     assert re.fullmatch(last_line, printed.splitlines()[-1]), printed
     assert seconds < 30, f"ended {seconds:.0f} s after the fault"
-    assert time.time() - began < 200
+    assert time.time() - began < 60
 
 
 def test_a_job_that_hangs_ends_and_says_where_every_rank_is(tiny_path, tmp_path):

@@ -57,8 +57,7 @@ def push(hub: HubServer, path: Path, expect: int = 0, **changes) -> str:
 
 def train(hub: HubServer, tiny_path: Path, folder: Path, *more: str, **changes) -> subprocess.CompletedProcess:
     values = runs.settings(tiny_path, folder, max_steps=2, epochs=1)
-    flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
-    return subprocess.run([sys.executable, "finetune.py", *flags, "--push_to_hub", "my-model", *more], cwd=ROOT,
+    return subprocess.run([sys.executable, "finetune.py", *runs.flags(values), "--push_to_hub", "my-model", *more], cwd=ROOT,
                           capture_output=True, text=True, timeout=300, env=environment(hub, **changes))  # fmt: skip
 
 

@@ -31,11 +31,7 @@ def settings(tiny_path: Path, directory: Path, **changes) -> dict:
 
 
 def command(config: dict) -> list[str]:
-    return [
-        sys.executable,
-        "finetune.py",
-        *(text for name, value in config.items() for text in (f"--{name}", str(value))),
-    ]
+    return [sys.executable, "finetune.py", *runs.flags(config)]
 
 
 def start(config: dict) -> warm.Job:
@@ -84,8 +80,6 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_3(name, whole, tiny_pat
     assert re.fullmatch(rf"stopped by {name} after step \d, which is saved; go on with --resume .*/run", last), err
     assert "Traceback" not in err
     assert not (tmp_path / "run" / "model.safetensors").exists()
-    if name != "SIGTERM":  # what a signal leaves is the same for all
-        return
     job = start({**config, "resume": "auto"})
     out, err = job.communicate(timeout=300)
     assert job.returncode == 0, err
@@ -99,7 +93,7 @@ def test_a_second_ctrl_c_stops_at_once(tiny_path, tmp_path):
     job.send_signal(signal.SIGINT)
     time.sleep(0.05)
     job.send_signal(signal.SIGINT)
-    _, err = job.communicate(timeout=200)
+    _, err = job.communicate(timeout=30)
     assert job.returncode in (130, 3), err
     assert "Traceback" not in err
 
@@ -146,10 +140,9 @@ def test_a_file_deleted_while_training_is_named_and_the_last_checkpoint_stays(ti
 def test_many_processes_stop_together(tiny_path, tmp_path):
     """torchrun's launcher hands the signal on; all ranks stop after the same step; the exit code is 3."""
     config = settings(tiny_path, tmp_path / "run", max_steps=500, epochs=999, dtype="float64")
-    flags = [text for name, value in config.items() for text in (f"--{name}", str(value))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "util.launch", "--nproc_per_node", "2", "--max_restarts", "2",
-               "finetune_distributed.py", *flags]  # fmt: skip
+               "finetune_distributed.py", *runs.flags(config)]  # fmt: skip
     job = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -28,9 +28,8 @@ TEST_DATA = str(ROOT / "test_data" / "data.json")
 def train(tiny_path: Path, folder: Path, *more: str, **environment: str) -> subprocess.CompletedProcess:
     """finetune.py in a process of its own; 3 steps with an evaluation after the second and third."""
     values = runs.settings(tiny_path, folder, max_steps=3, epochs=1, eval_data=TEST_DATA, eval_every=2)
-    flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
     own = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    return warm.run([sys.executable, "finetune.py", *flags, *more], env=own)
+    return warm.run([sys.executable, "finetune.py", *runs.flags(values), *more], env=own)
 
 
 def expected(run: Path) -> dict[str, list[tuple[int, float]]]:

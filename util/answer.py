@@ -86,9 +86,10 @@ def find_run(run: str | None) -> str:
     """The model to test: of the run or checkpoint that is given, else of the newest run."""
     if run is not None:
         run = model_of(run)
-        if Path(run).is_dir() and not is_finished(Path(run)):
-            raise UserError(f"{run}: no model in it; a finished run has config.json or adapter_config.json")
-        if not Path(run).is_dir():
+        if Path(run).is_dir():
+            if not is_finished(Path(run)):
+                raise UserError(f"{run}: no model in it; a finished run has config.json or adapter_config.json")
+        else:
             check_hub_name(run)  # before the untuned model has answered everything
         return run
     latest = ROOT / "train_output" / "latest"
