@@ -100,7 +100,8 @@ def train(config: Config) -> str:
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for batch in micro_batches:
             batch_loss_sum = model(batch.to(device))
-            (batch_loss_sum / supervised_tokens).backward()
+            if batch_loss_sum.requires_grad:  # not of text alone where only the tower is trained
+                (batch_loss_sum / supervised_tokens).backward()
             loss_sum += batch_loss_sum.detach()
 
         grad_norm = clip_gradient(model, config.max_grad_norm).item()

@@ -109,7 +109,8 @@ def train(config: Config) -> str:
         for batch in micro_batches:
             distributed.before_backward(model, config, is_last=batch is micro_batches[-1])
             batch_loss_sum = model(batch.to(device))
-            (batch_loss_sum / supervised_tokens * world.size).backward()  # gradients are averaged over the ranks
+            if batch_loss_sum.requires_grad:  # not of text alone where only the tower is trained
+                (batch_loss_sum / supervised_tokens * world.size).backward()  # gradients are averaged over the ranks
             loss_sum += batch_loss_sum.detach()
 
         distributed.drop_blank_gradients(model, totals["visual_tokens"])

@@ -170,6 +170,49 @@ def test_frozen_parts_have_no_gradient_and_the_others_the_same(frozen, samples, 
     assert gap < 1e-5, f"gradient of {where} is off by {gap}"
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_float64_is_exact_all_the_way(part, samples, tiny_path, processor):
+    """Along a random direction of a part's weights the loss rises as its gradient says, over a step so small that
+    rounding any activation to fp32 would drown the difference."""
+    config = Config(device="cpu", dtype="float64")
+    model = build_model(config, str(tiny_path), processor, CPU)
+    batch = Collator()([samples[index] for index in range(len(samples))])
+    model(batch).backward()
+    generator, step = torch.Generator().manual_seed(0), 1e-7
+    weights = [weight for name, weight in model.named_parameters() if part_of(name) == part]
+    ways = [torch.randn(weight.shape, generator=generator, dtype=torch.float64) * weight.std() for weight in weights]
+    slope = sum((weight.grad * way).sum().item() for weight, way in zip(weights, ways, strict=True))
+    losses = []
+    with torch.no_grad():
+        for side in (step, -2 * step):
+            for weight, way in zip(weights, ways, strict=True):
+                weight += side * way
+            losses.append(model(batch).item())
+    assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_rotation_is_that_of_transformers(dtype):
+    import importlib
+
+    from transformers.models.qwen2_vl import modeling_qwen2_vl
+
+    from util.model import rotate_patches
+
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(24, 4, 16, generator=generator).to(dtype) for _ in range(2))
+    angles = torch.rand(24, 16, generator=generator) * 100
+    specification = importlib.util.find_spec(
+        modeling_qwen2_vl.__name__
+    )  # a fresh copy, as runs in fp64 patch the other
+    fresh = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(fresh)
+    theirs = fresh.apply_rotary_pos_emb_vision(query, key, angles.cos(), angles.sin())
+    for ours, expected in zip(rotate_patches(query, key, angles.cos(), angles.sin()), theirs, strict=True):
+        assert ours.dtype == dtype
+        assert torch.equal(ours, expected)
+
+
 def test_a_frozen_tower_builds_no_graph(samples, tiny_path, processor):
     config = Config(device="cpu", dtype="float32", freeze=["vision", "merger"])
     model = build_model(config, str(tiny_path), processor, CPU)

@@ -129,6 +129,26 @@ def test_frozen_parts_do_not_move(frozen, train, tiny_path):
     assert any(moved.values())
 
 
+@pytest.mark.parametrize(
+    "trained", [{"freeze": ["language_model"]}, {"freeze": ["language_model"], "lora_rank": 4, "lora_vision": True}]
+)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_texts_beside_a_tower_that_alone_is_trained(trained, dtype, train, tmp_path):
+    """A micro-batch of text has no gradient then, but its tokens count: one sample a pass is all in one, and a step of
+    text alone moves nothing."""
+    few, many = (train(dtype=dtype, micro_batch_size=size, **trained) for size in (1, 8))
+    if dtype == "float64":
+        assert metrics(few) == pytest.approx(metrics(many), abs=1e-10)
+        assert gap(weights(few), weights(many)) < 1e-12
+    texts = [entry for entry in json.loads(Path(SHOWCASE).read_text()) if entry["kind"] == "text"]
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    still, moved = (train(data=[file], dtype=dtype, **trained) for file in (str(tmp_path / "texts.json"), SHOWCASE))
+    assert metrics(still, "grad_norm") == [0.0] * len(metrics(still))
+    start = train(data=[str(tmp_path / "texts.json")], dtype=dtype, learning_rate=0.0, **trained)
+    assert gap(weights(still), weights(start)) == 0
+    assert gap(weights(moved), weights(start)) > 0
+
+
 def test_activation_checkpointing_changes_nothing(train):
     assert metrics(train(activation_checkpointing="full")) == pytest.approx(metrics(train()), abs=1e-6)
 

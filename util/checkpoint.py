@@ -24,9 +24,10 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from util import lora, ranks
+from util import ranks
 from util.config import Config, UserError
 from util.lines import split_weight
+from util.tensors import run_parameters, trained_parameters
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a process alone is meant
 
@@ -194,7 +195,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     state = read_state(path)
     reader = TensorReader(path)
     saved = reader.read_metadata().state_dict_metadata
-    parameters = lora.trained_parameters(model)
+    parameters = trained_parameters(model)
     tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     for key, entry in saved.items():
         if key.startswith(("optimizer.", "random.")):
@@ -231,7 +232,7 @@ def random_key(kind: str) -> str:
 
 def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
     """Weights and optimizer state as one flat dict of tensors, and what of the optimizer's state is no tensor."""
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in lora.trained_parameters(model).items()}
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in trained_parameters(model).items()}
     scalars = {}
     for name, parameter in optimized(model, optimizer).items():
         for key, value in optimizer.state[parameter].items():
@@ -244,7 +245,7 @@ def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str
 
 def optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """What the optimizer trains, by the name of the model's parameter (its own may share that one's memory)."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in run_parameters(model).items()}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {names[getattr(parameter, "source", parameter)]: parameter for parameter in trained}
 

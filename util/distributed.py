@@ -30,6 +30,7 @@ from util.flops import training_flops
 from util.log import Run
 from util.loss import PackedLoss
 from util.model import choose_device, choose_dtype, layers, load_trainable, prepare_layers, shard
+from util.tensors import run_parameters, trained_parameters
 from util.vision import PATCH, Grid
 
 
@@ -204,8 +205,8 @@ def build_sharded(config: Config, path: str, model_config, processor, world: Wor
         whole = PackedLoss(prepare_layers(read, config, world.device), processor, dtype)
     with torch.device("meta"):
         bare = Qwen2VLForConditionalGeneration(model_config)
-        bare = bare.to(dtype if config.lora_rank else torch.promote_types(dtype, torch.float32))
         packed = PackedLoss(prepare_layers(bare, config, world.device), processor, dtype)
+    take_precision(packed, from_first_rank(lambda: precision_of(whole)))
     shard(packed, dtype=dtype, **sharding_of(config, world))
     for layer, following in pairwise(layers(packed.model)):
         layer.set_modules_to_forward_prefetch([following])
@@ -219,12 +220,27 @@ def build_sharded(config: Config, path: str, model_config, processor, world: Wor
     return packed
 
 
+def precision_of(module: torch.nn.Module) -> dict[str, torch.dtype]:
+    """The dtype of every parameter and buffer, by name."""
+    return {name: tensor.dtype for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+
+
+def take_precision(bare: torch.nn.Module, precision: dict[str, torch.dtype]) -> None:
+    """Give a module without memory the precision that rank 0's has, tensor by tensor.
+
+    `module.to(dtype)` would cast the buffers too, and rotary frequencies in bf16 turn by whole radians too much or too
+    little in a long row.
+    """
+    for name, tensor in [*bare.named_parameters(), *bare.named_buffers()]:
+        tensor.data = tensor.data.to(precision[name])
+
+
 def build_quantised(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
     """Weights of 4 bits cannot be sharded: every rank has read and keeps all of them, and its shard of the adapters."""
     dtype = choose_dtype(config.dtype, world.device)
     quantised = load_trainable(config, path, world.device)
     packed = PackedLoss(prepare_layers(quantised, config, world.device), processor, dtype).to(world.device)
-    for parameter in lora.trained_parameters(packed).values():
+    for parameter in trained_parameters(packed).values():
         dist.broadcast(parameter.data, src=0)
     shard(packed, dtype=dtype, kept_whole=lora.frozen_parameters(packed), **sharding_of(config, world))
     return packed
@@ -239,7 +255,7 @@ def drop_blank_gradients(packed: PackedLoss, visual_tokens: int) -> None:
     """In a step without a picture on any rank the tower has zeros for gradients, from blank patches. On one device
     it has none, and AdamW leaves alone what has none, but goes on with its momentum where there are zeros."""
     if not visual_tokens:
-        for parameter in packed.model.model.visual.parameters():
+        for parameter in run_parameters(packed.model.model.visual).values():
             parameter.grad = None
 
 

@@ -22,6 +22,7 @@ from util import lora
 from util.checkpoint import TensorReader, verify
 from util.config import UserError, run_command
 from util.model import choose_dtype, load_config, load_processor, set_budget, write_published
+from util.tensors import trained_parameters
 from util.vision import Budget
 
 PREFIX = "model.model."  # of a weight in a checkpoint: `model.` of all weights, and where PackedLoss keeps its model
@@ -52,7 +53,7 @@ def export(checkpoint: Path, out: Path) -> None:
         lora.add_adapters(model, SimpleNamespace(**settings))
         dtype = torch.promote_types(dtype, torch.float32)
     weights = read_weights(checkpoint, dtype)
-    wanted = {name: tuple(parameter.shape) for name, parameter in lora.trained_parameters(model).items()}
+    wanted = {name: tuple(parameter.shape) for name, parameter in trained_parameters(model).items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if different := sorted(set(wanted.items()) ^ set(found.items())):
         name, shape = different[0]

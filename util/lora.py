@@ -180,12 +180,6 @@ def frozen_parameters(model) -> list:
     return [parameter for parameter in model.parameters() if adapted and not parameter.requires_grad]
 
 
-def trained_parameters(model) -> dict:
-    """By name: what a checkpoint or an export must hold. Of a model with adapters these alone, else every parameter."""
-    adapted = has_adapters(getattr(model, "model", model))
-    return {name: p for name, p in model.named_parameters() if p.requires_grad or not adapted}
-
-
 # ---- 4 bits ---------------------------------------------------------------------------------------------------------
 
 

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoProcessor, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import logging as transformers_logging
 
 from util import attention, lora, ranks, vision
 from util.config import OFFICIAL_MODEL, Config, UserError
 from util.loss import PackedLoss
+from util.tensors import trained_parameters
 from util.tiny_model import make_tiny_model
 
 PARTS = ("vision", "merger", "language_model")
@@ -157,9 +159,7 @@ def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, devic
     model.config.use_cache = False
     set_attention(model, choose_attention(config.attention, device, choose_dtype(config.dtype, device)))
     if choose_dtype(config.dtype, device) == torch.float64:
-        for module in model.modules():
-            if hasattr(module, "variance_epsilon"):  # an RMSNorm; the name of its class changed between versions
-                module.forward = partial(rms_norm, module)
+        keep_float64(model)
     if config.lora_rank:
         lora.add_adapters(model, config)
     else:
@@ -173,10 +173,38 @@ def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, devic
     return model
 
 
+def keep_float64(model: Qwen2VLForConditionalGeneration) -> None:
+    """Let no activation be rounded to fp32 on its way: not in transformers' RMSNorm, not in the tower's rotation.
+
+    Both compute in fp32. Of a last bit of fp64, which depends on the processor and on how samples are packed and dealt
+    to ranks, that rounding makes one of 1e-8 now and then, and equality of weights is lost.
+    """
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):  # an RMSNorm; the name of its class changed between versions
+            module.forward = partial(rms_norm, module)
+    modeling_qwen2_vl.apply_rotary_pos_emb_vision = rotate_patches
+
+
 def rms_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """transformers' norm in the precision of its input. Its own rounds to fp32: of a last bit of fp64, which depends on
-    how samples are packed, it makes one of 1e-8 now and then."""
+    """transformers' norm in the precision of its input."""
     return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def rotate_patches(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' rotation in the tower, in fp32 or in fp64 where the input is. query and key (P, heads, width),
+    cos and sin (P, width)."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    cos, sin = cos[:, None].to(wide), sin[:, None].to(wide)
+
+    def rotate(hidden: torch.Tensor) -> torch.Tensor:
+        whole = hidden.to(wide)
+        first, second = whole.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+        return (whole * cos + turned * sin).to(hidden.dtype)
+
+    return rotate(query), rotate(key)
 
 
 def shard(
@@ -280,7 +308,7 @@ def save_model(packed: PackedLoss, processor, budget: vision.Budget, directory: 
     """
     model = packed.model
     weights = {}
-    for name, tensor in lora.trained_parameters(model).items():  # a tied head is not named twice
+    for name, tensor in trained_parameters(model).items():  # a tied head is not named twice
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         dtype = tensor.dtype if lora.has_adapters(model) else packed.dtype
         weights[name] = tensor.detach().to("cpu", dtype) if ranks.is_first() else None

@@ -7,6 +7,7 @@ from torch import nn
 
 from util.config import Config, UserError
 from util.model import PARTS, part_of
+from util.tensors import run_parameters
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -16,9 +17,9 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         "merger": config.merger_learning_rate,
         "language_model": config.learning_rate,
     }
-    groups = []
+    own, groups = run_parameters(model), []
     for part in PARTS:
-        trained = [p for name, p in model.named_parameters() if p.requires_grad and part_of(name) == part]
+        trained = [p for name, p in own.items() if p.requires_grad and part_of(name) == part]
         rate = config.learning_rate if rates[part] is None else rates[part]
         for decays in (True, False):
             parameters = [p for p in trained if (p.ndim >= 2) == decays]
@@ -83,6 +84,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total: int, c
 
 def clip_gradient(model: nn.Module, max_norm: float) -> torch.Tensor:
     """Scale all gradients so that their common norm is at most `max_norm` (0: leave them); return the norm before."""
-    trained = [p for p in model.parameters() if p.grad is not None]
+    trained = [p for p in run_parameters(model).values() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
