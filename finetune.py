@@ -16,7 +16,7 @@ def train(config: Config) -> str:
     import torch
     from torch.utils.data import DataLoader
 
-    from util import flops, memory, show
+    from util import disk, flops, memory, show
     from util.bad_samples import Lenient, begin
     from util.checkpoint import Saver, load_checkpoint, read_state, resolve_resume
     from util.collator import Collator
@@ -66,6 +66,7 @@ def train(config: Config) -> str:
     print_plan(config, run.directory, path, device, dtype, counts, needs, sizes, len(orders[0]), steps, workers)
     print(show.describe_first(samples, config.on_bad_sample), flush=True)
     memory.check(model_config, config, dtype, device, heaviest, needs)
+    disk.check(run.directory, counts, config, dtype)
 
     # The first batch is made while nothing is written yet: what its pixels are refused for leaves no trace.
     first = read_state(resumed)["step"] if resumed else 0
@@ -121,15 +122,14 @@ def train(config: Config) -> str:
         if held_out and not stopping and (is_last or (config.eval_every and number % config.eval_every == 0)):
             state["eval_loss"] = evaluate(number)
         if due or stopping:
-            saver.save(model, optimizer, state)
+            saver.save(model, optimizer, state, is_last=bool(stopping) and not is_last)
         if stopping and not is_last:
-            saver.wait()
             raise stop.end(number, run)
         run.restart_clock()
 
     saver.wait()
     stop.restore()
-    save_model(model, processor, budget, run.directory)
+    save_model(model, processor, budget, run.directory, run.say)
     run.finish(len(steps) - first, sizes.left_out, guard.left_out)
     return str(run.directory)
 

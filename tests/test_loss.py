@@ -12,7 +12,8 @@ from util.collator import Collator
 from util.config import Config
 from util.dataset import Samples, load_examples
 from util.measure import measure
-from util.model import PARTS, build_model, part_of
+from util.model import build_model
+from util.tensors import PARTS, part_of
 from util.vision import Budget
 
 CPU = torch.device("cpu")

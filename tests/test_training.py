@@ -13,7 +13,7 @@ import finetune
 from tests import runs
 from tests.runs import metrics, weights
 from util.config import Config, UserError
-from util.model import part_of
+from util.tensors import part_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWCASE = str(ROOT / "train_data" / "data.json")  # every kind of sample, answers of unequal length

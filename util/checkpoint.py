@@ -6,12 +6,15 @@ A checkpoint holds tensors and one JSON file, nothing that is executed when it i
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import pickle
 import re
 import shutil
+import socket
 import threading
 import time
+import uuid
 import warnings
 import zlib
 from collections.abc import Callable
@@ -24,7 +27,7 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from util import ranks
+from util import disk, ranks
 from util.config import Config, UserError
 from util.lines import split_weight
 from util.tensors import run_parameters, trained_parameters
@@ -47,7 +50,8 @@ class Saver:
     the next waits for the last.
 
     A checkpoint is written under another name, flushed to disk, and renamed. Where that fails (a full disk), the run
-    says so and goes on; what was complete stays. With several processes every rank calls all of these.
+    says so and goes on; what was complete stays. With several processes every rank calls all of these, and all must
+    see the same folder.
     """
 
     def __init__(self, run: Path, config: Config, last_step: int, say: Callable[[str], None]) -> None:
@@ -55,6 +59,7 @@ class Saver:
         self.every, self.minutes = split_interval(config.save_every)
         self.saved_at = time.monotonic()
         self.folder = run / "checkpoints"
+        self.problem = ""  # why the last save failed
         self.idle = threading.Event()
         self.idle.set()
         if ranks.is_first():
@@ -65,6 +70,7 @@ class Saver:
         on_gpu = torch.cuda.is_available()
         self.stager = DefaultStager(StagingOptions(on_gpu, False, True, on_gpu))
         self.copying: futures.Future | None = None
+        check_shared(self.folder)
         # The thread's collectives must not mix with those of the training: a group of their own, on the CPU.
         self.group = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
 
@@ -74,15 +80,33 @@ class Saver:
             return int(step == self.last_step or time.monotonic() - self.saved_at >= 60 * self.minutes)
         return int(self.every > 0 and (step == self.last_step or step % self.every == 0))
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-        """Begin to write `checkpoints/step_000100`, named by `state["step"]`; its "eval_loss" may make it the best."""
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, is_last: bool = False) -> None:
+        """Begin to write `checkpoints/step_000100`, named by `state["step"]`; its "eval_loss" may make it the best.
+
+        `is_last`: the run ends with it. Then this waits until it is complete, and tries again where it fails.
+        """
+        if is_last:
+            disk.until_saved(lambda: self._save_and_wait(model, optimizer, dict(state)), self.say)
+        else:
+            self._begin(model, optimizer, state, self._say_failure)
+
+    def _save_and_wait(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> str:
+        """ "" or why it failed."""
+        self._begin(model, optimizer, state, lambda final: None)
         self.wait()
-        self.saved_at = time.monotonic()
+        return self.problem
+
+    def _begin(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, failed: Callable[[Path], None]
+    ) -> None:
+        self.wait()
+        self.saved_at, self.problem = time.monotonic(), ""
         final = self.folder / f"step_{state['step']:06d}"
         unfinished = self.folder / f".unfinished_{final.name}"
         tensors, scalars = gather(model, optimizer)
         tensors |= {random_key(kind): read() for kind, (read, _) in random_states().items()}
         state["optimizer"] = scalars
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self.idle.clear()
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the stager's stream does not wait for the update that is under way
@@ -95,7 +119,9 @@ class Saver:
         )
         self.copying = saving.staging_completion
         # on the first rank it is done when the others are: that rank writes the index of all files last
-        saving.upload_completion.add_done_callback(lambda writing: self._complete(writing, unfinished, final, state))
+        saving.upload_completion.add_done_callback(
+            lambda writing: self._complete(writing, unfinished, final, state, needed, failed)
+        )
 
     def wait_for_copy(self) -> None:
         """Wait until the save that is under way, if any, has copied what is about to change."""
@@ -106,22 +132,34 @@ class Saver:
         """Wait until the save that is under way is complete, or has failed."""
         self.idle.wait()
 
-    def _complete(self, writing: futures.Future, unfinished: Path, final: Path, state: dict) -> None:
+    def _complete(
+        self,
+        writing: futures.Future,
+        unfinished: Path,
+        final: Path,
+        state: dict,
+        needed: int,
+        failed: Callable[[Path], None],
+    ) -> None:
         try:
             writing.result()
             if ranks.is_first():
                 self._publish(unfinished, final, state)
                 self.say(f"saved {final}")
-        except (OSError, RuntimeError, CheckpointException) as error:
-            if ranks.is_first():
-                shutil.rmtree(unfinished, ignore_errors=True)
-                complete = find_checkpoints(self.run)
-                newest = f"the newest complete one is {complete[-1]}" if complete else "there is none yet"
-                self.say(f"NOT SAVED: {final} ({reason(error)}); training goes on, {newest}")
+        except (Exception, CheckpointException) as error:  # whatever it is: the training must not end with it
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self.problem = disk.failure(first_failure(error), self.folder, needed)
+            failed(final)
         finally:
             self.idle.set()
 
+    def _say_failure(self, final: Path) -> None:
+        complete = find_checkpoints(self.run)
+        newest = f"the newest complete one is {complete[-1]}" if complete else "there is none yet"
+        self.say(f"NOT SAVED: {final} ({self.problem}); training goes on, {newest}")
+
     def _publish(self, unfinished: Path, final: Path, state: dict) -> None:
+        check_files(unfinished)
         state |= {"settings": dataclasses.asdict(self.config), "data": self.data}
         state["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         state["files"] = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
@@ -132,10 +170,7 @@ class Saver:
         os.rename(unfinished, final)
         flush_folder(self.folder)
         found = find_checkpoints(self.run)
-        losses = {path: read_state(path).get("eval_loss") for path in found}
-        evaluated = [path for path in found if losses[path] is not None]
-        kept = {*found[-self.config.keep :], *sorted(evaluated, key=losses.get)[:1]}
-        for old in set(found) - kept:
+        for old in set(found) - {*found[-self.config.keep :], best_of(found)}:
             discard(old)
 
 
@@ -176,11 +211,65 @@ def verify(checkpoint: Path) -> dict:
     return state
 
 
-def reason(error: BaseException) -> str:
-    """The last line of an error, which says what went wrong, without the traceback that DCP puts before it."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
+def first_failure(error: BaseException) -> BaseException:
+    """Of the errors of several ranks, which DCP puts into one, the first."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def check_files(folder: Path) -> None:
+    """Raise OSError where a file is not there, or not whole, that the index of a checkpoint names.
+
+    Each machine writes its ranks' files, and the first rank's disk alone looks complete to the first rank.
+    """
+    ends: dict[str, int] = {}
+    for entry in TensorReader(folder).read_metadata().storage_data.values():
+        ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        if not path.exists():
+            raise OSError(f"{name}, which another rank has written, is not in this folder: is it on another disk?")
+        if path.stat().st_size < end:
+            raise OSError(f"{name} has {path.stat().st_size:,} bytes of {end:,}")
+
+
+def check_shared(folder: Path) -> None:
+    """Raise UserError where not all ranks see the same folder: no checkpoint in it could ever be loaded."""
+    if not ranks.are_several():
+        return
+    name = f".probe_{uuid.uuid4().hex}"
+    if ranks.is_first():
+        (folder / name).touch()
+    probe = folder / ranks.gather(name)[0]  # all ranks wait here until it is there
+    try:
+        check_seen(probe, f"--output_dir {folder.parent}")
+    finally:
+        if ranks.is_first():
+            probe.unlink()
+
+
+def check_seen(path: Path, flag: str) -> None:
+    """Raise UserError, on all ranks, where some of them do not see what is there for the first."""
+    seen = ranks.gather((socket.gethostname(), path.exists()))
+    if blind := sorted({host for host, is_there in seen if not is_there}):
+        raise UserError(
+            f"{flag}: what {seen[0][0]} has there is not seen on {', '.join(blind)}. Checkpoints are written and read "
+            "by all ranks together: name a folder that all machines share"
+        )
+
+
+def best_of(checkpoints: list[Path]) -> Path | None:
+    """The one with the lowest evaluation loss; None where none has one that is a number."""
+    losses = {path: evaluation_loss(path) for path in checkpoints}
+    return min((path for path in checkpoints if math.isfinite(losses[path])), key=losses.get, default=None)
+
+
+def evaluation_loss(checkpoint: Path) -> float:
+    """NaN where it was not evaluated, or its file is damaged."""
+    try:
+        loss = read_state(checkpoint).get("eval_loss")
+    except (OSError, ValueError):
+        loss = None
+    return math.nan if loss is None else loss
 
 
 def discard(checkpoint: Path) -> None:
@@ -192,6 +281,7 @@ def discard(checkpoint: Path) -> None:
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Put weights, optimizer and random state back as they were; return the `state` they were saved with."""
+    check_seen(path, f"--resume {path}")
     state = read_state(path)
     reader = TensorReader(path)
     saved = reader.read_metadata().state_dict_metadata
@@ -252,7 +342,9 @@ def optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, n
 
 def find_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step_*") if (path / "state.json").exists())
+    found = [path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    complete = [path for path in found if (path / "state.json").exists()]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step_")))  # as text, 1000000 is before 999900
 
 
 def resolve_resume(config: Config, latest: Path) -> Path | None:
@@ -288,10 +380,10 @@ def resolve_resume(config: Config, latest: Path) -> Path | None:
 
 # What may change when a run goes on: where and how it computes, not what.
 HARMLESS = {"output_dir", "micro_batch_size", "max_tokens", "device", "attention", "activation_checkpointing",
-            "compile", "check_memory", "eval_data", "eval_every", "eval_samples", "eval_metrics", "save_every", "keep",
-            "sharding", "shard_group_size", "resume", "resume_anyway", "num_workers", "fetch_concurrency",
-            "fetch_retries", "fetch_timeout", "cache_dir", "cache_max_gib", "report_to", "project", "run_name",
-            "push_to_hub", "push_every_save", "hub_private"}  # fmt: skip
+            "compile", "check_memory", "check_disk", "eval_data", "eval_every", "eval_samples", "eval_metrics",
+            "save_every", "keep", "sharding", "shard_group_size", "resume", "resume_anyway", "num_workers",
+            "fetch_concurrency", "fetch_retries", "fetch_timeout", "cache_dir", "cache_max_gib", "report_to", "project",
+            "run_name", "push_to_hub", "push_every_save", "hub_private"}  # fmt: skip
 
 
 def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:

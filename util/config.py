@@ -53,6 +53,7 @@ class Config(FetchSettings, CacheSettings, SampleSettings, MetricSettings, LoraS
     optimizer: Literal["adamw", "adamw_8bit"] = setting("adamw", "adamw_8bit: moments in 8 bits (needs a GPU and bitsandbytes)")
     compile: bool = setting(False, "torch.compile each layer")
     check_memory: bool = setting(True, "stop before loading weights when the forecast does not fit the device")
+    check_disk: bool = setting(True, "stop before loading weights when the model, or one checkpoint, will not fit the disk")
     eval_data: list[str] = setting([], "held-out data for the evaluation loss")
     eval_every: int = setting(100, "steps between evaluations, when there is --eval_data; 0: only at the end")
     eval_samples: int = setting(0, "held-out questions also answered and scored in each evaluation; 0: the loss alone")

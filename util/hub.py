@@ -244,7 +244,7 @@ def data_rows(settings: dict) -> list[list[str]]:
 
 def scores(steps: list[dict], lines: list[dict]) -> list[str]:
     """Loss of training, and what was evaluated: last, and where the evaluation loss was lowest."""
-    text = [f"Loss of the last training step, per supervised token: {steps[-1]['loss']:.4f}."] if steps else []
+    text = [f"Loss of the last training step, per supervised token: {shown(steps[-1]['loss'])}."] if steps else []
     evaluated = [line for line in lines if line.get("eval_loss") is not None]
     if evaluated:
         best = min(evaluated, key=lambda line: line["eval_loss"])

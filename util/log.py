@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -55,17 +56,16 @@ class Run:
 
     def open(self, first_step: int, total_steps: int, resolved: dict) -> None:
         """Create the directory, write the settings, and start the progress bar."""
-        checkpoints = self.directory / "checkpoints"
-        try:
-            checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output_dir {self.directory}: cannot be written ({error.strerror})") from None
         settings = {**dataclasses.asdict(self.config), **resolved, "output_dir": str(self.directory)}
         settings["versions"] = versions()
         settings["launched_by"] = [socket.gethostname(), os.getppid()]  # a process that is started again finds its run
-        (self.directory / "training_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        self.keep_metrics_before(first_step)
-        self.metrics = open(self.directory / "metrics.jsonl", "a", buffering=1)
+        try:
+            (self.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (self.directory / "training_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            self.keep_metrics_before(first_step)
+            self.metrics = open(self.directory / "metrics.jsonl", "a", buffering=1)
+        except OSError as error:
+            raise UserError(f"--output_dir {self.directory}: cannot be written ({error.strerror})") from None
         if self.directory.resolve().parent == RUNS:
             point_latest_at(self.directory)
         self.bar = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
@@ -145,7 +145,8 @@ class Run:
     def close(self) -> None:
         """Close the files and the bar, and end what runs beside the training."""
         self.bar.close()
-        self.metrics.close()
+        with suppress(OSError):  # a full disk: which lines are missing was said when they were written
+            self.metrics.close()
         for program in self.beside:
             program.end()
 
@@ -155,7 +156,10 @@ class Run:
         `left_out`: samples left out of every epoch, by reason. `updates_left_out`: steps whose loss was no number.
         """
         self.close()
-        draw_loss(self.directory)
+        try:
+            draw_loss(self.directory)
+        except (OSError, ValueError) as error:  # a full disk, or half a line that one left: the model is there
+            print(f"loss.png is not drawn ({error})")
         total = time.perf_counter() - self.began
         print(
             f"\ndone: {steps} steps in {clock(self.trained_seconds)} of training, {clock(total)} altogether; "
@@ -189,7 +193,7 @@ def draw_loss(directory: Path) -> None:
         [line["step"] for line in lines if line.get("loss") is not None],
         [line["loss"] for line in lines if line.get("loss") is not None],
     )
-    evaluated = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    evaluated = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
     window = max(1, len(losses) // 50)
     means = [sum(losses[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(losses))]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")

@@ -16,7 +16,8 @@ from util import lora, ranks
 from util.config import Config, UserError
 from util.dataset import Size
 from util.loss import LOGIT_ROWS
-from util.model import layers, part_of
+from util.model import layers
+from util.tensors import PARTS, part_of
 
 GIB = 2**30
 
@@ -41,8 +42,8 @@ def forecast(
     Activations are what each layer of transformers' modules keeps for its backward pass, for the micro-batch that
     needs most. `shards` devices share weights, gradients and moments; less than full sharding keeps copies whole.
     """
-    total = sum(counts[part] for part in ("vision", "merger", "language_model"))
-    trained = sum(counts[part] for part in ("vision", "merger", "language_model") if part not in config.freeze)
+    total = sum(counts[part] for part in PARTS)
+    trained = sum(counts[part] for part in PARTS if part not in config.freeze)
     width = 8 if dtype == torch.float64 else 4
     weights = width * total
     if config.lora_rank:

@@ -3,26 +3,27 @@
 import atexit
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoProcessor, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import logging as transformers_logging
 
-from util import attention, lora, ranks, vision
+from util import attention, disk, lora, ranks, vision
 from util.config import OFFICIAL_MODEL, Config, UserError
 from util.loss import PackedLoss
-from util.tensors import trained_parameters
+from util.tensors import part_of, trained_parameters
 from util.tiny_model import make_tiny_model
 
-PARTS = ("vision", "merger", "language_model")
+UNFINISHED = ".unfinished_model"
 
 
 def choose_device(name: str) -> torch.device:
@@ -280,13 +281,6 @@ def set_attention(model: Qwen2VLForConditionalGeneration, backend: str) -> None:
         config._attn_implementation = name
 
 
-def part_of(name: str) -> str:
-    """The part a parameter belongs to, by its name: vision, merger or language_model (with embedding and head)."""
-    if ".visual.merger." in f".{name}":
-        return "merger"
-    return "vision" if ".visual." in f".{name}" else "language_model"
-
-
 def freeze(model: nn.Module, parts: list[str]) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) not in parts)
@@ -300,11 +294,14 @@ def set_budget(processor, budget: vision.Budget) -> None:
         part.size = {"shortest_edge": least, "longest_edge": most}
 
 
-def save_model(packed: PackedLoss, processor, budget: vision.Budget, directory: Path) -> None:
+def save_model(
+    packed: PackedLoss, processor, budget: vision.Budget, directory: Path, say: Callable[[str], None] = print
+) -> None:
     """Write a model in training in the published format, as `write_published` does; of one with adapters these alone.
 
     bf16 compute saves bf16 weights, as the official checkpoints are. Of several ranks the first writes, and all take
-    part: sharded weights are gathered one at a time.
+    part: sharded weights are gathered one at a time. Where writing fails (a full disk, a server that is away), it is
+    tried again as long as the process lives, as nothing else may hold what was trained.
     """
     model = packed.model
     weights = {}
@@ -312,9 +309,20 @@ def save_model(packed: PackedLoss, processor, budget: vision.Budget, directory: 
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         dtype = tensor.dtype if lora.has_adapters(model) else packed.dtype
         weights[name] = tensor.detach().to("cpu", dtype) if ranks.is_first() else None
-    if ranks.is_first():
-        set_budget(processor, budget)
-        write_published(model, weights, processor, directory)
+
+    def write() -> str:
+        """ "" or why it failed."""
+        if not ranks.is_first():
+            return ""
+        try:
+            write_published(model, weights, processor, directory)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
+            return disk.failure(error, directory, sum(tensor.nbytes for tensor in weights.values()))
+        return ""
+
+    set_budget(processor, budget)
+    disk.until_saved(write, say)
 
 
 def write_published(model: nn.Module, weights: dict[str, torch.Tensor], processor, directory: Path) -> None:
@@ -323,9 +331,9 @@ def write_published(model: nn.Module, weights: dict[str, torch.Tensor], processo
     Of `model` only the config and the names are used; `weights` are by its parameters' names, all in one precision.
     The config comes last: where it is, all is.
     """
-    unfinished = directory / ".unfinished_model"
+    unfinished = directory / UNFINISHED
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    unfinished.mkdir(parents=True)  # the folder may have been removed during the run
     if lora.has_adapters(model):
         lora.write_adapters(model, weights, unfinished)
     else:

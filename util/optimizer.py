@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from util.config import Config, UserError
-from util.model import PARTS, part_of
-from util.tensors import run_parameters
+from util.tensors import PARTS, part_of, run_parameters
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

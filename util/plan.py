@@ -4,12 +4,13 @@ from pathlib import Path
 
 import torch
 
-from util import bad_samples
+from util import bad_samples, disk
 from util.config import Config
 from util.log import relative
 from util.measure import Sizes, usable_cpus
 from util.memory import GIB, describe, free_bytes, peak_bytes
-from util.model import PARTS, choose_attention
+from util.model import choose_attention
+from util.tensors import PARTS
 
 
 def worker_count(config: Config, device: torch.device) -> int:
@@ -63,6 +64,7 @@ def print_plan(
         "each step": f"{min(micro)} to {max(micro)} packed micro-batches of at most {config.max_tokens:,} tokens",
         "memory": f"{sum(needs.values()) / GIB:.2f} GiB forecast{beside}: {describe(needs)}",
         "output": str(relative(directory)),
+        "disk": disk.describe(directory, counts, config, dtype),
     }
     if sizes.problems:
         facts["left out"] = f"{len(sizes.problems):,} of {len(sizes):,} samples: {bad_samples.describe(sizes.left_out)}"

@@ -5,6 +5,15 @@ from torch.distributed.fsdp import FSDPModule
 
 from util import lora
 
+PARTS = ("vision", "merger", "language_model")
+
+
+def part_of(name: str) -> str:
+    """The part a parameter belongs to, by its name: vision, merger or language_model (with embedding and head)."""
+    if ".visual.merger." in f".{name}":
+        return "merger"
+    return "vision" if ".visual." in f".{name}" else "language_model"
+
 
 def run_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter by name: in the precision it is trained in and, of several ranks, this rank's shard.
