@@ -116,6 +116,9 @@ class CollectingParser(argparse.ArgumentParser):
 
 def run_command(command: Callable, *arguments) -> None:
     """Run a script's main function; a user's mistake ends it with its message and exit code 2."""
+    # Threads of torch that wait for each other sleep instead of spinning, which takes the cores from other programs
+    # and, where those are busy, from the very threads that are waited for. OpenMP reads it when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         command(*arguments)
     except UserError as error:
