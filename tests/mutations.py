@@ -269,7 +269,7 @@ def medium_where_none_may_be(shop, sample):
 
 def unknown_key(shop, sample):
     name = shop.choose.choice(
-        ["detail", "bbox", "boxes", "max_pixel", "MAX_PIXELS", "", "content", "\ud83d", "k" * 100_000]
+        ["quality", "bbox", "boxes", "max_pixel", "MAX_PIXELS", "", "content", "\ud83d", "k" * 100_000]
     )
     put(shop, sample, {**medium(shop), name: shop.choose.choice([1, [float("nan"), 2], {"x": float("inf")}, "x"])})
     return sample, REFUSED
@@ -285,7 +285,7 @@ def number_that_is_none(shop, sample):
         float("nan"),
         float("inf"),
         -float("inf"),
-        "2",
+        "two",
         [],
         {},
         "",
@@ -415,7 +415,10 @@ def odd_text(shop, sample):
     message["content"] = shop.choose.choice(
         [text, [{"type": "text", "text": text}], [], [{"text": text, "type": None}]]
     )
-    return sample, TRAINED
+    said = "".join(item["text"] for item in message["content"]) if message["content"] != text else text
+    if message["role"] == "assistant":
+        return sample, TRAINED if said.strip() else REFUSED
+    return sample, REFUSED if "<image>" in said else TRAINED  # its media, if it had any, are gone
 
 
 def far_too_much_text(shop, sample):
@@ -426,10 +429,20 @@ def far_too_much_text(shop, sample):
 
 def keys_to_be_left_alone(shop, sample):
     where = shop.choose.choice([sample, *sample["messages"]])
-    where[shop.choose.choice(["id", "weight", "name", "bbox", "", "kind_of"])] = shop.choose.choice(ODD_VALUES)
+    names = ["id", "bbox", "", "kind_of"] if where is sample else ["id", "name"]
+    where[shop.choose.choice(names)] = shop.choose.choice(ODD_VALUES)
     if shop.choose.random() < 0.5:
         sample["kind"] = shop.choose.choice(ODD_VALUES)
     return sample, TRAINED
+
+
+def key_that_changes_training(shop, sample):
+    """Of a message every key that is not known; of a sample what says how much is learned, and media beside."""
+    value = shop.choose.choice([-1, 3.5, float("nan"), float("inf"), "x", [[]], {"a": 1}, "no"])
+    where = shop.choose.choice([sample, *sample["messages"]])
+    names = ["weight", "loss", "train", "images"] if where is sample else ["weight", "loss", "reasoning", "bbox", "k"]
+    where[shop.choose.choice(names)] = value
+    return sample, REFUSED
 
 
 def nested(shop, sample):
@@ -480,7 +493,7 @@ SAMPLE_MUTATIONS = [
     wrong_order, content_of_another_kind, item_of_another_kind, medium_where_none_may_be, unknown_key, number_that_is_none,
     numbers_far_out, numbers_far_out, numbers_far_out, path_that_leads_nowhere, path_that_leads_nowhere, file_that_is_none,
     file_that_is_none, picture_cut_off, other_medium, picture_of_odd_size, picture_too_large, control_token, text_beside_a_medium, half_a_character,
-    odd_text, odd_text, far_too_much_text, keys_to_be_left_alone, keys_to_be_left_alone, odd_text, numbers_far_out, picture_of_odd_size, nested, nested, key_given_twice, long_number, many_turns,
+    odd_text, odd_text, far_too_much_text, keys_to_be_left_alone, keys_to_be_left_alone, key_that_changes_training, odd_text, numbers_far_out, picture_of_odd_size, nested, nested, key_given_twice, long_number, many_turns,
     many_pictures,
 ]  # fmt: skip
 

@@ -24,7 +24,7 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from util import cache, command_line, vision
+from util import cache, command_line, keys, vision
 from util.cache import CacheSettings, FrameCache
 from util.config import UserError
 from util.vision import Budget, Grid, Medium
@@ -205,9 +205,9 @@ def test_settings_in_the_key(frames, items, kind):
             assert torch.equal(vision.load(item, budget).patches, pixels)
     sampling = {"video_fps", "video_max_frames"}
     assert left_out == {"image": sampling | {"video_max_tokens"}, "video": set(), "frames": sampling}[kind]
-    names = vision.NUMBER_KEYS + {"image": (), "video": vision.VIDEO_KEYS, "frames": ("total_pixels",)}[kind]
-    keys = {frames.key({**item, name: CHANGES[name]}, BUDGET) for name in names}
-    assert len(keys | {key}) == len(names) + 1
+    names = keys.NUMBER_KEYS + {"image": (), "video": keys.VIDEO_KEYS, "frames": ("total_pixels",)}[kind]
+    changed = {frames.key({**item, name: CHANGES[name]}, BUDGET) for name in names}
+    assert len(changed | {key}) == len(names) + 1
     assert frames.key({**item, "text": ""}, BUDGET) == key
     assert frames.key(dict(reversed(item.items())), BUDGET) == key
 

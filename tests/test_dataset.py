@@ -260,8 +260,8 @@ REFUSED = {
         ", message 0: only a user message can hold an image or a video; move the image into one",
     ),
     "unknown key": (
-        asking({**PICTURE, "detail": "high"}),
-        ", message 0: unknown key 'detail' in an item of type image; known are image, max_pixels, min_pixels, resized_height, "
+        asking({**PICTURE, "quality": "high"}),
+        ", message 0: unknown key 'quality' in an item of type image; known are image, max_pixels, min_pixels, resized_height, "
         "resized_width, type",
     ),
     "key of a video on an image": (asking({**PICTURE, "fps": 2}), ", message 0: unknown key 'fps' in an item of type image"),
@@ -271,14 +271,14 @@ REFUSED = {
     "fps NaN": (asking({**CLIP, "fps": float("nan")}), ", message 0: fps must be a number, is nan"),
     "fps infinite": (asking({**CLIP, "fps": float("inf")}), ", message 0: fps must be a number, is inf"),
     "fps true": (asking({**CLIP, "fps": True}), ", message 0: fps must be a number, is True"),
-    "fps a text": (asking({**CLIP, "fps": "2"}), ", message 0: fps must be a number, is '2'"),
+    "fps a text": (asking({**CLIP, "fps": "two"}), ", message 0: fps must be a number, is 'two'"),
     "video_start negative": (asking({**CLIP, "video_start": -0.5}), ", message 0: video_start must be "),
     "half a size": (
         asking({**PICTURE, "resized_height": 56}),
         ", message 0: resized_height and resized_width come together",
     ),
     "several paths of an image": (
-        asking({"type": "image", "image": ["picture.png"]}),
+        asking({"type": "image", "image": ["picture.png", "picture.png"]}),
         ", message 0: an image item holds one path; use several items for several images",
     ),
     "video of no frames": (
@@ -517,8 +517,9 @@ def test_first_fit_written_by_hand():
 def samples(folder, processor, picture, write_video) -> Samples:
     """Five samples: text, an image, an image that is resized, a video file, frames and an image over two turns."""
     Image.fromarray(picture(300, 500)).save(folder / "large.jpg")
+    Image.fromarray(picture(112, 168)).save(folder / "twice.png")  # a frame of the same shape, twice as large
     write_video(folder / "clip.mp4", [picture(60, 90, seed) for seed in range(21)], 10)
-    frames = {"type": "video", "video": ["picture.png", "large.jpg", "picture.png"]}
+    frames = {"type": "video", "video": ["picture.png", "twice.png", "picture.png"]}
     large = {"type": "image", "image": "large.jpg"}
     data = [
         entry(user("Hi"), assistant("Hello")),

@@ -911,7 +911,7 @@ def test_bad_samples_stop_it_all_or_are_listed(folder, tmp_path, capsys):
         f"{source}, sample 3: in none of the known formats (ShareGPT / LLaVA, Qwen-VL, Hugging Face datasets, "
         "OpenAI chat, this project's own), is a dictionary with ['messages']; write it as {'messages': [...]}",
         f"{source}, line 5: not valid JSON (Expecting property name enclosed in double quotes)",
-        f"{source}, sample 5: text holds half of a surrogate pair, which is no character; repair the file",
+        f"{source}, sample 5, message 0: text holds half of a surrogate pair, which is no character; repair the file",
     ]
     with pytest.raises(DataError) as error:
         convert([source], str(output))

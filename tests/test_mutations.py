@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests import mutations
 from tests.mutations import BIG, assistant, user
-from util import vision
+from util import entries, vision
 from util.dataset import DataError, Samples, load_examples
 from util.lines import shortened, split_weight
 from util.video_reader import MOST_PIXELS, VideoError, VideoReader
@@ -170,8 +170,8 @@ def test_a_weight_that_no_memory_holds_is_refused(weight):
 def test_a_size_that_vanishes_is_refused(size, media):
     item = {"type": "image", "image": str(media / "a.png"), "resized_height": size, "resized_width": size}
     with pytest.raises(ValueError, match=r"resized_.* must be above 0"):
-        vision.check_keys(item)
-    vision.check_keys({**item, "resized_height": 1e-9, "resized_width": 1e-9})
+        entries.check_keys(item)
+    entries.check_keys({**item, "resized_height": 1e-9, "resized_width": 1e-9})
     assert vision.image_size({**item, "resized_height": 1e-9, "resized_width": 1e-9}, 60, 90, Budget()) == (56, 56)
 
 

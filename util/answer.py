@@ -182,8 +182,9 @@ def answers_of(settings: Settings, model: str | None, name: str, reuse: bool) ->
 def answer_one(settings: Settings, model: str | None) -> None:
     """Print the answer to one question about the images and videos of the command line, and its boxes in pixels."""
     from util.conversation import control_tokens
-    from util.dataset import DataError, check_messages
+    from util.entries import check_messages
     from util.evaluate import ask
+    from util.lines import DataError
     from util.model import choose_device, find_model, load_processor
     from util.vision import Budget
 
@@ -191,7 +192,10 @@ def answer_one(settings: Settings, model: str | None) -> None:
     answerer = load_answerer(settings, path, load_processor(path))
     media = [("image", path) for path in settings.image] + [("video", path) for path in settings.video]
     items = [{"type": kind, kind: path} for kind, path in media] + [{"type": "text", "text": settings.question}]
-    asked = [{"role": "user", "content": items}, {"role": "assistant", "content": ""}]
+    asked = [
+        {"role": "user", "content": items},
+        {"role": "assistant", "content": "?"},
+    ]  # a stand-in: only the question is asked
     try:
         messages = check_messages({"messages": asked}, control_tokens(answerer.processor), Path.cwd())[:1]
     except DataError as error:

@@ -77,6 +77,15 @@ def text_of(content: str | list[dict]) -> str:
 
 
 def control_tokens(processor) -> list[str]:
-    """The special tokens that no user text may contain."""
-    special = [token.content for token in processor.tokenizer.added_tokens_decoder.values()]
-    return [MARK] + [token for token in special if not token.startswith(GROUNDING_PREFIXES)]
+    """The special tokens that no user text may contain, and the two that stand for media whatever they are.
+
+    Tokens that were added without being special (`<loc_1>`, `<tool_call>`) are text, which may be trained.
+    """
+    added = processor.tokenizer.added_tokens_decoder
+    media_ids = (processor.image_token_id, processor.video_token_id)
+    control = [
+        token.content
+        for number, token in sorted(added.items())
+        if (token.special and not token.content.startswith(GROUNDING_PREFIXES)) or number in media_ids
+    ]
+    return [MARK, *control]

@@ -11,19 +11,23 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
 
-from util import fetch
+from util import entries, fetch
 from util.command_line import MOST_TOLD, CollectingParser, UserError, run_command
+from util.conversation import GROUNDING_PREFIXES, MARK
 from util.importers import KINDS, below, import_entry
 from util.lines import DataError, JsonLines, open_entries
+from util.tiny_model import SPECIAL_TOKENS
 
 ROWS = 64  # of a table, read at a time; each may hold images
+# What no text may hold under the published tokenizer; training asks the tokenizer of its own model.
+FORBIDDEN = (MARK, *(token for token in SPECIAL_TOKENS if not token.startswith(GROUNDING_PREFIXES)))
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -37,8 +41,8 @@ def open_source(file: str) -> tuple[int, Iterator[object]]:
         return open_parquet(file)
     if not file.endswith((".json", ".jsonl")):
         raise DataError(f"{file}: must be .json, .jsonl, .parquet or a folder of datasets' save_to_disk; export it so")
-    entries = JsonLines(file) if file.endswith(".json") and holds_lines(file) else open_entries(file)
-    return len(entries), each(entries)
+    held = JsonLines(file) if file.endswith(".json") and holds_lines(file) else open_entries(file)
+    return len(held), each(held)
 
 
 def holds_lines(file: str) -> bool:
@@ -53,11 +57,11 @@ def holds_lines(file: str) -> bool:
         return False
 
 
-def each(entries) -> Iterator[object]:
+def each(held: Sequence) -> Iterator[object]:
     """The entries of a sequence one by one; one that is no JSON is given as its error, and the next follows."""
-    for index in range(len(entries)):
+    for index in range(len(held)):
         try:
-            yield entries[index]
+            yield held[index]
         except DataError as error:
             yield error
 
@@ -141,9 +145,9 @@ class Media:
             return self._write(buffer.getvalue(), kind, name, where)
         if not isinstance(medium, str) or not medium or "\0" in medium:
             raise DataError(f"{where}{kind} must be a path, is {str(medium)[:80]!r}; name the file")
-        return self._relative(medium, source)
+        return self._relative(medium, source, where)
 
-    def _relative(self, path: str, source: Path) -> str:
+    def _relative(self, path: str, source: Path, where: str) -> str:
         """A path as the output file names it: relative to its folder if the file is found or --media_root is given."""
         placed = below(self.root, path) if self.root else path
         if fetch.is_remote(placed):
@@ -152,6 +156,9 @@ class Media:
         tried = [local] if self.root or os.path.isabs(local) else [os.path.join(source, local), local]
         found = next((candidate for candidate in tried if os.path.isfile(candidate)), None)
         if found is None:
+            entries.refuse_base64(path, where)
+            if mistaken := entries.mistaken(path, tried):
+                raise DataError(f"{where}no such file {path!r:.200}{mistaken}")
             self.missing_count += 1
             if len(self.missing) < 3:
                 self.missing.append(path)
@@ -277,10 +284,10 @@ def convert(
             whole_file(path) as writer,
             tqdm(total=sum(source[1] for source in sources), unit=" samples", leave=False, disable=None) as progress,
         ):
-            for file, _, entries in sources:
+            for file, _, rows in sources:
                 formats, skipped = Counter(), 0
                 folder = Path(file) if os.path.isdir(file) else Path(file).parent
-                for index, entry in enumerate(entries):
+                for index, entry in enumerate(rows):
                     progress.update()
                     # Qwen's pack_data.py makes lists of samples of one length; here the loader packs.
                     packed = isinstance(entry, list) and bool(entry)
@@ -315,6 +322,7 @@ def convert_one(entry: object, dropped: Counter, join_turns: bool, media: Media,
     if isinstance(entry, DataError):
         raise entry
     name, sample = import_entry(entry, dropped, join_turns)
+    entries.check_messages(sample, FORBIDDEN, folder=None)  # what is written, training takes
     media.place(sample, folder)
     writer.write(sample)
     media.count(sample)

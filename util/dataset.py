@@ -3,7 +3,7 @@
 A data file holds conversations: `{"messages": [{"role": ..., "content": "text" or [item, ...]}, ...]}` with items
 `{"type": "image", "image": PATH}`, `{"type": "video", "video": PATH or [FRAME, ...]}`, `{"type": "text", "text": ...}`,
 and boxes (boxes.py); tools, their calls and answers are rewritten to such messages before anything else (tools.py).
-Samples and messages are counted from 0.
+entries.py checks each of them. Samples and messages are counted from 0.
 """
 
 import itertools
@@ -16,11 +16,9 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from util import boxes, conversation, fetch, tools, vision
-from util.lines import MOST_TEXT, DataError, open_entries, shortened, split_weight, stop_on
-from util.media import MediaReader, resolve_path
-
-ROLES = ("system", "user", "assistant")
+from util import boxes, conversation, entries, fetch, vision
+from util.lines import DataError, open_entries, shortened, split_weight, stop_on
+from util.media import MediaReader
 
 
 @dataclass
@@ -30,6 +28,7 @@ class Example:
     messages: list[dict]
     where: str  # "train_data/data.json, sample 3"
     kind: str | None = None  # free-form name of the kind of sample, if the file gives one
+    unused: frozenset[str] = frozenset()  # keys that the file gives and that say nothing to training
 
     @property
     def media(self) -> list[dict]:
@@ -64,9 +63,11 @@ class Examples(Sequence):
         self.forbidden = conversation.control_tokens(processor)
         self.files, self.weights = zip(*map(split_weight, files), strict=True)
         self.entries = [open_entries(file) for file in self.files]
+        for file, rows in zip(self.files, self.entries, strict=True):
+            entries.refuse_other_format(file, rows, self.forbidden)
         self.ends = list(itertools.accumulate(map(len, self.entries)))
         self.left_out: frozenset[int] = frozenset()  # what --on_bad_sample skip keeps out of every epoch
-        if not any(len(entries) * weight > 0.5 for entries, weight in zip(self.entries, self.weights, strict=True)):
+        if not any(len(rows) * weight > 0.5 for rows, weight in zip(self.entries, self.weights, strict=True)):
             raise DataError(f"{', '.join(files)}: no samples. A data file is a JSON list of {{'messages': [...]}}.")
 
     def __len__(self) -> int:
@@ -76,11 +77,14 @@ class Examples(Sequence):
         """Raises DataError that names the sample, the message, the rule and the fix."""
         file, index = self._place(index)
         entry, where = self.entries[file][index], f"{self.files[file]}, sample {index}"
+        unused: set[str] = set()
         try:
-            messages = check_messages(entry, self.forbidden, Path(self.files[file]).parent)
+            messages = entries.check_messages(entry, self.forbidden, Path(self.files[file]).parent, unused)
         except DataError as error:
-            raise DataError(f"{where}{shortened(error)}", error.reason) from None
-        return Example(messages, where, entry.get("kind"))
+            advice = entries.advice(entry, self.files[file], self.forbidden)
+            message = f"{error}; it {advice}" if advice else str(error)
+            raise DataError(f"{where}{shortened(message)}", error.reason) from None
+        return Example(messages, where, entry.get("kind"), frozenset(unused))
 
     def where(self, index: int) -> str:
         """The name of a sample, its file unread."""
@@ -116,70 +120,6 @@ def load_examples(files: list[str], processor) -> Examples:
             problems.append(str(error))
     stop_on(problems)
     return examples
-
-
-def check_messages(entry: object, forbidden: list[str], folder: Path) -> list[dict]:
-    """The messages of one entry in one form (content a list of items, media paths resolved), or DataError."""
-    messages = entry.get("messages") if isinstance(entry, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise DataError(": a sample is {'messages': [...]} with at least one message")
-    checked = []
-    for where, message in tools.turns(entry):
-        if not isinstance(message, dict) or message.get("role") not in ROLES or "content" not in message:
-            raise DataError(f"{where}a message is {{'role': one of {', '.join(ROLES)}, 'content': ...}}")
-        role, content = message["role"], message["content"]
-        before = checked[-1]["role"] if checked else None
-        if role == "system" and before is not None:
-            raise DataError(f"{where}a system message can only be the first one")
-        if role == "assistant" and before != "user":
-            raise DataError(f"{where}an assistant message must follow a user message, follows {before or 'nothing'}")
-        if role == "user" and before == "user":
-            raise DataError(f"{where}two user messages in a row; join them or put the answer between them")
-        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise DataError(f"{where}content must be text or a list of items, is {type(content).__name__}")
-        items = boxes.choose_images([check_item(item, role, folder, where) for item in items], checked, where)
-        check_text("\n".join([conversation.text_of(items), *boxes.labels_of(items)]), forbidden, where)
-        checked.append({"role": role, "content": items})
-    if checked[-1]["role"] != "assistant":
-        raise DataError(f": ends with a {checked[-1]['role']} message, so nothing is supervised; add the answer")
-    if (length := sum(len(conversation.text_of(message["content"])) for message in checked)) > MOST_TEXT:
-        raise DataError(f": {length:,} characters of text, above {MOST_TEXT:,}; make several samples of it", "too long")
-    return checked
-
-
-def check_text(text: str, forbidden: list[str], where: str) -> None:
-    """DataError for a message's text, its items joined, that would control the conversation or is no text."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{where}text holds half of a surrogate pair, which is no character; repair the file")
-    if found := [token for token in forbidden if token in text]:
-        raise DataError(f"{where}text contains the control token {found[0]!r}; take it out")
-
-
-def check_item(item: dict, role: str, folder: Path, where: str) -> dict:
-    """One content item without its empty keys, its media path resolved, or DataError."""
-    item = {key: value for key, value in item.items() if value is not None}
-    kind = item.get("type", next((k for k in ("image", "video", "text") if k in item), None))
-    if kind == "box":
-        return boxes.check_item(item, where)
-    if kind not in ("image", "video", "text") or kind not in item:
-        raise DataError(f"{where}an item has a type image, video or text and its key, or type box; has {sorted(item)}")
-    item["type"] = kind
-    if kind == "text":
-        if not isinstance(item["text"], str):
-            raise DataError(f"{where}text must be a string, is {type(item['text']).__name__}")
-        if unknown := sorted(set(item) - {"type", "text"}):
-            raise DataError(f"{where}an item of type text has no key {unknown[0]!r}; give it an item of its own")
-        return item
-    if role != "user":
-        raise DataError(f"{where}only a user message can hold an image or a video; move the {kind} into one")
-    try:
-        vision.check_keys(item)
-    except ValueError as error:
-        raise DataError(f"{where}{error}") from None
-    paths = item[kind] if isinstance(item[kind], list) else [item[kind]]
-    resolved = [resolve_path(path, folder, where) for path in paths]
-    return {**item, kind: resolved if isinstance(item[kind], list) else resolved[0]}
 
 
 class Samples(Dataset):

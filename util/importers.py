@@ -12,7 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from util import fetch, tools
+from util import fetch, keys, tools
+from util.keys import MEDIA_KEYS, TOOL_KEYS, is_empty
 from util.lines import DataError
 
 LLAVA = "ShareGPT / LLaVA"
@@ -22,7 +23,6 @@ OPENAI = "OpenAI chat"
 OWN = "already in this project's format"
 
 KINDS = ("image", "video")
-MEDIA_KEYS = ("image", "images", "video", "videos")
 # ShareGPT's own files name the assistant after the site a conversation was taken from; OpenAI renamed its system role.
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant")
@@ -30,14 +30,6 @@ ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assista
 TOOL_ROLES = ("tool", "function", "observation", "function_response", "tool_response")
 CALL_ROLES = ("function_call", "tool_call")
 ROLES |= dict.fromkeys(TOOL_ROLES, "tool") | dict.fromkeys(CALL_ROLES, "assistant")
-TOOL_KEYS = ("tools", "functions", "tool_calls", "tool_call_id", "function_call")
-# Keys that change what is trained, with the reason why a sample that has them is refused.
-REFUSED = dict.fromkeys(TOOL_KEYS, "of this format no tools are read; write the sample as OpenAI chat does")
-REFUSED |= dict.fromkeys(("audio", "audios"), "the model does not hear; leave the sample out")
-REFUSED |= dict.fromkeys(
-    ("chosen", "rejected"), "preferences cannot be trained on; keep the better answer as a message"
-)
-REFUSED |= {"refusal": "an answer stands in 'content'; move the text there"}
 OPENAI_TYPES = ("image_url", "video_url", "input_audio", "file", "refusal")
 CALL_KEYS = ("tool_calls", "tool_call_id", "function_call")
 OPENAI_KEYS = ("name", "weight", "refusal")
@@ -69,6 +61,8 @@ def detect(entry: object) -> str | None:
         return None
     if turns and not any({"from", "value"} <= turn.keys() or {"role", "content"} <= turn.keys() for turn in turns):
         return None
+    if any("value" in item for turn in turns for item in items_of(turn)):
+        return None
     if "conversations" in entry:
         return QWEN_VL if is_qwen_vl(entry, turns) else LLAVA
     return detect_messages(entry, turns)
@@ -88,9 +82,11 @@ def is_qwen_vl(entry: dict, turns: list[dict]) -> bool:
 
 def detect_messages(entry: dict, turns: list[dict]) -> str:
     """The format of an entry whose turns stand in `messages`."""
-    contents = [turn.get("content") for turn in turns]
-    items = [item for content in contents if isinstance(content, list) for item in content if isinstance(item, dict)]
-    marked = any(isinstance(content, str) and MARKER.search(content) for content in contents)
+    items = [item for turn in turns for item in items_of(turn)]
+    marked = any(
+        isinstance(turn.get("content"), str) and turn.get("role") != "assistant" and MARKER.search(turn["content"])
+        for turn in turns
+    )
     if any("from" in turn for turn in turns):
         return LLAVA
     if any(item.get("type") in OPENAI_TYPES for item in items):
@@ -108,13 +104,50 @@ def detect_messages(entry: dict, turns: list[dict]) -> str:
     roles = {str(turn.get("role")) for turn in turns}
     if roles & {"developer", *TOOL_ROLES, *CALL_ROLES}:
         return OPENAI
-    # A marker without any media is text to our format; far more often the media were forgotten. from_llava says so.
-    return LLAVA if (marked and not items) or roles & (ROLES.keys() - {"system", "user", "assistant"}) else OWN
+    if not is_empty(entry.get("system")) or roles & (ROLES.keys() - {"system", "user", "assistant"}):
+        return LLAVA
+    # A marker without any media: the media were forgotten. from_llava says so.
+    return LLAVA if marked and not items else OWN
+
+
+def items_of(turn: dict) -> list[dict]:
+    """The content items of a turn, if it has a list of such."""
+    content = turn.get("content")
+    return [item for item in content if isinstance(item, dict)] if isinstance(content, list) else []
 
 
 def has_media(entry: dict) -> bool:
     """Whether an entry has media beside its turns."""
     return any(not is_empty(entry.get(key)) for key in MEDIA_KEYS)
+
+
+# What comes in none of the formats that are read: the keys that tell it, its name, and what to do.
+WRITE = "write it as {'messages': [...]}"
+NOT_READ = f"which util.convert does not read; {WRITE}"
+UNREAD = {
+    ("chosen", "rejected"): ("preferences", "which cannot be trained on; write the better answer as a message"),
+    ("prompt", "completion"): ("TRL's prompt and completion", NOT_READ),
+    ("query", "response"): ("ms-swift's query and response", NOT_READ),
+    ("instruction", "output"): ("Alpaca's instruction and output", NOT_READ),
+    ("question", "answer"): ("questions and answers", NOT_READ),
+    ("text",): ("plain text", NOT_READ),
+}
+
+
+def unread(entry: object) -> str | None:
+    """What an entry that no importer reads holds, and what to do; None where nothing is known of it."""
+    if not isinstance(entry, dict):
+        return None
+    turns = entry.get("messages")
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        return "'messages' as text, JSON inside of JSON; write the list itself"
+    if isinstance(turns, list):
+        items = [item for turn in turns if isinstance(turn, dict) for item in items_of(turn)]
+        return f"items with a 'value' (LLaMA-Factory), {NOT_READ}" if any("value" in item for item in items) else None
+    for names, (what, fix) in UNREAD.items():
+        if entry.keys() >= set(names):
+            return f"{what}, {fix}"
+    return None
 
 
 # ---- one function per format ----------------------------------------------------------------------------------------
@@ -201,7 +234,7 @@ def from_hugging_face(entry: dict, dropped: Counter) -> dict:
             messages.append({"role": role, "content": content})
             continue
         items = []
-        for item in read_items(content, where):
+        for item in read_items(content, where, dropped):
             kind = item.get("type", "text" if "text" in item else None)
             if kind not in ("text", *KINDS):
                 raise DataError(f"{where}an item has a type text, image or video, has {kind!r}; leave the sample out")
@@ -236,15 +269,12 @@ def from_openai(entry: dict, dropped: Counter) -> dict:
     for where, turn in turns_of(entry, "messages"):
         note_dropped(turn, ("role", "content", *CALL_KEYS), dropped, "messages[].", where)
         role, content = read_role(turn, "role", where), turn.get("content")
-        if role == "assistant" and turn.get("weight") not in (None, 1):
-            raise DataError(f"{where}weight {turn['weight']!r}, but every assistant message is supervised; leave "
-                            "it out with its question, or cut the conversation")  # fmt: skip
         calls = calls_beside(turn)
         if isinstance(content, str) or (content is None and "tool_calls" in calls):
             messages.append({"role": role, "content": content or "", **calls})
             continue
         items = []
-        for item in read_items(content, where):
+        for item in read_items(content, where, Counter()):
             kind = item.get("type")
             if kind == "text" and isinstance(item.get("text"), str):
                 note_dropped(item, ("type", "text"), dropped, "content[].", where)
@@ -263,16 +293,16 @@ def from_openai(entry: dict, dropped: Counter) -> dict:
 
 
 def from_own(entry: dict, dropped: Counter) -> dict:
-    """This project's format (README.md, "Your own data"), unchanged but for empty keys."""
-    note_dropped(entry, ("messages", "kind", "tools"), dropped)
+    """This project's format (README.md, "Your own data"), unchanged but for keys that say nothing."""
+    dropped.update(keys.check_entry(entry))
     messages = []
     for where, turn in turns_of(entry, "messages"):
-        note_dropped(turn, ("role", "content", *CALL_KEYS), dropped, "messages[].", where)
         role, content, calls = read_role(turn, "role", where), turn.get("content"), calls_beside(turn)
+        dropped.update(keys.check_message(turn, where))
         if content is None and "tool_calls" in calls:
             content = ""
         if not isinstance(content, str):
-            content = read_items(content, where)
+            content = read_items(content, where, dropped)
             if bare := [item for item in content if not item.keys() & {"text", *KINDS, "bbox", "label"}]:
                 raise DataError(
                     f"{where}an item has a key text, image or video, or is a box; has {sorted(bare[0])}; write one"
@@ -298,11 +328,14 @@ def import_entry(entry: object, dropped: Counter, join_turns: bool = False) -> t
     name = detect(entry)
     if name is None:
         what = f"a dictionary with {sorted(map(str, entry))}" if isinstance(entry, dict) else type(entry).__name__
+        held = unread(entry)
         raise DataError(f": in none of the known formats ({', '.join(list(IMPORTERS)[:-1])}, this project's own), "
-                        f"is {what}; write it as {{'messages': [...]}}")  # fmt: skip
+                        + (f"holds {held}" if held else f"is {what}; {WRITE}"))  # fmt: skip
     counted: Counter = Counter()  # what a refused sample drops is not said: nothing of it is written
     imported = IMPORTERS[name](entry, counted)
     messages = imported["messages"]
+    if not any(kind in item for message in messages for item in items_of(message) for kind in KINDS):
+        keys.check_no_media_beside(entry)
     added = name in (LLAVA, QWEN_VL) and not is_empty(entry.get("system"))
     check_order(messages, -1 if added else 0, join_turns)
     for _ in tools.turns({**imported, "messages": messages[added:]}):  # says what is wrong with tools
@@ -411,11 +444,16 @@ def read_text(turn: dict, key: str, where: str) -> str:
     return turn[key]
 
 
-def read_items(content: object, where: str) -> list[dict]:
-    """A list of content items, each without its empty keys: Arrow gives every item the keys of all."""
+def read_items(content: object, where: str, dropped: Counter) -> list[dict]:
+    """A list of content items, each without its empty keys (Arrow gives every item the keys of all) and silent ones."""
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
         raise DataError(f"{where}content must be text or a list of items, is {type(content).__name__}; repair the file")
-    return [{key: value for key, value in item.items() if value is not None} for item in content]
+    items = []
+    for item in content:
+        plain, silent = keys.plain_item(item)
+        dropped.update(silent)
+        items.append(plain)
+    return items
 
 
 def media_beside(entry: dict, kind: str) -> list:
@@ -474,14 +512,17 @@ def note_dropped(holder: dict, used: tuple, dropped: Counter, path: str = "", wh
     for key, value in holder.items():
         if key in used or is_empty(value) or (isinstance(value, str) and value == "[]"):
             continue
-        if key in REFUSED:
-            raise DataError(f"{where}has {key!r}: {REFUSED[key]}")
-        dropped[f"{path}{key}"] += 1
+        if key in keys.REFUSED:
+            raise DataError(f"{where}has {key!r}: {keys.REFUSED[key]}")
+        if key in keys.LEARNING_KEYS:
+            keys.check_learning(key, value, learner(holder), where)
+        dropped[f"{path}{keys.shown(key)}"] += 1
 
 
-def is_empty(value: object) -> bool:
-    """None, or text or a collection without anything in it."""
-    return value is None or (isinstance(value, (str, bytes, list, dict)) and not value)
+def learner(holder: dict) -> object:
+    """The role of a turn; a sample as a whole is learned as its answers are."""
+    role = holder.get("role", holder.get("from", "assistant"))
+    return ROLES.get(role) if isinstance(role, str) else role
 
 
 def cut(pattern: re.Pattern, text: str) -> Iterator[tuple[str, str | None]]:

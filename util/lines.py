@@ -81,7 +81,8 @@ def parse(text: str, file: str, line: int | None = None):
         deep = isinstance(error, RecursionError)
         reason = "nested too deeply" if deep else getattr(error, "msg", str(error).split(";")[0])
         where = line or getattr(error, "lineno", 1)
-        raise DataError(f"{file}, line {where}: not valid JSON ({reason})", "not valid JSON") from None
+        fix = "; where each line is a sample, name the file .jsonl" if reason == "Extra data" and line is None else ""
+        raise DataError(f"{file}, line {where}: not valid JSON ({reason}){fix}", "not valid JSON") from None
 
 
 class JsonLines(Sequence):
@@ -105,6 +106,12 @@ class JsonLines(Sequence):
         for line in np.flatnonzero(~blank & (ends - starts < 16)):
             blank[line] = not self._read(starts[line], ends[line]).strip()
         self.starts, self.ends = starts[~blank], ends[~blank]
+        if len(self.starts) > 1:
+            # No JSON of one line ends so: the first line begins a list that goes on over the others.
+            first = self._read(self.starts[0], min(self.ends[0], self.starts[0] + 64)).strip()
+            last = self._read(max(self.starts[0], self.ends[0] - 64), self.ends[0]).strip()
+            if first.startswith(b"[") and last.endswith((b"[", b"{", b",")):
+                raise DataError(f"{file}: one JSON list over many lines; name the file .json, or write a sample a line")
 
     def __len__(self) -> int:
         return len(self.starts)

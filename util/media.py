@@ -3,15 +3,12 @@
 The one way by which training, evaluation and both test scripts read them.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from util import fetch, vision
 from util.cache import FrameCache
 from util.fetch import FetchSettings
-from util.lines import DataError
 
 MOST_SIZES = 2**17  # of remote images, remembered at a time by a process
 
@@ -60,17 +57,3 @@ class MediaReader:
     def _fetch_and_read(self, read: Callable, whole: bool, item: dict, budget: vision.Budget):
         (item,) = fetch.localise([item], self.settings, whole_images=whole)
         return read(item, budget)
-
-
-def resolve_path(path: object, folder: Path, where: str) -> str:
-    """A media path as written if absolute or remote, else under the data file's folder, else under the current one."""
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise DataError(f"{where}a media path must be a non-empty string, is {path!r}")
-    if fetch.is_remote(path):
-        return path
-    path = fetch.local_path(path)
-    tried = [Path(path)] if os.path.isabs(path) else [folder / path, Path.cwd() / path]
-    for candidate in tried:
-        if os.path.isfile(candidate):  # unlike Path.is_file, False for a path too long or not allowed to be looked at
-            return str(candidate)
-    raise DataError(f"{where}no such file {path!r} (tried {', '.join(map(str, dict.fromkeys(tried)))})", "no such file")

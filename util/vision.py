@@ -29,10 +29,6 @@ TOTAL_PIXELS = 0.9 * 128000 * TOKEN_PIXELS  # default budget of a video, before 
 RESIZED_PIXELS = (4 * TOKEN_PIXELS, 16384 * TOKEN_PIXELS)  # what an item may ask for by resized_*
 MOST_ASPECT = 200
 
-NUMBER_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-SAMPLING_KEYS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
-VIDEO_KEYS = (*SAMPLING_KEYS, "total_pixels")
-
 
 class Grid(NamedTuple):
     """Patches along time, height and width; time counts pairs of frames, and is 1 for an image."""
@@ -84,30 +80,6 @@ class Budget:
         """(fewest, most) pixels of an image or frame. One that is given moves the other's default out of its way."""
         least, most = self.min_pixels or default[0], self.max_pixels or default[1]
         return (least, max(least, most)) if self.max_pixels is None else (min(least, most), most)
-
-
-def check_keys(item: dict) -> None:
-    """Refuse keys of an image or video item that are unknown or not numbers above 0."""
-    kind = item["type"]
-    numbers = NUMBER_KEYS + (VIDEO_KEYS if kind == "video" else ())
-    known = {"type", kind, *numbers}
-    if unknown := sorted(set(item) - known):
-        raise ValueError(f"unknown key {unknown[0]!r} in an item of type {kind}; known are {', '.join(sorted(known))}")
-    for key in set(item) & set(numbers):
-        value, zero_is_fine = item[key], key in ("video_start", "video_end")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e15 < value < 1e15:
-            raise ValueError(f"{key} must be a number, is {value!r:.40}")
-        if value < (0 if zero_is_fine else 1e-9):  # below, a product of two would be no number
-            raise ValueError(f"{key} must be {'at least' if zero_is_fine else 'above'} 0, is {value!r}")
-    if ("resized_height" in item) != ("resized_width" in item):
-        raise ValueError("resized_height and resized_width come together")
-    if kind == "image" and isinstance(item["image"], list):
-        raise ValueError("an image item holds one path; use several items for several images")
-    if kind == "video" and isinstance(item["video"], list):
-        if not item["video"]:
-            raise ValueError("a video given as a list of frames needs at least one frame")
-        if chosen := sorted(set(item) & set(SAMPLING_KEYS)):
-            raise ValueError(f"{chosen[0]} has no use with a list of frames: every frame given is taken")
 
 
 def load(item: dict, budget: Budget) -> Medium:
