@@ -682,7 +682,7 @@ def test_read_grid_is_the_grid_of_load(picture, write_video, tmp_path):
     clip = write_video(tmp_path / "clip.mp4", [picture(90, 120, seed) for seed in range(31)], Fraction(30000, 1001))
     still = write_video(tmp_path / "still.mp4", [picture(90, 120)], 25)
     mkv = write_video(tmp_path / "clip.mkv", [picture(64, 48, seed) for seed in range(13)], 5)
-    frames = [str(tmp_path / "photo.jpg"), str(tmp_path / "turned.jpg"), str(tmp_path / "photo.webp")]
+    frames = [str(tmp_path / "photo.jpg"), str(tmp_path / "photo.jpg"), str(tmp_path / "photo.webp")]
     small = Budget(max_pixels=50176)
     cases = [
         *((image_item(tmp_path / name), budget) for name in ("turned.jpg", "photo.jpg", "alpha.png", "palette.gif",

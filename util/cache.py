@@ -28,9 +28,10 @@ from util.command_line import UserError, setting
 if TYPE_CHECKING:
     from util.vision import Budget, Grid, Medium
 
-VERSION = 1  # raise it when vision.py or video_reader.py make other pixels of the same file and settings
+VERSION = 2  # raise it when vision.py or video_reader.py make other pixels of the same file and settings
 MAGIC = b"patches\0"
-HEADER = struct.Struct("<I8s6I28x")  # CRC-32 of the rest and the key; magic; t, h, w, capped, bytes per patch; CRC-32
+# CRC-32 of the rest and the key; magic; t, h, w, capped, cut, bytes per patch; CRC-32 of the patches
+HEADER = struct.Struct("<I8s7I24x")
 ENTRY = re.compile(r"[0-9a-f]{64}\.patches")  # nothing in the folder but what is named like these is ever deleted
 UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.unfinished")
 TOUCH_SECONDS = 60  # an entry's time of last use is this exact
@@ -171,7 +172,7 @@ class FrameCache:
         It is not flushed to disk, which takes time: what a power failure makes of it, the checksums show.
         """
         pixels = medium.patches.contiguous().flatten().numpy()
-        fields = MAGIC, *medium.grid, medium.patches.shape[1], zlib.crc32(pixels)
+        fields = MAGIC, *medium.grid, medium.grid.cut, medium.patches.shape[1], zlib.crc32(pixels)
         header = HEADER.pack(zlib.crc32(HEADER.pack(0, *fields)[4:] + key.encode()), *fields)
         path = self._path(key)
         unfinished = path.parent / f".{key}.{secrets.token_hex(8)}.unfinished"
@@ -264,13 +265,13 @@ def read_entry(path: Path, key: str, with_pixels: bool) -> "Medium | Grid":
     """The Medium of an entry, mapped, which marks it as used; or its grid. OSError: ENOENT without, EIO if damaged."""
     import torch
 
-    from util.vision import Grid, Medium
+    from util.vision import CutGrid, Grid, Medium
 
     with open(path, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         header = file.read(HEADER.size).ljust(HEADER.size, b"\0")
-        own_checksum, magic, t, h, w, capped, columns, checksum = HEADER.unpack(header)
-        grid = Grid(t, h, w, bool(capped))
+        own_checksum, magic, t, h, w, capped, cut, columns, checksum = HEADER.unpack(header)
+        grid = (CutGrid if cut else Grid)(t, h, w, bool(capped))
         is_whole = magic == MAGIC and status.st_size == HEADER.size + grid.patches * columns
         is_whole = is_whole and own_checksum == zlib.crc32(header[4:] + key.encode())
         if is_whole and not with_pixels:

@@ -1,7 +1,8 @@
 """A look over data before training: `python -m util.check_data my_data/data.json --eval_data held_out.json`.
 
 Files come first, then any flags of finetune.py: what a training with them would refuse or shrink is said, and all that
-can be known from file headers. No weights are loaded. Exit code 2 where a sample cannot be trained on.
+can be known from file headers; with --decode every file is decoded, too. No weights are loaded. Exit code 2 where a
+sample cannot be trained on, or a file cannot be decoded.
 """
 
 import hashlib
@@ -30,6 +31,8 @@ class CheckSettings(Config):
         None, f"write all refused samples into this file; default: {REPORT}, when they are more than {MOST_TOLD}"
     )
 
+    decode: bool = setting(False, "decode every image and every frame of every video, and name the files that fail")
+
 
 @dataclass
 class Note:
@@ -38,8 +41,20 @@ class Note:
     where: str
     named: str | None  # the kind that the file gives
     kind: str  # of content: "one image", "video" ...
-    paths: list[str]  # of all media
+    media: list[tuple[str, str | list[str]]]  # "image" or "video", and its path or the paths of its frames
     text: bytes  # digest of roles and texts, white space and case apart
+
+    @property
+    def files(self) -> list[tuple[str, str]]:
+        """Each file with what it is, a video's frames as images."""
+        found = []
+        for kind, value in self.media:
+            found += [("image", path) for path in value] if isinstance(value, list) else [(kind, value)]
+        return found
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for _, path in self.files]
 
 
 def note(example) -> Note:
@@ -51,9 +66,8 @@ def note(example) -> Note:
         texts = [item["text"] if item["type"] == "text" else f"<{item['type']}>" for item in message["content"]]
         said.append(f"{message['role']}: {' '.join(unicodedata.normalize('NFKC', ' '.join(texts)).casefold().split())}")
     digest = hashlib.blake2b("\n".join(said).encode(), digest_size=16).digest()
-    values = [item[item["type"]] for item in example.media]
-    paths = [path for value in values for path in (value if isinstance(value, list) else [value])]
-    return Note(example.where, example.kind, " and ".join(sorted(parts)) or "text alone", paths, digest)
+    media = [(item["type"], item[item["type"]]) for item in example.media]
+    return Note(example.where, example.kind, " and ".join(sorted(parts)) or "text alone", media, digest)
 
 
 # ---- the same in training and in evaluation data --------------------------------------------------------------------
@@ -105,6 +119,62 @@ def overlap(train: list[Note], held_out: list[Note]) -> dict[str, list[str]]:
                 seen.add(path)
                 found["media"].append(f"{path} ({one.where}) is {media[same[path]]}")
     return found
+
+
+# ---- everything decoded ---------------------------------------------------------------------------------------------
+
+
+class Decoding:
+    """Files by number, each decoded in full when it is asked for: what a worker does."""
+
+    def __init__(self, files: list[tuple[str, str]], settings) -> None:
+        self.files, self.settings = files, settings
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> str:
+        """What training would refuse the file for, were it to ask for all of it; empty where all of it decodes."""
+        from util import fetch, vision
+
+        kind, path = self.files[number]
+        try:
+            (item,) = fetch.localise([{"type": kind, kind: path}], self.settings)
+            if kind == "image":
+                vision.to_tensor(vision.open_image(item["image"]), item["image"])
+                return ""
+            with vision.open_video(item) as video:
+                decoded, promised = video.count_decodable(), len(video)
+        except (ValueError, OSError) as error:
+            return str(error)
+        if decoded == promised:
+            return ""
+        return f"{fetch.shown(path)}: {promised - decoded:,} of {promised:,} frames cannot be decoded whole"
+
+
+def decode_all(notes: list[Note], config: CheckSettings) -> list[str]:
+    """Every file of some samples decoded once, in workers; lines that name those that fail."""
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    from util.measure import MOST_WORKERS, as_is, usable_cpus
+    from util.media import MediaReader
+
+    first: dict[tuple[str, str], str] = {}  # file: the first sample that holds it
+    for one in notes:
+        for file in one.files:
+            first.setdefault(file, one.where)
+    decoding = Decoding(list(first), MediaReader(config).settings)
+    workers = min(MOST_WORKERS, usable_cpus()) if config.num_workers is None else config.num_workers
+    loader = DataLoader(decoding, batch_size=None, num_workers=min(workers, len(decoding)), collate_fn=as_is)
+    failed, began = [], time.perf_counter()
+    with tqdm(total=len(decoding), desc="decoding", unit=" files", leave=False, delay=1) as progress:
+        for problem, where in zip(loader, first.values(), strict=True):
+            failed += [f"{where}: {problem}"] if problem else []
+            progress.update()
+    seconds = time.perf_counter() - began
+    show_table("decoded", {"files": f"{len(decoding):,} in {seconds:,.1f} s; {len(failed):,} cannot be decoded whole"})
+    return failed
 
 
 # ---- the forecast ---------------------------------------------------------------------------------------------------
@@ -178,7 +248,7 @@ def percentiles(values: list[int]) -> str:
 def overview(files: list[str], findings: list) -> dict[str, str]:
     """Lines about one set of data."""
     from util import bad_samples
-    from util.measure import Sizes
+    from util.measure import CUT, Sizes, describe_unused
 
     sizes = Sizes(findings)
     good = [finding for finding in findings if finding.size]
@@ -199,6 +269,10 @@ def overview(files: list[str], findings: list) -> dict[str, str]:
         lines["supervised"] = f"{sum(supervised) / sum(tokens):.1%} of the tokens; {percentiles(supervised)} a sample"
         if capped := sum(grid.capped for finding in good for grid in finding.size.grids):
             lines["videos"] = f"{capped:,} made smaller or shorter to cost at most --video_max_tokens"
+    if sizes.cut_videos:
+        lines["cut videos"] = f"{sizes.cut_videos:,} {CUT}"
+    if sizes.unused:
+        lines["keys"] = describe_unused(sizes.unused)
     if sizes.shrunk:
         first = next(iter(sizes.shrunk.values()))
         lines["shrunk"] = (
@@ -213,6 +287,26 @@ def overview(files: list[str], findings: list) -> dict[str, str]:
 def show_table(title: str, lines: dict[str, str]) -> None:
     width = max(map(len, lines))
     print("\n".join([title, *(f"  {name:<{width}}  {line}" for name, line in lines.items()), ""]), flush=True)
+
+
+def cut_videos(findings: list) -> list[str]:
+    """Lines that name the videos whose files end before their time."""
+    lines = []
+    for finding in findings:
+        if finding.size and finding.note:
+            media = zip(finding.note.media, finding.size.grids, strict=True)
+            lines += [f"{finding.note.where}: {path}" for (_, path), grid in media if grid.cut]
+    return lines
+
+
+def say(title: str, lines: list[str]) -> None:
+    """A title and up to 20 lines below it; nothing where there are none."""
+    if lines:
+        print(title)
+        print("".join(f"  {line}\n" for line in lines[:MOST_TOLD]), end="")
+        if len(lines) > MOST_TOLD:
+            print(f"  ... and {len(lines) - MOST_TOLD:,} more")
+        print(flush=True)
 
 
 def say_refused(problems: list[str], report: str | None) -> None:
@@ -243,7 +337,7 @@ def check(config: CheckSettings) -> None:
     device = choose_device(config.device)
     path = find_model(config.model, device)
     processor = load_processor(path)
-    found, problems, looked = {}, [], {}
+    found, problems, looked, undecodable = {}, [], {}, []
     for title, files in (("training data", config.data), ("evaluation data", config.eval_data)):
         if not files:
             continue
@@ -254,6 +348,9 @@ def check(config: CheckSettings) -> None:
         found[title], looked[title] = findings, samples
         problems += [finding.problem for finding in findings if not finding.size]
         show_table(f"{title} ({rate:,.0f} samples a second)", overview(files, findings))
+        say("cut videos", cut_videos(findings))
+        if config.decode:
+            undecodable += decode_all([finding.note for finding in findings if finding.note], config)
     train, held_out = (
         [f.note for f in found.get(title, []) if f.note] for title in ("training data", "evaluation data")
     )
@@ -267,11 +364,16 @@ def check(config: CheckSettings) -> None:
         samples = looked["training data"]
         samples.examples.left_out = frozenset(sizes.problems)
         show_table("forecast", forecast(config, path, samples, sizes, device))
-    say_refused(problems, config.report)
+    say_refused([*problems, *undecodable], config.report)
+    ends = []
     if problems:
-        raise UserError(
+        ends.append(
             f"{len(problems):,} samples cannot be trained on; mend them, or see --on_bad_sample and --on_long_sample"
         )
+    if undecodable:
+        ends.append(f"{len(undecodable):,} files cannot be decoded in full; replace them, or see --on_bad_sample")
+    if ends:
+        raise UserError("\n".join(ends))
 
 
 def main(arguments: list[str] | None = None) -> None:

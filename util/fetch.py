@@ -227,6 +227,9 @@ class Content(io.BytesIO):
     def skim_media_data(self) -> bool:
         return False
 
+    def is_here(self) -> bool:
+        return True
+
 
 class RangeFile(io.RawIOBase):
     """A remote file, read by ranges as they are needed; a cursor over blocks that its other cursors share.
@@ -283,6 +286,10 @@ class RangeFile(io.RawIOBase):
     def reopen(self) -> "RangeFile":
         """Another cursor at the start of the same file, over the same cache."""
         return RangeFile(self._blocks)
+
+    def is_here(self) -> bool:
+        """Whether all of the file is here, so that reading any of it asks nobody."""
+        return self._blocks.is_complete()
 
     def prefetch(self, start: int, end: int) -> None:
         """Fetch these bytes now, in as few requests as can be."""
@@ -346,6 +353,9 @@ class Blocks:
                 self.fetch(number, number + self.ahead)
             yield os.pread(self._file.fileno(), stop - start, start)
             start = stop
+
+    def is_complete(self) -> bool:
+        return len(self._here) == self._count
 
     def fetch(self, first: int, end: int) -> None:
         """Bring the blocks from `first` up to `end` here. Raises FetchError, the same again after it did once."""

@@ -27,6 +27,8 @@ CHUNK = 32  # samples that a worker looks at before it answers
 WORTH_WORKERS = 1.0  # seconds of work from which on starting worker processes pays
 MOST_WORKERS = 16
 MOST_STRUCTURES = 4096  # of conversations, remembered at a time
+MOST_KEYS = 8  # told by name
+CUT = "end before their time, as their files are cut: what is there is trained on"
 SLOT = re.compile(" \n\ue001aZ<&' ([0-9]+)\ue001\n ")  # a text's place; a template that edits texts would change it
 
 
@@ -40,6 +42,7 @@ class Finding:
     budget: vision.Budget | None = None  # of a sample that is shrunk
     tokens_before: int = 0  # of a sample that is shrunk
     note: object = None  # what `look` was asked to bring along
+    unused: frozenset[str] = frozenset()  # keys of the sample that say nothing to training
 
 
 class Sizes(list):
@@ -49,6 +52,7 @@ class Sizes(list):
         super().__init__(finding.size for finding in findings)
         self.problems = {index: finding for index, finding in enumerate(findings) if finding.size is None}
         self.shrunk = {index: finding for index, finding in enumerate(findings) if finding.budget}
+        self.unused = Counter(key for finding in findings for key in finding.unused)
 
     @property
     def usable(self) -> list[int]:
@@ -59,6 +63,18 @@ class Sizes(list):
     def left_out(self) -> Counter:
         """How many samples are left out, by reason."""
         return Counter(finding.reason for finding in self.problems.values())
+
+    @property
+    def cut_videos(self) -> int:
+        """How many videos end before their time, as their files are cut."""
+        return sum(grid.cut for size in self if size is not None for grid in size.grids)
+
+
+def describe_unused(unused: Counter) -> str:
+    """`not used: id (31), source (31)`: keys of samples, messages and items that say nothing to training."""
+    shown = [f"{key} ({number:,})" for key, number in unused.most_common(MOST_KEYS)]
+    more = [f"and {len(unused) - MOST_KEYS:,} more"] if len(unused) > MOST_KEYS else []
+    return f"not used: {', '.join([*shown, *more])}"
 
 
 def measure(
@@ -150,10 +166,10 @@ class Chunks:
             size = self.quick(example)
             note = self.note(example) if self.note else None
             if size.tokens <= self.max_tokens:
-                return Finding(size, note=note)
+                return Finding(size, note=note, unused=example.unused)
             if self.on_long_sample == "shrink":
                 budget, smaller = shrink(self.samples, example, size, self.max_tokens)
-                return Finding(smaller, budget=budget, tokens_before=size.tokens, note=note)
+                return Finding(smaller, budget=budget, tokens_before=size.tokens, note=note, unused=example.unused)
             problem = (
                 f"{example.where}: {size.tokens:,} tokens, above --max_tokens {self.max_tokens:,}; "
                 "raise it, or lower --max_pixels or --video_max_tokens"
@@ -219,11 +235,11 @@ def read_header(item: dict, budget: vision.Budget) -> Callable[[vision.Budget], 
 
         return grid_of
     with vision.open_video(item) as video:
-        header = VideoHeader(len(video), video.height, video.width, video.average_fps)
+        header = VideoHeader(len(video), video.height, video.width, video.average_fps, video.missing)
 
     def grid_of(budget: vision.Budget) -> vision.Grid:
-        indices, (rows, columns), capped = vision.plan_video(item, header, budget)
-        return vision.Grid(len(indices) // vision.TEMPORAL, rows // vision.PATCH, columns // vision.PATCH, capped)
+        indices, (height, width), capped = vision.plan_video(item, header, budget)
+        return vision.video_grid(header, indices, height, width, capped)
 
     return grid_of
 
@@ -236,6 +252,7 @@ class VideoHeader:
     height: int
     width: int
     average_fps: float
+    missing: str  # at its end, as VideoReader says
 
     def __len__(self) -> int:
         return self.frames

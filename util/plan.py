@@ -7,7 +7,7 @@ import torch
 from util import bad_samples, disk
 from util.config import Config
 from util.log import relative
-from util.measure import Sizes, usable_cpus
+from util.measure import CUT, Sizes, describe_unused, usable_cpus
 from util.memory import GIB, describe, free_bytes, peak_bytes
 from util.model import choose_attention
 from util.tensors import PARTS
@@ -78,5 +78,9 @@ def print_plan(
         facts["videos"] = (
             f"{capped:,} made smaller or shorter to cost at most --video_max_tokens {config.video_max_tokens:,}"
         )
+    if sizes.cut_videos:
+        facts["cut videos"] = f"{sizes.cut_videos:,} {CUT}; python -m util.check_data names them"
+    if sizes.unused:
+        facts["keys"] = describe_unused(sizes.unused)
     width = max(map(len, facts))
     print("\n".join(f"{name:>{width}}  {fact}" for name, fact in facts.items()), flush=True)

@@ -28,6 +28,8 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
+from util import whole
+
 # In these codecs a frame that none refers to can be dropped without a trace; in others every frame may leave state.
 CODECS_THAT_MAY_SKIP = {"h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"}
 
@@ -54,7 +56,8 @@ class VideoReader:
     is open only while frames are being read, so several iterators may run side by side.
 
     Attributes: `average_fps` (frames per second), `duration` (seconds), `height` and `width` (pixels, upright),
-    `warnings` (what was wrong but did not stop reading), `frames_decoded` (so far; a measure of work, for tests).
+    `warnings` (what was wrong but did not stop reading), `missing` (what the file's end lacks, as far as can be known
+    without decoding; else ""), `frames_decoded` (so far; a measure of work, for tests).
     """
 
     def __init__(self, path: str | os.PathLike | BinaryIO, stream: Literal["video"] = "video"):
@@ -63,6 +66,7 @@ class VideoReader:
         self._file = path if hasattr(path, "read") else None
         self.path = os.fspath(path) if self._file is None else str(path)
         self.warnings: list[str] = []
+        self.missing = ""
         self.frames_decoded = 0
         self._packet_times: list[tuple[int | None, int | None]] = []  # (pts, dts) of each packet
         self._packet_bytes: list[tuple[int, int]] = []  # (first, end) of each packet, where skimmed
@@ -164,7 +168,7 @@ class VideoReader:
 
     def _read_index(self) -> None:
         """Read all packets; decode the first two frames, which tell the size and whether packets match frames."""
-        packets, frames = [], []  # packets: (pts, duration, is key, is shown)
+        packets, frames, last_is_cut = [], [], False  # packets: (pts, duration, is key, is shown)
         source, positions, is_skimmed = self._source(), [], False
         with self._open(source) as stream:
             codec = stream.codec_context
@@ -175,6 +179,7 @@ class VideoReader:
                     # Edit lists hide packets; so does VP8 (bit unset: a frame only to refer to, RFC 6386, 9.1).
                     hidden = packet.is_discard or (codec.name == "vp8" and not memoryview(packet)[0] & 0x10)
                     packets.append((packet.pts, packet.duration, packet.is_keyframe, not hidden))
+                    last_is_cut = packet.is_corrupt  # the file ends within it
                     self._packet_times.append((packet.pts, packet.dts))
                     positions.append((packet.pos, packet.pos + packet.size) if may_be_skimmed else None)
                 if len(frames) < 2:
@@ -193,14 +198,21 @@ class VideoReader:
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             self._time_base = stream.time_base
             promised = min(stream.frames, len(stream.index_entries))  # the latter without what edit lists cut away
-            if promised > len(packets):
-                self._warn(f"the header promises {promised} frames, the file holds {len(packets)}")
+            if promised > len(packets) or (last_is_cut and promised == len(packets)):
+                self.missing = f"{promised - len(packets) + last_is_cut:,} frames"
+                self._warn(f"the header promises {promised} frames, the file holds {len(packets) - last_is_cut}")
+                if last_is_cut:  # no other refers to it, as it is the last one to decode
+                    for each in (packets, self._packet_times, positions):
+                        each.pop()
             # H.265 with temporal layers: a frame "without references" may have some from a higher layer. Their number
             # less one stands in the second byte of the video parameter set (7.3.2.1), after its header 0x40 0x01.
             parameters = (codec.extradata or b"").partition(b"\x40\x01")[2]
             has_layers = codec.name == "hevc" and parameters[1:2] > b"\x01"
             self._skip = "NONREF" if codec.name in CODECS_THAT_MAY_SKIP and not has_layers else "DEFAULT"
             lacks_pts = stream.container.format.name == "avi" and codec.has_b_frames  # FFmpeg makes some up
+        if not self.missing and (missing := self._missing_end()):
+            self.missing = missing
+            self._warn(f"cut: {missing} missing at its end")
         self._key_packets = [number for number, packet in enumerate(packets) if packet[2]]
         self._packet_number = {packet[0]: number for number, packet in enumerate(packets)}
         first_pts = [frame.pts for frame in frames[:2]]
@@ -219,6 +231,19 @@ class VideoReader:
             self._time_base, span, last_gap = 1 / rate, len(self) - 1, 1
         self.duration = float((span + last_gap) * self._time_base)
         self.average_fps = len(self) / self.duration
+
+    def _missing_end(self) -> str:
+        """What the file says to be longer by than it is."""
+        if self._file is None:
+            with open(self.path, "rb", buffering=0) as file:
+                return whole.missing_of_video(file.read(whole.FIRST_BYTES), os.fstat(file.fileno()).st_size)
+        file = self._file.reopen()
+        return whole.missing_of_video(file.read(whole.FIRST_BYTES), file.seek(0, os.SEEK_END))
+
+    def count_decodable(self) -> int:
+        """How many of the frames come out whole when everything is decoded."""
+        shown = set(self._pts)
+        return len({pts for pts, frame in self._decode_everything() if pts in shown and not frame.is_corrupt})
 
     def _images(self, indices: list[int], on_missing: str) -> Iterator[torch.Tensor]:
         repeats = Counter(indices)

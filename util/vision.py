@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
-from util import jpeg
+from util import jpeg, whole
 from util.video_reader import VideoReader
 
 PATCH = 14  # pixels, the side of a patch
@@ -28,6 +28,7 @@ FRAME_PIXELS = (128 * TOKEN_PIXELS, 768 * TOKEN_PIXELS)  # default budget of a v
 TOTAL_PIXELS = 0.9 * 128000 * TOKEN_PIXELS  # default budget of a video, before video_max_tokens
 RESIZED_PIXELS = (4 * TOKEN_PIXELS, 16384 * TOKEN_PIXELS)  # what an item may ask for by resized_*
 MOST_ASPECT = 200
+SAME_SHAPE = 0.02  # by how much the shapes of a video's frames may differ: what scaling by whole pixels rounds
 
 
 class Grid(NamedTuple):
@@ -45,6 +46,14 @@ class Grid(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.patches // MERGE**2
+
+    @property
+    def cut(self) -> bool:
+        return isinstance(self, CutGrid)
+
+
+class CutGrid(Grid):
+    """Of a video whose file ends before its time: what is there is read. The same numbers, and told apart."""
 
 
 @dataclass
@@ -91,20 +100,31 @@ def load(item: dict, budget: Budget) -> Medium:
         return patchify([resize(to_tensor(image, item["image"]), size)], grid, frames_per_patch=1)
     with open_video(item) as video:
         indices, (height, width), capped = plan_video(item, video, budget)
-        grid = Grid(len(indices) // TEMPORAL, height // PATCH, width // PATCH, capped)
+        grid = video_grid(video, indices, height, width, capped)
         frames = map(lambda frame: resize(frame, (height, width)), video.frames_at(indices))  # keeps no full frame
         return patchify(frames, grid, frames_per_patch=TEMPORAL)
 
 
 def read_grid(item: dict, budget: Budget) -> Grid:
-    """The grid that `load` will give, from the file's header alone."""
+    """The grid that `load` will give, from the file's header and its end alone.
+
+    Raises ValueError that names the file, also for an image whose end is missing, and for frames of several shapes.
+    """
     if item["type"] == "image":
-        image = open_image(item["image"])
+        image = open_whole_image(item["image"])
         height, width = named(image_size, item, image.height, image.width, budget)
         return Grid(1, height // PATCH, width // PATCH)
     with open_video(item) as video:
         indices, (height, width), capped = plan_video(item, video, budget)
-    return Grid(len(indices) // TEMPORAL, height // PATCH, width // PATCH, capped)
+        if isinstance(video, FrameList):
+            video.check()
+    return video_grid(video, indices, height, width, capped)
+
+
+def video_grid(video, indices: list[int], height: int, width: int, capped: bool) -> Grid:
+    """The grid of the frames of a video (or of what stands for its header), resized to height x width pixels."""
+    kind = CutGrid if video.missing else Grid
+    return kind(len(indices) // TEMPORAL, height // PATCH, width // PATCH, capped)
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
@@ -228,6 +248,25 @@ def open_image(path: str) -> Image.Image:
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
+def open_whole_image(path: str) -> Image.Image:
+    """An image as `open_image` gives it, or the ValueError of one whose pixels are not all there.
+
+    Its end is looked at; where that is missing, its pixels are decoded: what decodes is whole enough. Of a remote file
+    nothing more is fetched for it.
+    """
+    image = open_image(path)
+    file = getattr(image, "fp", None)  # None: decoded already, as it had to be turned
+    if file is None or not getattr(file, "is_here", lambda: True)():
+        return image
+    try:
+        looks_whole = whole.image_looks_whole(file, image.format)
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+    if not looks_whole:
+        to_tensor(image, path)
+    return image
+
+
 def to_tensor(image: Image.Image, path: str) -> torch.Tensor:
     """RGB pixels, uint8 (3, H, W) in channels-last memory; transparency is laid on white."""
     try:
@@ -259,10 +298,21 @@ class FrameList:
     """A video given as a list of images; frames are as large as the first one."""
 
     average_fps = 2.0
+    missing = ""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
         self.width, self.height = open_image(paths[0]).size
+
+    def check(self) -> None:
+        """ValueError for a frame that is not whole, or of another shape: the model would see it stretched."""
+        for path in dict.fromkeys(self.paths):
+            width, height = open_whole_image(path).size
+            if abs(width * self.height - height * self.width) > SAME_SHAPE * width * self.height:
+                raise ValueError(
+                    f"{path}: {width}x{height} pixels, and the first frame of its video, {self.paths[0]}, is "
+                    f"{self.width}x{self.height}; the frames of a video have one shape, so crop them"
+                )
 
     def __len__(self) -> int:
         return len(self.paths)
