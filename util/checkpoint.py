@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from util import disk, ranks
 from util.config import Config, UserError
 from util.lines import split_weight
+from util.optimizer import own_parameters, source_of
 from util.tensors import run_parameters, trained_parameters
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a process alone is meant
@@ -285,18 +286,18 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     state = read_state(path)
     reader = TensorReader(path)
     saved = reader.read_metadata().state_dict_metadata
-    parameters = trained_parameters(model)
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in trained_parameters(model).items()}
+    trained = optimized(model, optimizer)
     for key, entry in saved.items():
-        if key.startswith(("optimizer.", "random.")):
-            parameter = parameters.get(key.removeprefix("optimizer.").rpartition(".")[0])
-            like = parameter is not None and parameter.shape == entry.size
-            dtype = entry.properties.dtype
-            tensors[key] = torch.empty_like(parameter, dtype=dtype) if like else torch.empty(entry.size, dtype=dtype)
+        kind, _, rest = key.partition(".")
+        if kind == "optimizer" and (name := rest.rpartition(".")[0]) in trained:
+            tensors[key] = empty_state(trained[name], entry)
+        elif kind == "random":
+            tensors[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
     if missing := sorted(set(tensors) - set(saved)):
         raise UserError(f"{path}: made from another model: it has no {missing[0]}")
     dcp.load(tensors, storage_reader=reader, no_dist=not ranks.are_several())
-    for name, parameter in optimized(model, optimizer).items():
+    for name, parameter in trained.items():
         prefix = f"optimizer.{name}."
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         optimizer.state[parameter] = {**own, **state["optimizer"].get(name, {})}
@@ -304,6 +305,15 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         if random_key(kind) in tensors:  # a rank that was not there before goes on from its seed
             write(tensors[random_key(kind)])
     return state
+
+
+def empty_state(parameter: nn.Parameter, entry) -> torch.Tensor:
+    """Room for a tensor of the optimizer's state, laid out as the optimizer makes it: like its own parameter where it
+    has that one's shape (sharded if that is), else whole, and always on that one's device (fused AdamW refuses a count
+    of its steps that lies elsewhere)."""
+    if entry.size == parameter.shape:
+        return torch.empty_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
+    return torch.empty(entry.size, dtype=entry.properties.dtype, device=parameter.device)
 
 
 def random_states() -> dict[str, tuple[Callable, Callable]]:
@@ -336,8 +346,7 @@ def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str
 def optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """What the optimizer trains, by the name of the model's parameter (its own may share that one's memory)."""
     names = {parameter: name for name, parameter in run_parameters(model).items()}
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {names[getattr(parameter, "source", parameter)]: parameter for parameter in trained}
+    return {names[source_of(parameter)]: parameter for parameter in own_parameters(optimizer)}
 
 
 def find_checkpoints(run: Path) -> list[Path]:
@@ -394,6 +403,12 @@ def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:
         changed["data"] = ("the files as they were", "files with other content")
     lines = {name: f"  --{name}: {old} -> {new}" for name, (old, new) in changed.items()}
     serious = [line for name, line in lines.items() if name not in HARMLESS]
+    if "optimizer" in changed:
+        raise UserError(
+            f"{checkpoint} holds the moments of --optimizer {then['optimizer']}, which --optimizer {now['optimizer']} "
+            f"cannot go on with: give --optimizer {then['optimizer']}, or begin a new run with --model set to the "
+            "model that this one left"
+        )
     if serious and not config.resume_anyway:
         raise UserError(
             f"{checkpoint} was made with other settings:\n" + "\n".join(serious) + "\n"

@@ -10,7 +10,17 @@ from util.tensors import PARTS, part_of, run_parameters
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) with a group for each trained part, its norms and biases apart without decay."""
+    """AdamW (arXiv 1711.05101), or its twin with moments of 8 bits. Raises UserError where that one cannot work."""
+    groups = parameter_groups(model, config)
+    if config.optimizer == "adamw_8bit":
+        if next(model.parameters()).device.type == "cpu":
+            raise UserError("--optimizer adamw_8bit needs a GPU; use --optimizer adamw")
+        return eight_bit_adamw(groups)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
+    """A group for each trained part, its norms and biases apart without decay."""
     rates = {
         "vision": config.vision_learning_rate,
         "merger": config.merger_learning_rate,
@@ -25,41 +35,67 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
             if parameters:
                 decay = config.weight_decay if decays else 0.0
                 groups.append({"params": parameters, "weight_decay": decay, "peak": rate, "lr": rate})
-    if config.optimizer == "adamw_8bit":
-        if next(model.parameters()).device.type == "cpu":
-            raise UserError("--optimizer adamw_8bit needs a GPU; use --optimizer adamw")
-        return eight_bit_adamw(groups)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    return groups
 
 
 def eight_bit_adamw(groups: list[dict]) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW, whose two moments take 2 bytes per parameter instead of 8."""
+    """bitsandbytes' AdamW, whose two moments take 2 bytes per parameter instead of 8.
+
+    Its kernels work on plain memory and refuse fully_shard's parameters. So it trains stand-ins, which share the memory
+    of the model's parameters; their gradients are handed over for the step alone, and clearing them clears the model's.
+    """
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes import optim
     except ImportError:
         raise UserError("--optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes") from None
-    for group in groups:  # it works on plain memory: give it the tensors inside fully_shard's parameters
-        group["params"] = [plain_parameter(parameter) for parameter in group["params"]]
-    optimizer = AdamW8bit(groups, betas=(0.9, 0.999))
+
+    class StandInAdamW(optim.AdamW8bit):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            for parameter in own_parameters(self):
+                source_of(parameter).grad = None
+
+    for group in groups:
+        group["params"] = [stand_in(parameter) for parameter in group["params"]]
+    optimizer = StandInAdamW(groups, betas=(0.9, 0.999))
     optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: hand_over_gradients(optimizer))
+    optimizer.register_step_post_hook(lambda optimizer, args, kwargs: take_back_gradients(optimizer))
     return optimizer
 
 
-def plain_parameter(parameter: nn.Parameter) -> nn.Parameter:
+def stand_in(parameter: nn.Parameter) -> nn.Parameter:
+    """The tensor inside a parameter of fully_shard, as a parameter that knows whose memory it shares; a plain parameter
+    stands for itself."""
     if not hasattr(parameter, "to_local"):
         return parameter
-    plain = nn.Parameter(parameter.to_local().detach())  # shares its memory
+    plain = nn.Parameter(parameter.to_local().detach())
     plain.source = parameter
     return plain
 
 
+def source_of(parameter: nn.Parameter) -> nn.Parameter:
+    """The model's parameter that an optimizer's parameter stands for: itself, except for stand-ins."""
+    return getattr(parameter, "source", parameter)
+
+
+def own_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """What an optimizer trains, by its own count: of stand-ins these, not the model's parameters."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def hand_over_gradients(optimizer: torch.optim.Optimizer) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if hasattr(parameter, "source"):
-                gradient = parameter.source.grad
-                parameter.grad = None if gradient is None else gradient.to_local()
-                parameter.source.grad = None
+    for parameter in own_parameters(optimizer):
+        source = source_of(parameter)
+        if source is not parameter:
+            # where either was given other memory, the model would no longer be what is trained
+            assert parameter.data_ptr() == source.to_local().data_ptr()
+            parameter.grad = None if source.grad is None else source.grad.to_local()
+
+
+def take_back_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """The stand-ins' hold on the gradients would keep that memory through the next forward pass."""
+    for parameter in own_parameters(optimizer):
+        if source_of(parameter) is not parameter:
+            parameter.grad = None
 
 
 def learning_rate_factor(step: int, total: int, config: Config) -> float:
