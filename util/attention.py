@@ -5,7 +5,7 @@ neighbouring segments of the same length are stacked and go through torch's scal
 """
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,11 @@ class Segments:
     def of(cls, lengths: list[int]) -> "Segments":
         runs = [(len(list(pieces)), length) for length, pieces in groupby(lengths)]
         return cls(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths, default=0), runs)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The length of each piece, known without asking the device."""
+        return [*chain.from_iterable([length] * count for count, length in self.runs)]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Segments":
         return Segments(self.cu_seqlens.to(device, non_blocking=non_blocking), self.max_seqlen, self.runs)

@@ -62,9 +62,14 @@ def start(config: Config, timeout: float) -> World:
     """
     if config.device in ("auto", "cuda") and torch.cuda.is_available():
         device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-        torch.cuda.set_device(device)
     else:
         device = choose_device(config.device)
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda" and config.device not in ("auto", "cuda") and on_this_machine > 1:
+        raise UserError(
+            f"--device {config.device} names one GPU for the {on_this_machine} processes of this machine, each of "
+            "which needs its own: leave --device out, and choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}

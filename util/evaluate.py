@@ -166,7 +166,7 @@ class Answerer:
 
     def prompts_of(self, batch: Batch, embeddings: torch.Tensor) -> list[Prompt]:
         """The samples of a packed batch with embeddings (T, D), each by itself."""
-        lengths = batch.segments.cu_seqlens.diff().tolist()
+        lengths = batch.segments.lengths
         return list(zip(embeddings.split(lengths), batch.position_ids.T.split(lengths), strict=True))
 
     @torch.no_grad()

@@ -1,13 +1,28 @@
 """Counting the work of a step: exact floating-point operations from the model's config, recompute not counted."""
 
+import re
+
 import torch
 
 from util import lora
 from util.config import Config
 from util.dataset import Size
 
-# Dense bf16 peak by datasheet, TFLOP/s, matched against torch.cuda.get_device_name.
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "H800": 989, "B200": 2250, "A100": 312, "A800": 312, "L40S": 362}
+# Dense bf16 peak by NVIDIA's datasheets, TFLOP/s, by names as torch.cuda.get_device_name gives them: the first pattern
+# that is found counts. Cards of one name in another form (PCIe, NVL) have other peaks, and a part of a card (MIG) has
+# none of its own. What is not certain is left out: an mfu that is wrong is worse than none.
+PEAK_TFLOPS = {
+    r"\bMIG\b": None,
+    r"\bH[18]00 PCIe\b": 756,
+    r"\bH[12]00 NVL\b": 835,
+    r"\bH100 .*HBM3\b": 989,  # SXM
+    r"\b(H200|GH200)\b": 989,
+    r"\bH800$": 989,
+    r"\bB200\b": 2250,
+    r"\bGB200\b": 2500,
+    r"\bA[18]00\b": 312,  # SXM and PCIe alike
+    r"\bL40S\b": 362,
+}
 
 
 def forward_flops(config, size: Size) -> dict[str, float]:
@@ -52,4 +67,5 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+    tflops = next((peak for pattern, peak in PEAK_TFLOPS.items() if re.search(pattern, name)), None)
+    return tflops and tflops * 1e12

@@ -27,9 +27,13 @@ UNFINISHED = ".unfinished_model"
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a run. Raises UserError where the chosen one is not there."""
+    """The device of a run. Raises UserError where the chosen one is not there.
+
+    A GPU also becomes the current one, which is what all that is told no device means: pinned memory, random states,
+    `torch.cuda.synchronize`, NCCL and kernels of others. Else these would be the first GPU's, with a context there.
+    """
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -40,7 +44,10 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: torch {torch.__version__} sees no GPU (`nvidia-smi` shows the driver)")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -261,8 +268,6 @@ def one_process_mesh(device: torch.device):
     from torch.distributed.device_mesh import init_device_mesh
 
     if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)
