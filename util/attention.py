@@ -98,6 +98,9 @@ def register(backend: str) -> str:
         out = attend(q, k, v, segments, causal=module.is_causal, scale=scaling)
         return out.unsqueeze(0), None
 
+    if backend == "sdpa":
+        # It looks at every length. Compiled, it would be compiled anew for each list of lengths, without end.
+        packed_attention = torch.compiler.disable(packed_attention)
     name = NAME + backend
     AttentionInterface.register(name, packed_attention)
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)

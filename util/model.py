@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import logging as transformers_logging
 
 from util import attention, disk, lora, ranks, vision
+from util.compilation import compile_layers
 from util.config import OFFICIAL_MODEL, Config, UserError
 from util.loss import PackedLoss
 from util.tensors import part_of, trained_parameters
@@ -176,8 +177,7 @@ def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, devic
         for layer in layers(model):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if config.compile:
-        for layer in layers(model):
-            layer.compile()
+        compile_layers(model.model.visual.blocks, model.model.language_model.layers)
     return model
 
 
