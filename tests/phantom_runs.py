@@ -1,0 +1,147 @@
+"""Trainings on a GPU that is not there, one after the other in this process (started by tests/test_phantom.py).
+
+    run tests/phantom_runs.py runs.json      [[script, settings, step at which to resume or null], ...]
+    run tests/phantom_runs.py step model_config.json '{"lora_rank": 8}'     one real-size step
+
+Prints one JSON line for each: what was counted in its steps. Every number that the device holds is meaningless there, so
+what would be decided by one is decided here: answers end after a few tokens, and each is generated.
+"""
+
+import json
+import resource
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import phantom
+import torch
+from transformers import GenerationMixin, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from util import evaluate, log, memory, optimizer
+from util.collator import Collator
+from util.config import Config
+from util.conversation import Encoded
+from util.dataset import Sample, Size
+from util.loss import PackedLoss
+from util.model import choose_device, choose_dtype, prepare_model
+from util.optimizer import build_optimizer
+from util.vision import Grid, Medium
+
+TOKENS_OF_AN_ANSWER = 3
+counted: list[dict] = []  # of each step: {"passes": ..., "after": ...}
+
+
+def bound_generation() -> None:
+    """Greedy decoding would go on until the device says that an end token was found."""
+    left = {"tokens": TOKENS_OF_AN_ANSWER}
+
+    def goes_on(self, *unused, **also_unused) -> bool:
+        left["tokens"] = (left["tokens"] or TOKENS_OF_AN_ANSWER + 1) - 1
+        return left["tokens"] > 0
+
+    GenerationMixin._has_unfinished_sequences = goes_on
+    forward = PackedLoss.forward
+
+    def never_likeliest(self, batch, reduction="sum", **visual):
+        found = forward(self, batch, reduction, **visual)
+        if "visual" in visual:  # Answerer.read: no answer is taken from the reference, all are generated
+            found = found.cpu()
+            found[1] = 0
+        return found
+
+    PackedLoss.forward = never_likeliest
+    # tokens from the device are any numbers; the tokenizer takes small ones
+    evaluate.Answerer.text = lambda self, tokens: " ".join(str(token) for token in tokens)
+
+
+def count_in_steps() -> None:
+    """Count what CUDA is asked for in the passes of each step, and from clipping to the step's line in the log."""
+    forward, clip, log_step = PackedLoss.forward, optimizer.clip_gradient, log.Run.log_step
+
+    def begin(self, *batch, **changes):
+        if torch.is_grad_enabled() and not begun:
+            begun.append(True)
+            phantom.reset()
+        return forward(self, *batch, **changes)
+
+    def end_of_passes(*arguments):
+        counted.append({"passes": phantom.stats()})
+        phantom.reset()
+        return clip(*arguments)
+
+    def end_of_step(*arguments):
+        counted[-1]["after"] = phantom.stats()
+        begun.clear()
+        return log_step(*arguments)
+
+    begun: list[bool] = []
+    PackedLoss.forward, optimizer.clip_gradient, log.Run.log_step = begin, end_of_passes, end_of_step
+
+
+def train(script: str, settings: dict, resume_at: int | None) -> dict:
+    """A training; where `resume_at` is given, then again from its checkpoint of that step on."""
+    counted.clear()
+    module = import_module(script)
+    run = Path(module.train(Config(**settings)))
+    first, resumed = len(counted), 0
+    if resume_at:
+        for later in (run / "checkpoints").glob("step_*"):
+            if int(later.name.removeprefix("step_")) > resume_at:
+                shutil.rmtree(later)
+        module.train(Config(**{**settings, "resume": "auto"}))
+        resumed = len(counted) - first
+    return {"steps": first, "resumed": resumed, "counted": counted, "files": sorted(p.name for p in run.iterdir())}
+
+
+def real_size_step(config_file: str, settings: dict) -> dict:
+    """Three steps of a published size on one image and text; its weights are memory that nobody touched."""
+    device, config = choose_device("cuda"), Config(**settings)
+    dtype, model_config = choose_dtype(config.dtype, device), Qwen2VLConfig.from_pretrained(Path(config_file).parent)
+    grid = Grid(1, 64, 64)
+    text = Encoded([5] * (4096 - grid.tokens + 1), [False] * 2048 + [True] * (2049 - grid.tokens), [10])
+    sizes = [[Size(4096, sum(text.supervised), [grid])]]
+    forecast = memory.forecast(model_config, memory.count_parameters(model_config, config), config, dtype, sizes)
+    free = memory.free_bytes(device)
+    kept = dtype if config.lora_rank else torch.float32
+    with torch.device("meta"):
+        bare = Qwen2VLForConditionalGeneration(model_config).to(kept)
+    model = prepare_model(bare.to_empty(device=device), config, processor_of_pixels(), device)
+    trained = build_optimizer(model, config)
+    patches = torch.zeros(grid.patches, 588, dtype=torch.uint8)
+    batch = Collator()([Sample(text, [Medium(patches, grid)], "one image")]).pin_memory()
+    for _ in range(3):
+        phantom.reset()
+        loss = model(batch.to(device))
+        loss.backward()
+        passes = phantom.stats()
+        phantom.reset()
+        read = [optimizer.clip_gradient(model, 1.0).item(), loss.item()]
+        trained.step()
+        trained.zero_grad()
+        counted.append({"passes": passes, "after": phantom.stats(), "read": len(read)})
+    peak = {"peak": memory.peak_bytes(device), "reserved": torch.cuda.max_memory_reserved(device)}
+    return {"counted": counted, "forecast": sum(forecast.values()), "free": free, **peak}
+
+
+def processor_of_pixels():
+    class Processor:
+        class image_processor:
+            image_mean, image_std = [0.5] * 3, [0.5] * 3
+
+    return Processor()
+
+
+def tell(found: dict) -> None:
+    found["resident_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print("COUNTED " + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "step":
+        tell(real_size_step(sys.argv[2], json.loads(sys.argv[3])))
+    else:
+        bound_generation()
+        count_in_steps()
+        for wanted in json.loads(Path(sys.argv[1]).read_text()):
+            tell(train(*wanted))

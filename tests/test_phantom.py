@@ -1,0 +1,156 @@
+"""CUDA's host code without a GPU: PHANTOM_GPU names a folder whose `run` starts Python with stand-ins for CUDA's libraries,
+in which every call succeeds, computes nothing and is counted. Nothing is asserted on values, which are meaningless there.
+
+It shows what a CPU cannot: arguments, dtypes and devices that a kernel refuses, host syncs, copies from memory that is
+not pinned, and the allocator's peak of a real-size step against the forecast.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import runs
+
+ROOT = Path(__file__).resolve().parent.parent
+MOST_RESIDENT = 4.0  # GiB; a run of tiny stays near 1
+LIMIT = 900  # seconds, for what hangs
+
+EVALUATED = {"eval_data": [str(ROOT / "test_data" / "data.json")], "eval_every": 2, "eval_samples": 2}
+SAVED = {"save_every": 2}
+LORA = {"lora_rank": 4}
+# Script, settings, the step to resume at: in every run of the suite, the rest with --slow. finetune_distributed.py comes
+# first in its process, as it starts gloo too; NCCL alone, which finetune.py starts, knows no stand-in.
+SHORT = {
+    "distributed": ("finetune_distributed", {**EVALUATED, **SAVED}, 2),
+    "everything": ("finetune", {**EVALUATED, **SAVED, "activation_checkpointing": "full"}, 2),
+    "eight bits": ("finetune", {**SAVED, "optimizer": "adamw_8bit"}, 2),
+    "qlora": ("finetune", {**SAVED, **EVALUATED, **LORA, "quantize": "nf4", "lora_vision": True}, 2),
+}
+LONG = {
+    "distributed lora": ("finetune_distributed", {**EVALUATED, **SAVED, **LORA}, 2),
+    "full": ("finetune", {**EVALUATED, **SAVED, "num_workers": 2}, 2),
+    "float32": ("finetune", {**EVALUATED, **SAVED, "dtype": "float32"}, 2),
+    "eight bits, float32": ("finetune", {**SAVED, "dtype": "float32", "optimizer": "adamw_8bit"}, 2),
+    "eight bits, lora": ("finetune", {**SAVED, **EVALUATED, **LORA, "optimizer": "adamw_8bit"}, 2),
+    "lora": ("finetune", {**EVALUATED, **SAVED, **LORA, "lora_dropout": 0.1}, 2),
+    "lora, vision": ("finetune", {**EVALUATED, **SAVED, **LORA, "lora_vision": True}, 2),
+    "dora": ("finetune", {**EVALUATED, **SAVED, **LORA, "lora_dora": True}, 2),
+    "qlora, recomputed": ("finetune", {**LORA, "quantize": "nf4", "activation_checkpointing": "full"}, None),
+    "frozen tower": ("finetune", {**EVALUATED, **SAVED, "freeze": ["vision"]}, 2),
+    "frozen merger": ("finetune", {**SAVED, "freeze": ["merger"]}, None),
+    "frozen language model": ("finetune", {**EVALUATED, **SAVED, "freeze": ["language_model"]}, 2),
+    "one sample a pass": ("finetune", {**SAVED, "micro_batch_size": 1, "global_batch_size": 4}, None),
+}
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory):
+    """A function (words, environment) that runs Python so, and returns what tests/phantom_runs.py counted."""
+    folder = Path(os.environ.get("PHANTOM_GPU", ROOT.parent / "shared" / "phantom_gpu"))
+    if not (folder / "run").is_file():
+        pytest.skip("the stand-ins for CUDA's libraries are not here; name their folder in PHANTOM_GPU")
+    if not (shutil.which("cc") and shutil.which("nm") and torch.version.cuda):
+        pytest.skip("needs cc, nm and a torch that is built for CUDA")
+
+    def run(words: list[str], **environment: str) -> list[dict]:
+        log = tmp_path_factory.mktemp("phantom") / "log"
+        environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
+        environment["PYTHONPATH"] = str(ROOT)
+        with open(log, "w") as file:
+            job = subprocess.Popen([folder / "run", *words], cwd=ROOT, env=environment, stdout=file, stderr=file)
+        watch(job)
+        printed = log.read_text(errors="replace")
+        assert job.returncode == 0, printed[-6000:]
+        return [json.loads(line[8:]) for line in printed.splitlines() if line.startswith("COUNTED ")]
+
+    return run
+
+
+def watch(job: subprocess.Popen) -> None:
+    """Wait for its end; it is made to end where its resident set grows without bound, which happened once."""
+    deadline = time.monotonic() + LIMIT
+    while job.poll() is None:
+        try:
+            status = Path(f"/proc/{job.pid}/status").read_text()
+        except OSError:  # it has just ended
+            continue
+        resident = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")), 0) / 2**20
+        if resident > MOST_RESIDENT or time.monotonic() > deadline:
+            job.kill()
+            job.wait()
+            raise AssertionError(f"resident set {resident:.1f} GiB, {deadline - time.monotonic():.0f} s were left")
+        time.sleep(0.1)
+
+
+def train(phantom, chosen: dict, tiny_path: Path, folder: Path) -> dict[str, dict]:
+    """The runs of `chosen`, one after the other in one process; what was counted in each."""
+    wanted = []
+    for number, (script, changes, resume_at) in enumerate(chosen.values()):
+        own = {"device": "auto", "dtype": "auto", "max_steps": 3, "global_batch_size": 2, "learning_rate": 1e-5}
+        wanted.append([script, runs.settings(tiny_path, folder / str(number), **{**own, **changes}), resume_at])
+    (folder / "runs.json").write_text(json.dumps(wanted))
+    found = phantom(["tests/phantom_runs.py", str(folder / "runs.json")])
+    return dict(zip(chosen, found, strict=True))
+
+
+def check(name: str, found: dict, changes: dict, resume_at: int | None) -> None:
+    assert found["steps"] == 3, name
+    assert found["resumed"] == (3 - resume_at if resume_at else 0), name
+    model = "adapter_model.safetensors" if "lora_rank" in changes else "model.safetensors"
+    assert {model, "metrics.jsonl", "loss.png"} <= {*found["files"]}, name
+    assert found["resident_gib"] < MOST_RESIDENT, name
+    # the first step makes buffers, and beside the third one's passes a save copies to the CPU
+    check_step(name, found["counted"][1], reads_by_optimizer="optimizer" in changes)
+
+
+def check_step(name: str, step: dict, reads_by_optimizer: bool = False) -> None:
+    """No word from the device in the passes, two numbers after them, and no copy that waits for memory to be pinned."""
+    passes, after = step["passes"], step["after"]
+    assert passes["launches"] > 100, f"{name}: nothing ran on the device"
+    assert passes["matmuls"] > 10, name
+    for kind in ("stream_synchronise", "device_synchronise", "event_synchronise", "device_to_host"):
+        assert passes[kind] == 0, f"{name}: {passes[kind]} x {kind} in the passes"
+    assert after["device_to_host"] <= 2, f"{name}: {after['device_to_host']} numbers read"
+    for part in (passes, after):
+        assert part["pageable_host_to_device"] == 0, f"{name}: {part['pageable_host_to_device']} pageable copies"
+    if not reads_by_optimizer:  # bitsandbytes waits for each parameter
+        assert after["stream_synchronise"] + after["device_synchronise"] <= 2, f"{name}: {after}"
+
+
+def test_trainings_end_with_evaluation_saving_resuming_and_answers(phantom, tiny_path, tmp_path):
+    for name, found in train(phantom, SHORT, tiny_path, tmp_path).items():
+        check(name, found, *SHORT[name][1:])
+
+
+@pytest.mark.slow
+def test_every_kind_of_training_ends(phantom, tiny_path, tmp_path):
+    for name, found in train(phantom, LONG, tiny_path, tmp_path).items():
+        check(name, found, *LONG[name][1:])
+
+
+STEPS = {"full": {}, "lora": {"lora_rank": 16}, "recomputed": {"activation_checkpointing": "full"}}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "full" else pytest.mark.slow) for name in STEPS]
+)
+def test_a_real_size_step_asks_the_device_for_nothing(name, phantom, request):
+    request.getfixturevalue("official_processor")  # its folder holds the published config
+    folder = Path(os.environ.get("QWEN2_VL_REFERENCE", ROOT.parent / "shared" / "qwen2_vl_reference"))
+    (found,) = phantom(["tests/phantom_runs.py", "step", str(folder / "config.json"), json.dumps(STEPS[name])])
+    for step in found["counted"][1:]:
+        check_step(name, step)
+        assert step["passes"]["matmuls"] > 500
+    gib = 2**30
+    assert found["free"] / gib < 79
+    told = f"peak {found['peak'] / gib:.1f} GiB, reserved {found['reserved'] / gib:.1f}, forecast {found['forecast'] / gib:.1f}"
+    print(told)
+    assert found["peak"] < 1.05 * found["forecast"] < 1.5 * found["peak"], told
+    assert found["resident_gib"] < MOST_RESIDENT
