@@ -7,6 +7,7 @@ stands in the file of util/ that it comes from.
 """
 
 import time
+from collections.abc import Iterable
 
 from util.config import Config, parse_arguments, run_command
 
@@ -16,11 +17,11 @@ def train(config: Config) -> str:
     import torch
     from torch.utils.data import DataLoader
 
-    from util import disk, flops, memory, show
+    from util import disk, flops, kept_sizes, memory, show
     from util.bad_samples import Lenient, begin
-    from util.checkpoint import Saver, load_checkpoint, read_state, resolve_resume
+    from util.checkpoint import Saver, compare_plan, load_checkpoint, read_state, resolve_resume
     from util.collator import Collator
-    from util.dataset import Examples, Samples, plan_epoch
+    from util.dataset import Examples, Samples
     from util.evaluate import evaluate_answers, evaluate_loss
     from util.guard import FiniteGuard, StopSignal
     from util.log import RUNS, Run
@@ -29,6 +30,7 @@ def train(config: Config) -> str:
     from util.model import build_model, choose_device, choose_dtype, find_model, load_config, load_processor, save_model
     from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
     from util.plan import print_plan, worker_count
+    from util.steps import held_out_steps, training_steps
     from util.vision import Budget
 
     torch.manual_seed(config.seed)
@@ -39,61 +41,60 @@ def train(config: Config) -> str:
     resumed = resolve_resume(config, RUNS / "latest")
     workers = worker_count(config, device)
 
-    # ---- data: checked, measured from file headers, and every step of every epoch planned before any weight is loaded
+    # ---- data: checked, measured from file headers, and all steps surveyed before any weight is loaded
     budget, reader = Budget.of(config), MediaReader(config)
     samples = Samples(Examples(config.data, processor), processor, budget, reader)
-    sizes = measure(samples, config.max_tokens, config, config.num_workers)
-    orders = [samples.examples.order(config.seed, epoch) for epoch in range(config.epochs)]
-    steps = [(epoch, step) for epoch, order in enumerate(orders) for step in plan_epoch(sizes, order, config)]
-    steps = steps[: config.max_steps]
+    sizes = measure(samples, config.max_tokens, config, config.num_workers, kept_sizes.folder_of(config))
+    if resumed:
+        compare_plan(config, resumed, sizes, samples.examples)
+    steps = training_steps(sizes, samples.examples, config)
 
-    def load(data: Samples, micro_batches: list[list[int]]) -> DataLoader:
+    def load(data: Samples, micro_batches: Iterable[list[int]]) -> DataLoader:
         """The packed batches of `micro_batches`, made in data workers."""
         data, pin = Lenient(data, config.on_bad_sample), device.type == "cuda"
         return DataLoader(data, batch_sampler=micro_batches, collate_fn=Collator(), num_workers=workers, pin_memory=pin)
 
-    held_out, held_out_plan = None, []
+    held_out, held_out_plan = None, None
     if config.eval_data:
         held_out = Samples(Examples(config.eval_data, processor), processor, budget, reader)
-        held_out_sizes = measure(held_out, config.max_tokens, config, config.num_workers)
-        held_out_plan = [micro for step in plan_epoch(held_out_sizes, held_out_sizes.usable, config) for micro in step]
+        found = measure(held_out, config.max_tokens, config, config.num_workers, kept_sizes.folder_of(config))
+        held_out_plan = held_out_steps(found, config)
 
     # ---- the plan, before anything is loaded or written
     run = Run(config, device, resumed)
     counts = memory.count_parameters(model_config, config)
-    heaviest = [[sizes[i] for i in micro] for _, step in steps for micro in step]
-    needs = memory.forecast(model_config, counts, config, dtype, heaviest)
-    print_plan(config, run.directory, path, device, dtype, counts, needs, sizes, len(orders[0]), steps, workers)
+    survey = steps.survey
+    needs = memory.forecast(model_config, counts, config, dtype, survey.heaviest)
+    print_plan(config, run.directory, path, device, dtype, counts, needs, sizes, steps, held_out_plan, workers)
     print(show.describe_first(samples, config.on_bad_sample), flush=True)
-    memory.check(model_config, config, dtype, device, heaviest, needs)
+    memory.check(model_config, config, dtype, device, survey, needs)
     disk.check(run.directory, counts, config, dtype)
 
     # The first batch is made while nothing is written yet: what its pixels are refused for leaves no trace.
     first = read_state(resumed)["step"] if resumed else 0
-    batches = begin(load(samples, [micro for _, step in steps[first:] for micro in step]))
+    batches = begin(load(samples, steps.micro_batches(first)))
 
     model = build_model(config, path, processor, device)
     optimizer = build_optimizer(model, config)
     if resumed:
         load_checkpoint(resumed, model, optimizer)
     run.open(first, len(steps), {"model": path, "dtype": str(dtype).removeprefix("torch."), "device": str(device)})
-    saver = Saver(run.directory, config, len(steps), run.say)
+    saver = Saver(run.directory, config, len(steps), run.say, sizes.mark())
     stop, guard = StopSignal(run.say), FiniteGuard(run.say)
 
     def evaluate(step: int) -> float:
-        totals = evaluate_loss(model, load(held_out, held_out_plan), device)
+        totals = evaluate_loss(model, load(held_out, held_out_plan.micro_batches()), device)
         scores = evaluate_answers(model, held_out, device, config)
         run.log_evaluation(step, totals, scores)
         return totals["loss_sum"] / (totals["supervised_tokens"] or float("nan"))
 
     # ---- the loop
-    for number, (epoch, step) in enumerate(steps[first:], first + 1):
+    for number, (epoch, step, planned) in enumerate(steps.after(first), first + 1):
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in step]
         data_seconds = time.perf_counter() - began
         totals = {key: sum(batch.counts[key] for batch in micro_batches) for key in micro_batches[0].counts}
-        planned = totals["samples"] + totals["skipped"]
-        assert planned in (config.global_batch_size, len(orders[epoch]) % config.global_batch_size)
+        assert totals["samples"] + totals["skipped"] == planned
 
         # One division, by the supervised tokens of the whole global batch, which are known before the first backward:
         # how samples are spread over micro-batches then changes nothing.
@@ -108,7 +109,7 @@ def train(config: Config) -> str:
         grad_norm = clip_gradient(model, config.max_grad_norm).item()
         learning_rate = set_learning_rate(optimizer, number - 1, len(steps), config)
         loss, stopping, due = loss_sum.item() / supervised_tokens, stop.requested, saver.is_due(number)
-        if guard.allows(number, loss, grad_norm, [name for batch in micro_batches for name in batch.where]):
+        if planned and guard.allows(number, loss, grad_norm, [name for batch in micro_batches for name in batch.where]):
             saver.wait_for_copy()
             optimizer.step()
         optimizer.zero_grad()

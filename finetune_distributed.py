@@ -7,6 +7,7 @@ guards.
 """
 
 import time
+from collections.abc import Iterable
 
 from util.config import Config, parse_arguments, run_command
 
@@ -16,9 +17,9 @@ def train(config: Config) -> str:
     import torch
     from torch.utils.data import DataLoader
 
-    from util import disk, distributed, faults, flops, memory, show
+    from util import disk, distributed, faults, flops, kept_sizes, memory, show
     from util.bad_samples import Lenient, begin
-    from util.checkpoint import Saver, load_checkpoint, read_state, resolve_resume
+    from util.checkpoint import Saver, compare_plan, load_checkpoint, read_state, resolve_resume
     from util.dataset import Examples, Samples
     from util.evaluate import evaluate_answers, evaluate_loss
     from util.guard import FiniteGuard, StopSignal
@@ -28,6 +29,7 @@ def train(config: Config) -> str:
     from util.model import choose_dtype, find_model, load_config, load_processor, save_model
     from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
     from util.plan import print_plan, worker_count
+    from util.steps import held_out_steps, training_steps
     from util.vision import Budget
 
     torch.manual_seed(config.seed)
@@ -40,68 +42,68 @@ def train(config: Config) -> str:
     resumed = distributed.from_first_rank(resolve_resume, config, RUNS / "latest")
     workers = worker_count(config, device)
 
-    # ---- data: checked, measured from file headers, and every step of every epoch planned before any weight is loaded
+    # ---- data: checked, measured from file headers, and all steps surveyed before any weight is loaded
     budget, reader = Budget.of(config), MediaReader(config)
     samples = Samples(Examples(config.data, processor), processor, budget, reader)
-    sizes = measure(samples, config.max_tokens, config, config.num_workers)
-    orders = [samples.examples.order(config.seed, epoch) for epoch in range(config.epochs)]
-    steps = distributed.plan_epochs(sizes, orders, config, model_config, world)
-    steps = steps[: config.max_steps]
+    sizes = measure(samples, config.max_tokens, config, config.num_workers, kept_sizes.folder_of(config))
+    if resumed:
+        compare_plan(config, resumed, sizes, samples.examples)
+    dealing = distributed.dealing(sizes, config, model_config, world)
+    steps = training_steps(sizes, samples.examples, config, dealing)
+    distributed.refuse_idle_ranks(steps, config, world)
 
-    def load(data: Samples, micro_batches: list[list[int]]) -> DataLoader:
+    def load(data: Samples, micro_batches: Iterable[list[int]]) -> DataLoader:
         """The packed batches of `micro_batches`, made in data workers."""
         data, pin = Lenient(data, config.on_bad_sample), device.type == "cuda"
         collator = distributed.EvenCollator()
         return DataLoader(data, batch_sampler=micro_batches, collate_fn=collator, num_workers=workers, pin_memory=pin)
 
-    held_out, held_out_plan = None, []
+    held_out, held_out_plan = None, None
     if config.eval_data:
         held_out = Samples(Examples(config.eval_data, processor), processor, budget, reader)
-        held_out_sizes = measure(held_out, config.max_tokens, config, config.num_workers)
-        held_out_steps = distributed.plan_epochs(held_out_sizes, [held_out_sizes.usable], config, model_config, world)
-        held_out_plan = [micro for _, step in held_out_steps for micro in step]
+        found = measure(held_out, config.max_tokens, config, config.num_workers, kept_sizes.folder_of(config))
+        held_out_plan = held_out_steps(found, config, distributed.dealing(found, config, model_config, world))
 
     # ---- the plan, before anything is loaded or written
     run = distributed.open_run(config, resumed, world)
     counts = memory.count_parameters(model_config, config)
-    heaviest = [[sizes[i] for i in micro] for _, step in steps for micro in step]
+    survey = steps.survey
     shards = distributed.shard_group(config, world)
-    needs = memory.forecast(model_config, counts, config, dtype, heaviest, shards)
+    needs = memory.forecast(model_config, counts, config, dtype, survey.heaviest, shards)
     if world.is_first:
-        print_plan(config, run.directory, path, device, dtype, counts, needs, sizes, len(orders[0]), steps, workers)
+        print_plan(config, run.directory, path, device, dtype, counts, needs, sizes, steps, held_out_plan, workers)
         print(show.describe_first(samples, config.on_bad_sample), flush=True)
-    memory.check(model_config, config, dtype, device, heaviest, needs, shards)
+    memory.check(model_config, config, dtype, device, survey, needs, shards)
     disk.check(run.directory, counts, config, dtype)
 
     # The first batch is made while nothing is written yet: what its pixels are refused for leaves no trace.
     first = read_state(resumed)["step"] if resumed else 0
-    batches = begin(load(samples, [micro for _, step in steps[first:] for micro in step]))
+    batches = begin(load(samples, steps.micro_batches(first)))
 
     model = distributed.build_model(config, path, model_config, processor, world)
     optimizer = build_optimizer(model, config)
     if resumed:
         load_checkpoint(resumed, model, optimizer)
     run.open(first, len(steps), {"model": path, "dtype": str(dtype).removeprefix("torch."), "device": str(device)})
-    saver = Saver(run.directory, config, len(steps), run.say)
+    saver = Saver(run.directory, config, len(steps), run.say, sizes.mark())
     stop, guard = StopSignal(run.say), FiniteGuard(run.say)
     watch = faults.Watch(world, model, run, len(steps))
 
     def evaluate(step: int) -> float:
-        totals = world.sum(evaluate_loss(model, load(held_out, held_out_plan), device))
+        totals = world.sum(evaluate_loss(model, load(held_out, held_out_plan.micro_batches()), device))
         scores = evaluate_answers(model, held_out, device, config)
         run.log_evaluation(step, totals, scores)
         return totals["loss_sum"] / (totals["supervised_tokens"] or float("nan"))
 
     # ---- the loop
-    for number, (epoch, step) in enumerate(steps[first:], first + 1):
+    for number, (epoch, step, planned) in enumerate(steps.after(first), first + 1):
         watch.begin(number, [samples.examples.where(i) for micro in step for i in micro])
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in step]
         data_seconds = time.perf_counter() - began
         totals = {key: sum(batch.counts[key] for batch in micro_batches) for key in micro_batches[0].counts}
         totals = world.sum(totals)
-        planned = totals["samples"] + totals["skipped"]
-        assert planned in (config.global_batch_size, len(orders[epoch]) % config.global_batch_size)
+        assert totals["samples"] + totals["skipped"] == planned
 
         # One division, by the supervised tokens of the whole global batch, which are known before the first backward:
         # how samples are spread over micro-batches then changes nothing.
@@ -119,7 +121,7 @@ def train(config: Config) -> str:
         learning_rate = set_learning_rate(optimizer, number - 1, len(steps), config)
         sums = world.sum({"loss": loss_sum.item(), "stop": stop.requested, "due": saver.is_due(number)})
         loss, stopping, due = sums["loss"] / supervised_tokens, sums["stop"], sums["due"]
-        if guard.allows(number, loss, grad_norm, [name for batch in micro_batches for name in batch.where]):
+        if planned and guard.allows(number, loss, grad_norm, [name for batch in micro_batches for name in batch.where]):
             saver.wait_for_copy()
             optimizer.step()
         optimizer.zero_grad()

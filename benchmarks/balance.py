@@ -3,7 +3,7 @@
     python benchmarks/balance.py --out benchmarks/results/balance.json
 
 Samples are drawn from a mix of texts, small and 4K images, and videos of 2 seconds to an hour, and cost their exact
-FLOPs in Qwen2-VL-2B. Each step's global batch is dealt by `distributed.deal` and, for comparison, in the order drawn,
+FLOPs in Qwen2-VL-2B. Each step's global batch is dealt by `steps.deal` and, for comparison, in the order drawn,
 equally many samples to each rank. The figure is slowest rank / mean rank: 1.00 wastes nothing. Its bound is what no way
 to deal whole samples can go below.
 """
@@ -20,12 +20,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
+
 from benchmarks.report import origin, write_result
 from tests.official import official_config
 from util.config import Config
 from util.dataset import Size
-from util.distributed import deal
 from util.flops import training_flops
+from util.steps import deal
 from util.vision import FRAME_PIXELS, IMAGE_PIXELS, PATCH, Budget, Grid, frame_count, frame_size, smart_resize
 
 
@@ -43,6 +45,14 @@ def draw(generator: random.Random, budget: Budget) -> Size:
         (height, width), _ = frame_size({}, 720, 1280, frames, budget)
         grids = [Grid(frames // 2, height // PATCH, width // PATCH)]
     return Size(text + sum(grid.tokens for grid in grids), max(1, text // 4), grids)
+
+
+def hands_of(costs: list[float], ranks: int) -> list[list[int]]:
+    """The samples of one global batch by rank."""
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for index, hand in enumerate(deal(np.array([costs]), ranks)[0].tolist()):
+        hands[hand].append(index)
+    return hands
 
 
 def unevenness(hands: list[list[int]], costs: list[float]) -> float:
@@ -75,7 +85,7 @@ def main() -> None:
             for _ in range(arguments.steps):
                 costs = [training_flops(config, [draw(generator, budget)], Config()) for _ in range(ranks * per_rank)]
                 began = time.perf_counter()
-                hands = deal(costs, ranks)
+                hands = hands_of(costs, ranks)
                 seconds.append(time.perf_counter() - began)
                 dealt.append(unevenness(hands, costs))
                 bound.append(lower_bound(costs, ranks) / (sum(costs) / ranks))

@@ -25,12 +25,11 @@ sys.path.insert(0, str(ROOT))
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from benchmarks.balance import draw, unevenness
+from benchmarks.balance import draw, hands_of, unevenness
 from benchmarks.report import origin, processor_name, write_result
 from tests.official import official_config
 from util.config import Config
 from util.dataset import Size
-from util.distributed import deal
 from util.flops import training_flops
 from util.memory import activations
 from util.model import freeze, layers
@@ -298,7 +297,7 @@ def drawn_imbalance(ranks: int, samples_per_rank: int, steps: int = 20) -> float
     generator, config, values = random.Random(0), official_config("2b"), []
     for _ in range(steps):
         costs = [training_flops(config, [draw(generator, Budget())], Config()) for _ in range(ranks * samples_per_rank)]
-        values.append(unevenness(deal(costs, ranks), costs))
+        values.append(unevenness(hands_of(costs, ranks), costs))
     return statistics.mean(values)
 
 

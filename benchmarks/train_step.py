@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +41,7 @@ from benchmarks.report import origin, write_result
 from util import flops
 from util.collator import Collator
 from util.config import Config, UserError, parse_arguments, run_command
-from util.dataset import Samples, load_examples, plan_epoch
+from util.dataset import Samples, load_examples
 from util.log import versions
 from util.measure import measure
 from util.memory import GIB, peak_bytes
@@ -54,6 +55,7 @@ from util.model import (
     set_budget,
 )
 from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
+from util.steps import training_steps
 from util.tiny_model import make_model, make_tiny_model
 from util.vision import Budget
 
@@ -342,7 +344,8 @@ def main(arguments: list[str]) -> None:
         data = make_data(Path(directory), own, count, config.seed)
         samples = Samples(load_examples([str(data)], processor), processor, budget)
         sizes = measure(samples, config.max_tokens)
-        steps = plan_epoch(sizes, samples.examples.order(config.seed, 0), config)
+        planned = training_steps(sizes, samples.examples, config)
+        steps = [step.micro_batches for step in islice(planned.after(0), planned.per_epoch)]
         # The plain loop takes the samples of a step in the order they come, sorted by length by nobody.
         plain_steps = []
         for step in steps:

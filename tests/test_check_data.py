@@ -22,6 +22,7 @@ from util.bad_samples import SampleSettings
 from util.collator import Collator
 from util.config import Config
 from util.dataset import DataError, Examples, Samples, Size, load_examples
+from util.sizes import Finding, Sizes
 from util.vision import Budget
 
 LONG = 200  # tokens, --max_tokens of most runs here
@@ -103,15 +104,18 @@ def test_stop_names_all_and_writes_nothing(train, folder):
 
 
 def test_skip_leaves_them_out_and_says_so(train, folder):
-    """The same steps, of the same samples, as without the bad ones; each is named, and counted by reason."""
+    """They leave their places in the steps empty; each is named, and counted by reason."""
     data = write(folder, [BAD[0][0], *good(), BAD[1][0], BAD[2][0], TOO_LONG])
     lines, said = train(data, on_bad_sample="skip", on_long_sample="skip", epochs=2, eval_data=[data], eval_samples=99)
-    assert [line["samples"] for line in lines if "samples" in line] == [3, 3, 3, 3]
+    counts = [line["samples"] for line in lines if "samples" in line]
+    assert len(counts) == 8, "as many steps as of ten samples"
+    assert (sum(counts[:4]), sum(counts[4:])) == (6, 6)
     assert "left out: 1 no such file, 1 not readable, 1 bad conversation, 1 too long" in said
     assert "left out  4 of 10 samples" in said
     for number, words in ((0, BAD[0][2]), (7, BAD[1][2]), (8, BAD[2][2]), (9, f"above --max_tokens {LONG}")):
         assert re.search(rf"sample {number}\b.*{re.escape(words)}", said), (number, words)
-    assert "2 epochs x 2 steps (6 / 3, rounded up)" in said
+    assert "2 epochs x 4 steps (10 / 3, rounded up)" in said
+    assert "their places stay empty: as many steps, of 1.5 samples on average" in said
     assert lines[-1]["eval_questions"] == 6, "held-out samples are left out, too"
     tokens = {line["epoch"]: 0 for line in lines if "epoch" in line}
     for line in lines:
@@ -195,8 +199,8 @@ def test_what_cannot_be_shrunk_is_refused(folder, processor):
     assert all("with one token for each image and pair of frames; raise --max_tokens" in line for line in lines)
     sizes = measure.measure(samples, LONG, SampleSettings(on_long_sample="shrink", on_bad_sample="skip"))
     assert sizes.left_out == {"too long": 2}
-    assert sizes.usable == list(range(6))
-    assert sorted(samples.examples.order(0, 0)) == list(range(6))
+    assert sizes.usable.tolist() == list(range(6))
+    assert sorted(samples.examples.order(0, 0)) == list(range(8)), "what is left out keeps its place"
 
 
 def test_a_run_that_shrinks(train, folder):
@@ -312,7 +316,7 @@ def test_two_ranks_skip_as_one(folder, tiny_path, monkeypatch, tmp_path):
     finetune.train(Config(**{**settings, "output_dir": str(tmp_path / "one")}))
     torchrun(2, [settings], tmp_path)
     one, two = (log(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == len(two) == 4
+    assert len(one) == len(two) == 6
     assert sum(line.get("skipped_not_readable", 0) for line in one) == 2, "once in each epoch"
     for line, other in zip(one, two, strict=True):
         assert line["loss"] == pytest.approx(other["loss"], abs=1e-10)
@@ -331,7 +335,7 @@ def test_what_the_log_makes_of_the_counts():
     assert tally.take({"loss": 1.0, **some}) == {"loss": 1.0, "skipped": 2, "skipped_no_such_file": 2}
     tally.take(some)
     assert tally.summary() == "samples left out: 4 no such file while training, counted each time"
-    from_start = measure.Sizes([measure.Finding(problem="a", reason="too long")]).left_out
+    from_start = Sizes.of([Finding(problem="a", reason="too long")]).left_out
     assert tally.summary(from_start).startswith("samples left out: 1 too long from the start; 4 no such file while")
 
 

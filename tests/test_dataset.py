@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,8 @@ from util.collator import Collator
 from util.config import Config, UserError
 from util.dataset import DataError, Samples, Size, load_examples
 from util.measure import measure
+from util.sizes import Finding, Sizes
+from util.steps import Dealing, Steps, heaviest
 from util.vision import Budget, Grid
 
 SMALL = Budget(min_pixels=3136, max_pixels=50176)
@@ -407,9 +410,8 @@ def test_a_data_error_is_the_users_mistake():
 def epoch_order(counts: list[int], weights: list[float], seed: int, epoch: int) -> list[int]:
     """The order of an epoch over files of so many samples, without the files."""
     examples = dataset.Examples.__new__(dataset.Examples)
-    examples.left_out = frozenset()
     examples.ends, examples.weights = list(itertools.accumulate(counts)), weights
-    return examples.order(seed, epoch)
+    return examples.order(seed, epoch).tolist()
 
 
 def test_weights_of_files_repeat_samples_or_take_a_share():
@@ -432,7 +434,7 @@ def test_a_weight_is_read_from_the_file_name(folder, processor):
     examples = load_examples([f"{file}*3", f"{file}*0.5"], processor)
     assert len(examples) == 4
     assert examples.weights == (3.0, 0.5)
-    assert len(examples.order(0, 0)) == 7
+    assert len(examples.order(0, 0)) == examples.epoch_samples == 7
     for wrong in ("0", "-1", "much", "inf"):
         with pytest.raises(DataError, match="how often its samples come"):
             load_examples([f"{file}*{wrong}"], processor)
@@ -453,21 +455,27 @@ def test_epoch_order_is_a_permutation_of_seed_and_epoch_alone():
     assert again == orders
 
 
-def sizes_of(tokens: list[int]) -> list[Size]:
-    return [Size(count, 1, []) for count in tokens]
+def steps_of(tokens: list[int | None], order: list[int], config, dealing: Dealing | None = None) -> Steps:
+    """The steps of one epoch over samples of so many tokens; None is left out."""
+    findings = [Finding(Size(n, 1, []) if n else None, reason="" if n else "not readable") for n in tokens]
+    return Steps(Sizes.of(findings), lambda epoch: np.array(order), len(order), 1, None, config, dealing)
+
+
+def plan_epoch(tokens: list[int | None], order: list[int], config) -> list[list[list[int]]]:
+    return [step.micro_batches for step in steps_of(tokens, order, config).after(0)]
 
 
 def test_every_sample_of_an_epoch_once_and_no_row_too_long():
     rng, steps_seen, shared, shorter = random.Random(0), 0, 0, 0
     for _ in range(150):
         count, most = rng.randint(1, 60), rng.randint(50, 400)
-        sizes = sizes_of([rng.randint(1, most) for _ in range(count)])
+        tokens = [rng.randint(1, most) for _ in range(count)]
         config = SimpleNamespace(
             global_batch_size=rng.randint(1, 12), max_tokens=most, micro_batch_size=rng.choice([None, 1, 2, 3, 8])
         )
         seed, epoch = rng.randrange(1000), rng.randrange(10)
         order = epoch_order([count], [1.0], seed, epoch)
-        steps = dataset.plan_epoch(sizes, order, config)
+        steps = plan_epoch(tokens, order, config)
         samples = [[index for row in step for index in row] for step in steps]
         assert sorted(index for step in samples for index in step) == list(range(count)), "every sample exactly once"
         full, rest = divmod(count, config.global_batch_size)
@@ -477,10 +485,10 @@ def test_every_sample_of_an_epoch_once_and_no_row_too_long():
             assert set(step) == set(order[begin : begin + config.global_batch_size]), "a step takes the next in order"
         for row in (row for step in steps for row in step):
             assert row, "no empty micro-batch"
-            assert sum(sizes[index].tokens for index in row) <= most
+            assert sum(tokens[index] for index in row) <= most
             assert len(row) <= (config.micro_batch_size or count)
             shared += len(row) > 1
-        assert dataset.plan_epoch(sizes, order, config) == steps, "the same plan again"
+        assert plan_epoch(tokens, order, config) == steps, "the same plan again"
         steps_seen, shorter = steps_seen + len(steps), shorter + (rest > 0)
     assert steps_seen > 500
     assert shared > 500
@@ -488,26 +496,107 @@ def test_every_sample_of_an_epoch_once_and_no_row_too_long():
 
 
 def test_memory_settings_do_not_change_which_samples_a_step_has():
-    sizes = sizes_of([10 * (number % 7 + 1) for number in range(40)])
+    tokens = [10 * (number % 7 + 1) for number in range(40)]
     plans = [
-        dataset.plan_epoch(
-            sizes,
+        plan_epoch(
+            tokens,
             epoch_order([40], [1.0], 0, 0),
-            Config(global_batch_size=8, micro_batch_size=micro, max_tokens=tokens),
+            Config(global_batch_size=8, micro_batch_size=micro, max_tokens=most),
         )
-        for micro, tokens in ((None, 10000), (1, 10000), (3, 10000), (None, 80))
+        for micro, most in ((None, 10000), (1, 10000), (3, 10000), (None, 80))
     ]
     assert len({len(step) for plan in plans for step in plan}) > 2, "the rows do differ"
     samples = [[sorted(index for row in step for index in row) for step in plan] for plan in plans]
     assert samples[1:] == samples[:1] * 3
 
 
+def settings_of(size: int, most: int, micro: int | None = None) -> SimpleNamespace:
+    return SimpleNamespace(global_batch_size=size, max_tokens=most, micro_batch_size=micro)
+
+
 def test_first_fit_written_by_hand():
     """Longest first, each into the first row that has room: 60 + 40, 50 + 30 + 20, 10."""
-    sizes = sizes_of([10, 20, 30, 40, 50, 60])
-    assert dataset.plan_step(sizes, [0, 1, 2, 3, 4, 5], 100, None) == [[5, 3], [4, 2, 1], [0]]
-    assert dataset.plan_step(sizes, [0, 1, 2, 3, 4, 5], 100, 2) == [[5, 3], [4, 2], [1, 0]]
-    assert dataset.plan_step(sizes, [2, 0], 100, 1) == [[2], [0]]
+    tokens, order = [10, 20, 30, 40, 50, 60], [0, 1, 2, 3, 4, 5]
+    assert plan_epoch(tokens, order, settings_of(6, 100)) == [[[5, 3], [4, 2, 1], [0]]]
+    assert plan_epoch(tokens, order, settings_of(6, 100, 2)) == [[[5, 3], [4, 2], [1, 0]]]
+    assert plan_epoch(tokens, [2, 0], settings_of(2, 100, 1)) == [[[2], [0]]]
+
+
+def one_sample_at_a_time(tokens, costs, batch, ranks, config) -> list[list[list[int]]]:
+    """Of each rank the micro-batches of one global batch, with the rules as they read: costliest first to the rank with
+    least so far; of a rank's samples the longest first into the first row with room; equally many rows on all."""
+    batch = [index for index in batch if tokens[index]]
+    loads, hands = [0.0] * ranks, [[] for _ in range(ranks)]
+    for index in sorted(batch, key=lambda index: -costs[index]):
+        hand = loads.index(min(loads))
+        hands[hand].append(index)
+        loads[hand] += costs[index]
+    plans = []
+    for hand in hands:
+        rows: list[list[int]] = []
+        for index in sorted(hand, key=lambda index: (-tokens[index], index)):
+            room = [r for r in rows if sum(tokens[i] for i in r) + tokens[index] <= config.max_tokens]
+            room = [r for r in room if len(r) < (config.micro_batch_size or 10**9)]
+            if not room:
+                rows.append([])
+            (room or rows[-1:])[0].append(index)
+        plans.append(rows)
+    passes = max(1, *map(len, plans))
+    return [rows + [[]] * (passes - len(rows)) for rows in plans]
+
+
+def test_steps_are_those_of_the_rules_on_any_number_of_ranks():
+    rng, gaps = random.Random(1), 0
+    for _ in range(120):
+        count, most, ranks = rng.randint(1, 90), rng.randint(20, 300), rng.choice([1, 1, 2, 3, 8])
+        tokens = [None if rng.random() < 0.2 else rng.randint(1, most) for _ in range(count)]
+        costs = np.array([0.0 if n is None else float(rng.choice([n, 50, n * n])) for n in tokens])
+        config = settings_of(rng.randint(1, 20), most, rng.choice([None, 1, 2, 5]))
+        order = epoch_order([count], [rng.choice([1.0, 2.0, 2.5])], rng.randrange(99), rng.randrange(9))
+        batches = [order[i : i + config.global_batch_size] for i in range(0, len(order), config.global_batch_size)]
+        wanted = [one_sample_at_a_time(tokens, costs, batch, ranks, config) for batch in batches]
+        for rank in range(ranks):
+            steps = steps_of(tokens, order, config, Dealing(costs, rank, ranks))
+            found = list(steps.after(0))
+            assert [step.micro_batches for step in found] == [plan[rank] for plan in wanted]
+            assert [step.samples for step in found] == [sum(tokens[i] is not None for i in b) for b in batches]
+            assert len(steps) == len(batches)
+            done = rng.randrange(len(batches) + 1)
+            assert list(steps.after(done)) == found[done:], "resuming is going on at a place"
+            rest = [micro for step in found[done:] for micro in step.micro_batches]
+            assert list(steps.micro_batches(done)) == rest
+        survey = steps.survey
+        passes = [len(plan[0]) for plan in wanted]
+        assert (survey.steps, survey.fewest, survey.most) == (len(batches), min(passes), max(passes))
+        micro_batches = [rows for plan in wanted for hand in plan for rows in hand if rows]
+        longest = max((sum(tokens[i] for i in rows) for rows in micro_batches), default=0)
+        assert max(survey.heaviest[:, 0], default=0) == longest
+        turns = [any(rows for rows in hand) for plan in wanted for hand in plan]
+        assert survey.idle_turns == turns.count(False)
+        never = [rank for rank in range(ranks) if not any(rows for plan in wanted for rows in plan[rank])]
+        assert survey.idle_ranks == len(never)
+        assert survey.empty_steps == sum(all(tokens[i] is None for i in batch) for batch in batches)
+        gaps += sum(n is None for n in tokens)
+    assert gaps > 500
+
+
+def test_one_more_sample_left_out_moves_no_other():
+    tokens, order, config = [10 + n % 7 for n in range(40)], epoch_order([40], [1.0], 0, 0), settings_of(8, 100)
+    before = plan_epoch(tokens, order, config)
+    for gone in (order[0], order[9], order[39]):
+        after = plan_epoch([None if n == gone else t for n, t in enumerate(tokens)], order, config)
+        members = [[sorted(i for row in step for i in row if i != gone) for step in plan] for plan in (before, after)]
+        assert members[0] == members[1], "every other sample is trained in the step it was in"
+        assert len(after) == len(before)
+
+
+def test_the_heaviest_loads_are_those_that_none_exceeds():
+    rng = np.random.default_rng(0)
+    for size in (1, 5, 300):
+        loads = rng.integers(1, 20, (size, 3))
+        kept = {tuple(load) for load in heaviest(loads).tolist()}
+        wanted = {tuple(a) for a in loads.tolist() if not any((b >= a).all() and (b > a).any() for b in loads)}
+        assert kept == wanted
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -558,7 +647,7 @@ def test_samples_that_are_too_long_are_named(samples):
     longest = max(size.tokens for size in sizes)
     limit = sorted(size.tokens for size in sizes)[2]
     assert longest > limit
-    assert measure(samples, longest) == sizes, "as many as allowed are allowed"
+    assert list(measure(samples, longest)) == list(sizes), "as many as allowed are allowed"
     with pytest.raises(DataError) as error:
         measure(samples, limit)
     wanted = [

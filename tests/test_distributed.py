@@ -305,14 +305,14 @@ def test_the_shell_script_trains_on_two_processes_without_a_gpu(tmp_path):
 
 
 def test_dealing_is_balanced_complete_and_the_same_everywhere():
-    from util.distributed import deal
+    from benchmarks.balance import hands_of
 
     generator = random.Random(0)
     for ranks in (2, 8, 64):
         costs = [generator.paretovariate(1.5) for _ in range(ranks * 16)]
-        hands = deal(costs, ranks)
+        hands = hands_of(costs, ranks)
         assert sorted(index for hand in hands for index in hand) == list(range(len(costs)))
-        assert hands == deal(costs, ranks)
+        assert hands == hands_of(costs, ranks)
         loads = [sum(costs[i] for i in hand) for hand in hands]
         assert max(loads) <= max(1.05 * sum(loads) / ranks, max(costs)), (
             "the slowest rank has at most its one big sample"
@@ -321,8 +321,7 @@ def test_dealing_is_balanced_complete_and_the_same_everywhere():
 
 def test_no_dealing_beats_the_bound_of_the_benchmark():
     """Every way to deal a few samples, against benchmarks/balance.py's bound; ours is at most a third worse (Graham)."""
-    from benchmarks.balance import lower_bound
-    from util.distributed import deal
+    from benchmarks.balance import hands_of, lower_bound
 
     generator, reached = random.Random(0), 0
     for _ in range(100):
@@ -333,7 +332,7 @@ def test_no_dealing_beats_the_bound_of_the_benchmark():
             max(sum(c for c, r in zip(costs, way, strict=True) if r == rank) for rank in range(ranks)) for way in ways
         )
         assert lower_bound(costs, ranks) <= best
-        assert best <= max(sum(costs[i] for i in hand) for hand in deal(costs, ranks)) <= best * 4 / 3
+        assert best <= max(sum(costs[i] for i in hand) for hand in hands_of(costs, ranks)) <= best * 4 / 3
         reached += lower_bound(costs, ranks) == best
     assert reached > 50, "a bound that is never reached says little"
 

@@ -16,7 +16,7 @@ from util import memory
 from util.collator import Collator
 from util.config import Config
 from util.conversation import Encoded
-from util.dataset import Sample, Samples, Size, load_examples
+from util.dataset import Sample, Samples, load_examples
 from util.model import build_model, load_config, prepare_model
 from util.optimizer import build_optimizer, clip_gradient
 from util.vision import Budget, Grid, Medium
@@ -54,8 +54,8 @@ def test_activations_are_forecast_within_15_percent(dtype, frozen, processor):
     samples = [Sample(Encoded([5] * 400, [False] * 350 + [True] * 50, [10]), [patches], "a sample")] * 2
     config = Config(device="cpu", dtype=dtype, freeze=frozen)
     measured = kept_for_backward(config, model_config, processor, samples)
-    size = Size(399 + grid.tokens, 50, [grid])
-    forecast = sum(memory.activations(model_config, config, getattr(torch, dtype), [size, size])[:2])
+    load = (2 * (399 + grid.tokens), 2 * grid.patches, 2 * 50)
+    forecast = sum(memory.activations(model_config, config, getattr(torch, dtype), load)[:2])
     assert forecast == pytest.approx(measured, rel=0.15)
 
 
@@ -95,8 +95,9 @@ def test_the_peak_of_a_step_is_forecast_within_15_percent(name, tiny_path, proce
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     ]
     measured = max(held) + sum(tensor.nbytes for tensor in [*model.parameters(), *states])
+    load = [sum(getattr(size, name) for size in sizes) for name in ("tokens", "patches", "supervised")]
     parts = memory.forecast(
-        model_config, memory.count_parameters(model_config, Config()), config, getattr(torch, config.dtype), [sizes]
+        model_config, memory.count_parameters(model_config, Config()), config, getattr(torch, config.dtype), [load]
     )
     assert sum(parts.values()) == pytest.approx(measured, rel=0.15), parts
 

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,6 +23,9 @@ from tests.runs import losses, same_run
 from util import checkpoint
 from util.command_line import Ended
 from util.config import Config, UserError
+from util.dataset import Size
+from util.sizes import Finding, Sizes
+from util.steps import Steps
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -482,13 +486,25 @@ def test_a_killed_data_worker_is_a_clear_message(tiny_path, tmp_path):
     assert "Traceback" not in err
 
 
-def test_a_million_samples_are_skipped_in_no_time():
-    """Resuming at position 1,000,000 looks at no sample: the plan is a list, and the rest of it is what is left."""
-    from util.dataset import Size, plan_epoch
+def test_a_million_samples_are_skipped_without_planning_them(monkeypatch):
+    """Resuming at position 1,000,000 looks at no sample before it: one order is drawn, of the epoch gone on with."""
+    size = Size(100, 10, [])
+    sizes, orders = Sizes.of(Finding(size) for _ in range(1_000_008)), []
 
-    sizes = [Size(100 + n % 50, 10, []) for n in range(1_000_008)]
-    steps = plan_epoch(sizes, range(len(sizes)), Config(global_batch_size=8))
-    began = time.perf_counter()
-    rest = steps[125_000:]
-    assert time.perf_counter() - began < 2
-    assert sorted(index for micro in rest[0] for index in micro) == list(range(1_000_000, 1_000_008))
+    def order(epoch: int) -> np.ndarray:
+        orders.append(epoch)
+        return np.arange(len(sizes))
+
+    steps = Steps(sizes, order, len(sizes), 3, None, Config(global_batch_size=8))
+    assert len(steps) == 3 * 125_001
+    orders.clear()
+    taken, plan = [], Steps._plan
+
+    def noted(self, order: np.ndarray, begin: int, end: int):
+        taken.append(begin)
+        return plan(self, order, begin, end)
+
+    monkeypatch.setattr(Steps, "_plan", noted)
+    step = next(steps.after(125_001 + 125_000))
+    assert (step.epoch, sorted(step.micro_batches[0])) == (1, list(range(1_000_000, 1_000_008)))
+    assert (orders, taken) == ([1], [125_000])

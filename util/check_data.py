@@ -183,21 +183,20 @@ def decode_all(notes: list[Note], config: CheckSettings) -> list[str]:
 def forecast(config: Config, path: str, samples, sizes, device) -> dict[str, str]:
     """Steps, memory by part and time of an epoch, each as a line: an estimate, from sizes and the model's config."""
     from util import flops, memory
-    from util.dataset import plan_epoch
     from util.log import clock
     from util.model import choose_dtype, load_config
+    from util.steps import training_steps
 
     model_config, dtype = load_config(path), choose_dtype(config.dtype, device)
-    orders = [samples.examples.order(config.seed, epoch) for epoch in range(config.epochs)]
-    steps = [step for order in orders for step in plan_epoch(sizes, order, config)][: config.max_steps]
+    steps = training_steps(sizes, samples.examples, config)
     counts = memory.count_parameters(model_config, config)
-    micro_batches = [[sizes[index] for index in micro] for step in steps for micro in step]
-    needs = memory.forecast(model_config, counts, config, dtype, micro_batches)
+    needs = memory.forecast(model_config, counts, config, dtype, steps.survey.heaviest)
     needed, free = sum(needs.values()), memory.free_bytes(device)
-    work = flops.training_flops(model_config, [sizes[index] for index in orders[0]], config)
+    epoch = steps.order(0)
+    epoch = epoch[sizes.is_usable[epoch]]
+    work = flops.training_flops(model_config, [sizes.columns()], config)[epoch].sum()
     rate, how = training_rate(device, dtype)
-    passes = [len(step) for step in steps]
-    tokens = sum(sizes[index].tokens for index in orders[0])
+    tokens = int(sizes.tokens[epoch].sum())
     fits = "" if needed <= free else f": DOES NOT FIT the {free / memory.GIB:.1f} GiB that are free"
     if rate:
         seconds = work / rate
@@ -207,7 +206,7 @@ def forecast(config: Config, path: str, samples, sizes, device) -> dict[str, str
         took = f"{work:.2g} FLOPs an epoch; {how}"
     return {
         "steps": f"{len(steps):,} of at most {config.global_batch_size} samples in {config.epochs} epoch(s), "
-        f"{min(passes)} to {max(passes)} forward passes each",
+        f"{steps.survey.fewest} to {steps.survey.most} forward passes each",
         "tokens": f"{tokens:,} an epoch",
         "memory": f"{needed / memory.GIB:.2f} GiB at the peak on {device}{fits}: {memory.describe(needs)}",
         "time": f"{took}; evaluating, saving and waiting for data come on top",
@@ -248,9 +247,8 @@ def percentiles(values: list[int]) -> str:
 def overview(files: list[str], findings: list) -> dict[str, str]:
     """Lines about one set of data."""
     from util import bad_samples
-    from util.measure import CUT, Sizes, describe_unused
+    from util.measure import CUT, describe_unused
 
-    sizes = Sizes(findings)
     good = [finding for finding in findings if finding.size]
     lines = {"data": f"{', '.join(files)}: {len(findings):,} samples, {len(good):,} can be trained on"}
     kinds = Counter(finding.note.kind for finding in findings if finding.note)
@@ -269,18 +267,17 @@ def overview(files: list[str], findings: list) -> dict[str, str]:
         lines["supervised"] = f"{sum(supervised) / sum(tokens):.1%} of the tokens; {percentiles(supervised)} a sample"
         if capped := sum(grid.capped for finding in good for grid in finding.size.grids):
             lines["videos"] = f"{capped:,} made smaller or shorter to cost at most --video_max_tokens"
-    if sizes.cut_videos:
-        lines["cut videos"] = f"{sizes.cut_videos:,} {CUT}"
-    if sizes.unused:
-        lines["keys"] = describe_unused(sizes.unused)
-    if sizes.shrunk:
-        first = next(iter(sizes.shrunk.values()))
+    if cut := sum(grid.cut for finding in good for grid in finding.size.grids):
+        lines["cut videos"] = f"{cut:,} {CUT}"
+    if unused := Counter(key for finding in findings for key in finding.unused):
+        lines["keys"] = describe_unused(unused)
+    if shrunk := [finding for finding in good if finding.budget]:
+        before, after = sum(f.tokens_before for f in shrunk), sum(f.size.tokens for f in shrunk)
         lines["shrunk"] = (
-            f"{len(sizes.shrunk):,} to fit --max_tokens, {sum(f.tokens_before for f in sizes.shrunk.values()):,} to "
-            f"{sum(f.size.tokens for f in sizes.shrunk.values()):,} tokens; the first is {first.note.where}"
+            f"{len(shrunk):,} to fit --max_tokens, {before:,} to {after:,} tokens; the first is {shrunk[0].note.where}"
         )
-    if sizes.problems:
-        lines["refused"] = f"{len(sizes.problems):,}: {bad_samples.describe(sizes.left_out)}"
+    if refused := Counter(finding.reason for finding in findings if not finding.size):
+        lines["refused"] = f"{refused.total():,}: {bad_samples.describe(refused)}"
     return lines
 
 
@@ -329,9 +326,10 @@ def say_refused(problems: list[str], report: str | None) -> None:
 def check(config: CheckSettings) -> None:
     """Look at all data of `config` and print what there is to know; exit code 2 where samples are refused."""
     from util.dataset import Examples, Samples
-    from util.measure import Sizes, look
+    from util.measure import look
     from util.media import MediaReader
     from util.model import choose_device, find_model, load_processor
+    from util.sizes import Sizes
     from util.vision import Budget
 
     device = choose_device(config.device)
@@ -359,10 +357,9 @@ def check(config: CheckSettings) -> None:
         lines = {name: f"{len(same):,}" for name, same in both.items()}
         show_table("the same in training and evaluation data", lines)
         print("".join(f"  {line}\n" for same in both.values() for line in same[:MOST_TOLD]), flush=True)
-    sizes = Sizes(found["training data"])
-    if sizes.usable:
+    sizes = Sizes.of(found["training data"])
+    if len(sizes.usable):
         samples = looked["training data"]
-        samples.examples.left_out = frozenset(sizes.problems)
         show_table("forecast", forecast(config, path, samples, sizes, device))
     say_refused([*problems, *undecodable], config.report)
     ends = []

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from util import disk, ranks
+from util.command_line import MOST_TOLD
 from util.config import Config, UserError
 from util.lines import split_weight
 from util.optimizer import own_parameters, source_of
@@ -55,8 +56,9 @@ class Saver:
     see the same folder.
     """
 
-    def __init__(self, run: Path, config: Config, last_step: int, say: Callable[[str], None]) -> None:
-        self.run, self.config, self.last_step, self.say = run, config, last_step, say
+    def __init__(self, run: Path, config: Config, last_step: int, say: Callable[[str], None], plan: dict) -> None:
+        """`plan`: what the run takes and leaves out of its data (Sizes.mark), which a resumed run compares."""
+        self.run, self.config, self.last_step, self.say, self.plan = run, config, last_step, say, plan
         self.every, self.minutes = split_interval(config.save_every)
         self.saved_at = time.monotonic()
         self.folder = run / "checkpoints"
@@ -161,7 +163,7 @@ class Saver:
 
     def _publish(self, unfinished: Path, final: Path, state: dict) -> None:
         check_files(unfinished)
-        state |= {"settings": dataclasses.asdict(self.config), "data": self.data}
+        state |= {"settings": dataclasses.asdict(self.config), "data": self.data, "plan": self.plan}
         state["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         state["files"] = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
         body = json.dumps(state, indent=2)
@@ -387,12 +389,14 @@ def resolve_resume(config: Config, latest: Path) -> Path | None:
     return None
 
 
-# What may change when a run goes on: where and how it computes, not what.
-HARMLESS = {"output_dir", "micro_batch_size", "max_tokens", "device", "attention", "activation_checkpointing",
-            "compile", "check_memory", "check_disk", "eval_data", "eval_every", "eval_samples", "eval_metrics",
-            "save_every", "keep", "sharding", "shard_group_size", "resume", "resume_anyway", "num_workers",
-            "fetch_concurrency", "fetch_retries", "fetch_timeout", "cache_dir", "cache_max_gib", "report_to", "project",
-            "run_name", "push_to_hub", "push_every_save", "hub_private"}  # fmt: skip
+# What may change when a run goes on: where and how it computes, not what. `max_tokens` is one of them unless samples
+# are left out or shrunk by it. What `on_bad_sample` leaves out is compared where it is known (compare_plan).
+HARMLESS = {"output_dir", "micro_batch_size", "max_tokens", "on_bad_sample", "device", "attention",
+            "activation_checkpointing", "compile", "check_memory", "check_disk", "eval_data", "eval_every",
+            "eval_samples", "eval_metrics", "save_every", "keep", "sharding", "shard_group_size", "resume",
+            "resume_anyway", "num_workers", "fetch_concurrency", "fetch_retries", "fetch_timeout", "cache_dir",
+            "cache_max_gib", "report_to", "project", "run_name", "push_to_hub", "push_every_save",
+            "hub_private"}  # fmt: skip
 
 
 def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:
@@ -402,7 +406,8 @@ def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:
     if config.data == then["data"] and data_fingerprint(config.data) != state["data"]:
         changed["data"] = ("the files as they were", "files with other content")
     lines = {name: f"  --{name}: {old} -> {new}" for name, (old, new) in changed.items()}
-    serious = [line for name, line in lines.items() if name not in HARMLESS]
+    by_length = config.on_long_sample != "stop"
+    serious = [line for name, line in lines.items() if name not in HARMLESS or (name == "max_tokens" and by_length)]
     if "optimizer" in changed:
         raise UserError(
             f"{checkpoint} holds the moments of --optimizer {then['optimizer']}, which --optimizer {now['optimizer']} "
@@ -416,6 +421,34 @@ def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:
         )
     if told := [line for name, line in lines.items() if name not in ("resume", "output_dir", "resume_anyway")]:
         print(f"going on from {checkpoint} with other settings:\n" + "\n".join(told), flush=True)
+
+
+def compare_plan(config: Config, checkpoint: Path, sizes, examples) -> None:
+    """Say what of the data is taken or left out in another way than by the run of a checkpoint (`sizes`: Sizes,
+    `examples`: its Examples); UserError without `--resume_anyway`, since the rest of the run would compute something
+    else."""
+    now, then = sizes.mark(), read_state(checkpoint).get("plan")
+    if then is None or now == then:  # None: of a version that kept no plan
+        return
+    lines = []
+    for name, what in (("left_out", "samples left out"), ("shrunk", "samples shrunk to fit --max_tokens")):
+        if now[name] != then[name]:
+            lines.append(f"  {what}: {then[name]['count']:,} -> {now[name]['count']:,}")
+    for what, ones, others in (("newly", now, then), ("no longer", then, now)):
+        # the list of many is cut: what lies beyond its end may be in it or not
+        known = [i for i in ones["left_out"]["first"] if i < len(sizes)]
+        if others["left_out"]["count"] == len(others["left_out"]["first"]):
+            moved = [examples.where(i) for i in known if i not in set(others["left_out"]["first"])]
+            lines += [f"    {what}: {name}" for name in moved[:MOST_TOLD]]
+    if now["left_out"] == then["left_out"] and now["sizes"] != then["sizes"]:
+        lines.append("  sizes of samples: others than they were; images or videos have changed")
+    if lines and not config.resume_anyway:
+        raise UserError(
+            f"{checkpoint} was made with another plan of the data:\n" + "\n".join(lines) + "\n"
+            "That changes what the rest of the run computes. Restore the files, or --resume_anyway to go on with these"
+        )
+    if lines and ranks.is_first():
+        print(f"going on from {checkpoint} with another plan of the data:\n" + "\n".join(lines), flush=True)
 
 
 def write_flushed(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""data.json or data.jsonl -> checked examples; the order of an epoch; samples grouped into packed batches.
+"""data.json or data.jsonl -> checked examples, each encoded and with its pixels; the order of an epoch.
 
 A data file holds conversations: `{"messages": [{"role": ..., "content": "text" or [item, ...]}, ...]}` with items
 `{"type": "image", "image": PATH}`, `{"type": "video", "video": PATH or [FRAME, ...]}`, `{"type": "text", "text": ...}`,
@@ -7,12 +7,12 @@ entries.py checks each of them. Samples and messages are counted from 0.
 """
 
 import itertools
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -52,6 +52,15 @@ class Size:
     supervised: int
     grids: list[vision.Grid]
 
+    @property
+    def patches(self) -> int:
+        return sum(grid.patches for grid in self.grids)
+
+    @property
+    def squares(self) -> int:
+        """The squares of the patches that attend to each other: those of an image, or of a pair of frames."""
+        return sum(grid.t * (grid.h * grid.w) ** 2 for grid in self.grids)
+
 
 class Examples(Sequence):
     """The conversations of data files, each read and checked when it is asked for, so that files may be of any size.
@@ -66,7 +75,7 @@ class Examples(Sequence):
         for file, rows in zip(self.files, self.entries, strict=True):
             entries.refuse_other_format(file, rows, self.forbidden)
         self.ends = list(itertools.accumulate(map(len, self.entries)))
-        self.left_out: frozenset[int] = frozenset()  # what --on_bad_sample skip keeps out of every epoch
+        self.left_out: frozenset[int] = frozenset()  # what --on_bad_sample skip keeps out of every step
         if not any(len(rows) * weight > 0.5 for rows, weight in zip(self.entries, self.weights, strict=True)):
             raise DataError(f"{', '.join(files)}: no samples. A data file is a JSON list of {{'messages': [...]}}.")
 
@@ -91,13 +100,24 @@ class Examples(Sequence):
         file, index = self._place(index)
         return f"{self.files[file]}, sample {index}"
 
+    def folder(self, index: int) -> Path:
+        """The folder of a sample's data file, in which its media are looked for first."""
+        return Path(self.files[self._place(index)[0]]).parent
+
     def _place(self, index: int) -> tuple[int, int]:
         index = range(len(self))[index]
         file = bisect_right(self.ends, index)
         return file, index - (self.ends[file - 1] if file else 0)
 
-    def order(self, seed: int, epoch: int) -> list[int]:
-        """The samples of an epoch in order: a function of (seed, epoch) alone, so that resuming needs no replay."""
+    @property
+    def epoch_samples(self) -> int:
+        """How many samples an epoch has, those included that are left out."""
+        lengths = map(len, self.entries)
+        return sum(int(w) * n + round(w % 1 * n) for w, n in zip(self.weights, lengths, strict=True))
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The samples of an epoch (`epoch_samples`,) in order: a function of (seed, epoch) alone, so that resuming
+        needs no replay. Those that are left out have their places in it, too: else every later one would move."""
         generator = torch.Generator().manual_seed((seed << 20) + epoch)
         chosen, begin = [], 0
         for end, weight in zip(self.ends, self.weights, strict=True):
@@ -106,8 +126,7 @@ class Examples(Sequence):
                 chosen.append(begin + torch.randperm(end - begin, generator=generator)[:part])
             begin = end
         chosen = torch.cat([*chosen, torch.zeros(0, dtype=torch.int64)])
-        chosen = chosen[torch.randperm(len(chosen), generator=generator)]
-        return [index for index in chosen.tolist() if index not in self.left_out]
+        return chosen[torch.randperm(len(chosen), generator=generator)].numpy()
 
 
 def load_examples(files: list[str], processor) -> Examples:
@@ -144,8 +163,11 @@ class Samples(Dataset):
         return Size(tokens, sum(encoded.supervised), grids)
 
     def example(self, index: int) -> Example:
-        """A sample with its boxes written as text, for which the sizes of the images they lie in are read."""
-        example = self.examples[index]
+        """A sample with its boxes written as text."""
+        return self.with_boxes(self.examples[index])
+
+    def with_boxes(self, example: Example) -> Example:
+        """The same with its boxes written as text, for which the sizes of the images they lie in are read."""
         if not (images := boxes.images_of(example.messages)):
             return example
         sizes = self._reading(example, self.reader.image_sizes, list(images.values()))
@@ -168,29 +190,3 @@ class Samples(Dataset):
         except Exception as error:  # a fault of ours or of a library: which sample was it?
             error.add_note(f"while reading {example.where}")
             raise
-
-
-def plan_step(sizes: list[Size], indices: list[int], max_tokens: int, micro_batch_size: int | None) -> list[list[int]]:
-    """Group one global batch into packed micro-batches: first-fit, longest first.
-
-    Which samples share a forward pass changes memory and speed, never the mathematics.
-    """
-    rows: list[tuple[int, list[int]]] = []  # (tokens, samples)
-    for index in sorted(indices, key=lambda i: (-sizes[i].tokens, i)):
-        tokens = sizes[index].tokens
-        for number, (used, members) in enumerate(rows):
-            if used + tokens <= max_tokens and len(members) < (micro_batch_size or math.inf):
-                rows[number] = (used + tokens, [*members, index])
-                break
-        else:
-            rows.append((tokens, [index]))
-    return [members for _, members in rows]
-
-
-def plan_epoch(sizes: list[Size], order: list[int], config) -> list[list[list[int]]]:
-    """The optimizer steps of an epoch: each a list of micro-batches, each a list of sample indices.
-
-    The last, shorter global batch is a step like the others.
-    """
-    batches = [order[i : i + config.global_batch_size] for i in range(0, len(order), config.global_batch_size)]
-    return [plan_step(sizes, batch, config.max_tokens, config.micro_batch_size) for batch in batches]

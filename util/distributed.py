@@ -5,9 +5,8 @@ moments over a DeviceMesh, and four settings of it are ZeRO 3, 2, 1 and plain da
 """
 
 import atexit
-import heapq
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
@@ -20,16 +19,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import Qwen2VLForConditionalGeneration
 
-from util import lora, model
+from util import lora, model, ranks
 from util.attention import Segments
 from util.bad_samples import Skipped
 from util.collator import Batch, Collator, patch_positions
 from util.config import Config, UserError
-from util.dataset import Sample, Size, plan_step
+from util.dataset import Sample
 from util.flops import training_flops
 from util.log import Run
 from util.loss import PackedLoss
 from util.model import choose_device, choose_dtype, layers, load_trainable, prepare_layers, shard
+from util.sizes import Sizes
+from util.steps import Dealing, Steps
 from util.tensors import run_parameters, trained_parameters
 from util.vision import PATCH, Grid
 
@@ -99,9 +100,7 @@ def first_rank_first(make: Callable, *arguments):
 
 def from_first_rank(decide: Callable, *arguments):
     """What rank 0 decides, on all ranks."""
-    box = [decide(*arguments) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return ranks.from_first(decide(*arguments) if ranks.is_first() else None)
 
 
 class SilentRun:
@@ -124,34 +123,23 @@ def open_run(config: Config, resumed: Path | None, world: World):
 # ---- which rank trains which sample ---------------------------------------------------------------------------------
 
 
-def deal(costs: list[float], ranks: int) -> list[list[int]]:
-    """Deal samples (by index) to ranks so that the slowest has as little as can be: the costliest first, each to the
-    rank with least so far (Graham's LPT rule, 1969). The same answer on every rank."""
-    heap = [(0.0, rank) for rank in range(ranks)]
-    dealt: list[list[int]] = [[] for _ in range(ranks)]
-    for index in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):  # of equals, the first stays first
-        load, rank = heap[0]
-        dealt[rank].append(index)
-        heapq.heapreplace(heap, (load + costs[index], rank))
-    return dealt
+def dealing(sizes: Sizes, config: Config, model_config, world: World) -> Dealing:
+    """By FLOPs. Each global batch holds the same samples on any number of ranks."""
+    return Dealing(training_flops(model_config, [sizes.columns()], config), world.rank, world.size)
 
 
-def plan_epochs(sizes: list[Size], orders: list[Sequence[int]], config: Config, model_config, world: World):
-    """(epoch, step) in order, as finetune.py has them, each step this rank's part: a list of micro-batches.
-
-    Each global batch holds the same samples on any number of ranks. Every rank makes equally many forward passes in a
-    step, since the passes talk to each other; a rank that has fewer micro-batches gets empty ones.
-    """
-    costs = [training_flops(model_config, [size] if size else [], config) for size in sizes]
-    steps = []
-    for epoch, order in enumerate(orders):
-        for begin in range(0, len(order), config.global_batch_size):
-            batch = order[begin : begin + config.global_batch_size]
-            hands = [[batch[i] for i in hand] for hand in deal([costs[i] for i in batch], world.size)]
-            plans = [plan_step(sizes, hand, config.max_tokens, config.micro_batch_size) for hand in hands]
-            passes, own = max(map(len, plans)), plans[world.rank]
-            steps.append((epoch, own + [[]] * (passes - len(own))))
-    return steps
+def refuse_idle_ranks(steps: Steps, config: Config, world: World) -> None:
+    """Raise UserError where a process would never have a sample: it would cost a GPU and give nothing."""
+    if not (idle := steps.survey.idle_ranks):
+        return
+    ways = [f"start at most {world.size - idle}"]
+    if config.global_batch_size < world.size <= steps.epoch_samples:
+        ways.insert(0, f"give at least --global_batch_size {world.size}")
+    raise UserError(
+        f"{idle} of the {world.size} processes would never have a sample: no step has more than {world.size - idle} "
+        f"(--global_batch_size {config.global_batch_size}, {steps.epoch_samples:,} samples an epoch); "
+        + ", or ".join(ways)
+    )
 
 
 class EvenCollator(Collator):

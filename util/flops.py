@@ -1,12 +1,14 @@
 """Counting the work of a step: exact floating-point operations from the model's config, recompute not counted."""
 
 import re
+from collections.abc import Iterable
 
 import torch
 
 from util import lora
 from util.config import Config
 from util.dataset import Size
+from util.sizes import Columns
 
 # Dense bf16 peak by NVIDIA's datasheets, TFLOP/s, by names as torch.cuda.get_device_name gives them: the first pattern
 # that is found counts. Cards of one name in another form (PCIe, NVL) have other peaks, and a part of a card (MIG) has
@@ -25,8 +27,9 @@ PEAK_TFLOPS = {
 }
 
 
-def forward_flops(config, size: Size) -> dict[str, float]:
-    """Floating-point operations of one sample's forward pass, by part (a multiply-add counts two)."""
+def forward_flops(config, size: Size | Columns) -> dict[str, float]:
+    """Floating-point operations of one sample's forward pass, by part (a multiply-add counts two); of the columns of
+    many sizes an array of those of each."""
     text, tower = config.text_config, config.vision_config
     width, layers = text.hidden_size, text.num_hidden_layers
     key_value = width // text.num_attention_heads * text.num_key_value_heads
@@ -36,29 +39,30 @@ def forward_flops(config, size: Size) -> dict[str, float]:
     language += 2 * width * text.vocab_size * size.supervised
     patch_weights = 3 * tower.temporal_patch_size * tower.patch_size**2 * tower.embed_dim
     block_weights = (4 + 2 * tower.mlp_ratio) * tower.embed_dim**2
-    vision = merger = 0.0
-    for grid in size.grids:
-        vision += 2 * (patch_weights + block_weights * tower.depth) * grid.patches
-        vision += 4 * tower.embed_dim * tower.depth * grid.t * (grid.h * grid.w) ** 2
-        merged = tower.embed_dim * tower.spatial_merge_size**2
-        merger += 2 * (merged * merged + merged * width) * grid.tokens
+    vision = 2 * (patch_weights + block_weights * tower.depth) * size.patches
+    vision += 4 * tower.embed_dim * tower.depth * size.squares
+    merged = tower.embed_dim * tower.spatial_merge_size**2
+    merger = 2 * (merged * merged + merged * width) * (size.patches / tower.spatial_merge_size**2)
     return {"vision": vision, "merger": merger, "language_model": language}
 
 
-def training_flops(model_config, sizes: list[Size], config: Config) -> float:
+def training_flops(model_config, sizes: Iterable[Size | Columns], config: Config) -> float:
     """Forward and backward. A trained part counts 3 times its forward pass; a frozen one once, or twice where
     something before it trains, or adapters within it, and gradients pass through. The adapters count 3 times."""
-    total, trains_before, untrained = 0.0, False, lora.untrained_parts(config)
+    trains_before, untrained, factors = False, lora.untrained_parts(config), {}
     for part in ("vision", "merger", "language_model"):
         trains_before |= part not in untrained
-        factor = 1 if not trains_before else 3 if part not in untrained and not config.lora_rank else 2
-        total += factor * sum(forward_flops(model_config, size)[part] for size in sizes)
-    if config.lora_rank:
-        each = lora.count_adapters(model_config, config)
-        tokens = sum(size.tokens for size in sizes)
-        patches = sum(grid.patches for size in sizes for grid in size.grids)
-        merged = sum(grid.tokens for size in sizes for grid in size.grids)
-        total += 6 * (each["vision"] * patches + each["merger"] * merged + each["language_model"] * tokens)
+        factors[part] = 1
+        if trains_before:
+            factors[part] = 3 if part not in untrained and not config.lora_rank else 2
+    adapters = lora.count_adapters(model_config, config) if config.lora_rank else {}
+    merge = model_config.vision_config.spatial_merge_size**2
+    total = 0.0
+    for size in sizes:
+        forward = forward_flops(model_config, size)
+        total = total + sum(factor * forward[part] for part, factor in factors.items())
+        of_part = {"vision": size.patches, "merger": size.patches / merge, "language_model": size.tokens}
+        total = total + sum(6 * number * of_part[part] for part, number in adapters.items())
     return total
 
 

@@ -1,8 +1,9 @@
 """The raw entries of data files: a JSON list read whole, or the lines of a `.jsonl` file of any size when asked for."""
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,11 @@ def shortened(message: object, most: int = 600) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
-def stop_on(problems: list[str]) -> None:
-    """Raise one DataError that shows the problems (20 in full), if there are any."""
+def stop_on(problems: list[str], count: int | None = None) -> None:
+    """Raise one DataError that shows the problems (20 in full), if there are any. `count`: of all, where these are the
+    first of them."""
     if problems:
-        more = len(problems) - MOST_TOLD
+        more = (count or len(problems)) - MOST_TOLD
         raise DataError("\n".join(problems[:MOST_TOLD] + [f"... and {more} more"] * (more > 0)))
 
 
@@ -133,7 +135,31 @@ class JsonLines(Sequence):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "descriptor": None}  # a spawned data worker opens the file itself
 
+    def raw_lines(self) -> Iterator[memoryview]:
+        """Every line's bytes, many of them read at a time."""
+        begin = 0
+        while begin < len(self):
+            end = max(begin + 1, int(np.searchsorted(self.ends, self.starts[begin] + CHUNK)))
+            first, text = int(self.starts[begin]), memoryview(self._read(self.starts[begin], self.ends[end - 1]))
+            starts, ends = self.starts[begin:end] - first, self.ends[begin:end] - first
+            for start, stop in zip(starts.tolist(), ends.tolist(), strict=True):
+                yield text[start:stop]
+            begin = end
+
     def _read(self, start: int, end: int) -> bytes:
         if self.descriptor is None:
             self.descriptor = os.open(self.file, os.O_RDONLY)
         return os.pread(self.descriptor, int(end - start), int(start))
+
+
+def digests(entries: Sequence) -> np.ndarray:
+    """A number (n,) uint64 of each entry's text: equal ones are equal, others differ (but once in 2**64 pairs)."""
+    if isinstance(entries, JsonLines):
+        found = [digest(line) for line in entries.raw_lines()]
+    else:
+        found = [digest(json.dumps(entry).encode()) for entry in entries]
+    return np.frombuffer(b"".join(found), dtype=np.uint64)
+
+
+def digest(text: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(text, digest_size=8).digest()

@@ -9,10 +9,13 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import chain
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -20,8 +23,10 @@ from tqdm import tqdm
 from util import bad_samples, conversation, ranks, vision
 from util.command_line import MOST_TOLD
 from util.dataset import Example, Samples, Size
+from util.kept_sizes import KeptSizes, media_files, state_of
 from util.lines import DataError, stop_on
 from util.media import MediaReader
+from util.sizes import TOO_LONG, Finding, Problem, Sizes, Table
 
 CHUNK = 32  # samples that a worker looks at before it answers
 WORTH_WORKERS = 1.0  # seconds of work from which on starting worker processes pays
@@ -32,44 +37,6 @@ CUT = "end before their time, as their files are cut: what is there is trained o
 SLOT = re.compile(" \n\ue001aZ<&' ([0-9]+)\ue001\n ")  # a text's place; a template that edits texts would change it
 
 
-@dataclass
-class Finding:
-    """What a look at one sample gave."""
-
-    size: Size | None = None  # None: it cannot be trained on
-    problem: str = ""  # file, sample, message, rule, fix
-    reason: str = ""  # one of bad_samples.REASONS
-    budget: vision.Budget | None = None  # of a sample that is shrunk
-    tokens_before: int = 0  # of a sample that is shrunk
-    note: object = None  # what `look` was asked to bring along
-    unused: frozenset[str] = frozenset()  # keys of the sample that say nothing to training
-
-
-class Sizes(list):
-    """Of each sample its Size, or None where it is left out."""
-
-    def __init__(self, findings: Sequence[Finding]) -> None:
-        super().__init__(finding.size for finding in findings)
-        self.problems = {index: finding for index, finding in enumerate(findings) if finding.size is None}
-        self.shrunk = {index: finding for index, finding in enumerate(findings) if finding.budget}
-        self.unused = Counter(key for finding in findings for key in finding.unused)
-
-    @property
-    def usable(self) -> list[int]:
-        """The samples to train on, in the order of the files."""
-        return [index for index, size in enumerate(self) if size is not None]
-
-    @property
-    def left_out(self) -> Counter:
-        """How many samples are left out, by reason."""
-        return Counter(finding.reason for finding in self.problems.values())
-
-    @property
-    def cut_videos(self) -> int:
-        """How many videos end before their time, as their files are cut."""
-        return sum(grid.cut for size in self if size is not None for grid in size.grids)
-
-
 def describe_unused(unused: Counter) -> str:
     """`not used: id (31), source (31)`: keys of samples, messages and items that say nothing to training."""
     shown = [f"{key} ({number:,})" for key, number in unused.most_common(MOST_KEYS)]
@@ -78,55 +45,97 @@ def describe_unused(unused: Counter) -> str:
 
 
 def measure(
-    samples: Samples, max_tokens: int, settings: bad_samples.SampleSettings | None = None, num_workers: int | None = 0
+    samples: Samples,
+    max_tokens: int,
+    settings: bad_samples.SampleSettings | None = None,
+    num_workers: int | None = 0,
+    keep_in: Path | None = None,
 ) -> Sizes:
     """The size of every sample, and what `settings` say of the bad and the long ones done to `samples`.
 
     DataError names those that break a rule, cannot be read or exceed `max_tokens`; none is left out silently: they are
     printed. `num_workers`: processes that read headers, where it takes long enough; None: as many as there are CPUs.
+    `keep_in`: a folder of sizes that were found before, and of those that are found now.
     """
     settings = settings or bad_samples.SampleSettings()
-    findings = look(samples, max_tokens, settings.on_long_sample, num_workers)
-    sizes = Sizes(findings)
+    sizes = find_sizes(samples, max_tokens, settings.on_long_sample, num_workers, keep_in)
     skip = settings.on_bad_sample == "skip"
     skip_long = {"stop": False, "skip": True, "shrink": skip}[settings.on_long_sample]
-    bad = sizes.problems.values()
-    stop_on([finding.problem for finding in bad if not (skip_long if finding.reason == "too long" else skip)])
-    if sizes.problems:
-        if not sizes.usable:
-            raise DataError(
-                f"no sample is left: {bad_samples.describe(sizes.left_out)}; the first: {findings[0].problem}"
-            )
-        samples.examples.left_out = frozenset(sizes.problems)
+    left_out = sizes.left_out
+    refused = [reason for reason in left_out if not (skip_long if reason == "too long" else skip)]
+    stop_on(sizes.problems(refused), sum(left_out[reason] for reason in refused))
+    if left_out:
+        told = sizes.problems(left_out)
+        if not len(sizes.usable):
+            raise DataError(f"no sample is left: {bad_samples.describe(left_out)}; the first: {told[0]}")
+        samples.examples.left_out = frozenset(np.flatnonzero(~sizes.is_usable).tolist())
         if ranks.is_first():
-            print(f"left out: {bad_samples.describe(sizes.left_out)}")
-            for finding in list(sizes.problems.values())[:MOST_TOLD]:
-                print(f"  {finding.problem}")
-            if (more := len(sizes.problems) - MOST_TOLD) > 0:
+            print(f"left out: {bad_samples.describe(left_out)}")
+            for problem in told:
+                print(f"  {problem}")
+            if (more := left_out.total() - MOST_TOLD) > 0:
                 print(f"  ... and {more:,} more; python -m util.check_data lists them all")
-    samples.shrunk = {index: finding.budget for index, finding in sizes.shrunk.items()}
+    budget_of = cache(lambda cap: replace(samples.budget, cap_pixels=cap))  # few caps, perhaps of many samples
+    caps = sizes.table.numbers["cap"][sizes.shrunk]
+    samples.shrunk = {index: budget_of(cap) for index, cap in zip(sizes.shrunk.tolist(), caps.tolist(), strict=True)}
     return sizes
+
+
+def find_sizes(
+    samples: Samples, max_tokens: int, on_long_sample: str, num_workers: int | None, keep_in: Path | None
+) -> Sizes:
+    """The sizes of all samples: those that the first rank finds kept from before; the others are looked at.
+
+    Of several ranks each looks at its share and all get all: a file that only some of them can read is the same to
+    every one.
+    """
+    kept = KeptSizes(keep_in, samples, max_tokens, on_long_sample) if keep_in and ranks.is_first() else None
+    known, before = kept.find() if kept else (np.zeros(0, dtype=np.int64), Table.of([])[0])
+    known, before_on_all = ranks.from_first((known, before.without("files")))
+    unknown = np.setdiff1d(np.arange(len(samples)), known, assume_unique=True)
+    rank, count = ranks.rank_and_size()
+    own = unknown[rank::count]
+
+    found, told = Table.of(findings_of(Chunks(samples, own, max_tokens, on_long_sample), num_workers))
+    told = [problem._replace(sample=int(own[problem.sample])) for problem in told]
+    shares = ranks.gather((found.without("files"), told))
+    tables, told_by_rank = zip(*shares, strict=True)
+    order = np.argsort(np.concatenate([known, *(unknown[share::count] for share in range(count))]), kind="stable")
+    table = Table.joined([before_on_all, *tables]).take(order)
+    if keep_in:
+        found_by_rank = ranks.gather_on_first(found)
+        if kept and len(unknown):
+            keep(kept, Table.joined([before, *found_by_rank]).take(order), unknown)
+
+    long_before = known[before_on_all.numbers["reason"] == TOO_LONG][:MOST_TOLD].tolist()
+    texts = [too_long(samples.examples.where(i), int(table.numbers["tokens"][i]), max_tokens) for i in long_before]
+    told = [Problem(index, "too long", text) for index, text in zip(long_before, texts, strict=True)]
+    return Sizes(table, told + list(chain.from_iterable(told_by_rank)))
+
+
+def keep(kept: KeptSizes, table: Table, changed: np.ndarray) -> None:
+    """Keep what was found for the next start, which does without where that is not possible."""
+    try:
+        kept.keep(table, changed)
+    except OSError as error:
+        print(f"sizes of samples are not kept in {kept.folder} ({error.strerror}): the next start reads headers again")
 
 
 def look(
     samples: Samples, max_tokens: int, on_long_sample: str, num_workers: int | None = 0, note: Callable | None = None
 ) -> list[Finding]:
-    """One finding for each sample, in order. `note`: called with each Example that can be read; its answer is kept.
+    """One finding for each sample, in order. `note`: called with each Example that can be read; its answer is kept."""
+    chunks = Chunks(samples, np.arange(len(samples)), max_tokens, on_long_sample, note)
+    return list(findings_of(chunks, num_workers))
 
-    Of several ranks each looks at its share and all get all findings: a file that only some of them can read is
-    the same to every one.
-    """
-    rank, size = ranks.rank_and_size()
-    indices = range(rank, len(samples), size)
-    chunks = Chunks(samples, indices, max_tokens, on_long_sample, note)
-    bar = {"desc": "reading headers", "unit": " samples", "leave": False, "delay": 1, "disable": rank != 0}
-    with tqdm(total=len(indices), **bar) as progress:
-        found = []
+
+def findings_of(chunks: "Chunks", num_workers: int | None) -> Iterator[Finding]:
+    """The findings of all samples of `chunks`, in order."""
+    bar = {"desc": "reading headers", "unit": " samples", "leave": False, "delay": 1, "disable": not ranks.is_first()}
+    with tqdm(total=len(chunks.indices), **bar) as progress:
         for chunk in in_order(chunks, num_workers):
-            found += chunk
+            yield from chunk
             progress.update(len(chunk))
-    shares = ranks.gather(found)
-    return [shares[index % size][index // size] for index in range(len(samples))]
 
 
 def in_order(chunks: "Chunks", num_workers: int | None) -> Iterator[list[Finding]]:
@@ -148,7 +157,9 @@ def in_order(chunks: "Chunks", num_workers: int | None) -> Iterator[list[Finding
 class Chunks:
     """Findings by number of a chunk of samples: what a worker does. It may be sent to workers before its first use."""
 
-    def __init__(self, samples: Samples, indices: range, max_tokens: int, on_long_sample: str, note) -> None:
+    def __init__(
+        self, samples: Samples, indices: np.ndarray, max_tokens: int, on_long_sample: str, note: Callable | None = None
+    ) -> None:
         self.samples, self.indices, self.max_tokens = samples, indices, max_tokens
         self.on_long_sample, self.note = on_long_sample, note
         self.quick = QuickSize(samples)
@@ -157,26 +168,37 @@ class Chunks:
         return math.ceil(len(self.indices) / CHUNK)
 
     def __getitem__(self, number: int) -> list[Finding]:
-        return [self.one(index) for index in self.indices[number * CHUNK : (number + 1) * CHUNK]]
+        return [self.one(index) for index in self.indices[number * CHUNK : (number + 1) * CHUNK].tolist()]
 
     def one(self, index: int) -> Finding:
         """What can be known of a sample without decoding a pixel."""
         try:
-            example = self.samples.example(index)
-            size = self.quick(example)
+            example = self.samples.examples[index]
+            files = media_files(example, self.samples.examples.folder(index))
+            state = state_of(files)  # before they are read: what changes meanwhile is read again at the next start
+            example = self.samples.with_boxes(example)
+            finding = self.sized(example, self.quick(example))
             note = self.note(example) if self.note else None
-            if size.tokens <= self.max_tokens:
-                return Finding(size, note=note, unused=example.unused)
-            if self.on_long_sample == "shrink":
-                budget, smaller = shrink(self.samples, example, size, self.max_tokens)
-                return Finding(smaller, budget=budget, tokens_before=size.tokens, note=note, unused=example.unused)
-            problem = (
-                f"{example.where}: {size.tokens:,} tokens, above --max_tokens {self.max_tokens:,}; "
-                "raise it, or lower --max_pixels or --video_max_tokens"
-            )
-            return Finding(problem=problem, reason="too long", note=note)
+            return replace(finding, files=files, state=state, unused=example.unused, note=note)
         except DataError as error:
             return Finding(problem=str(error), reason=error.reason)
+
+    def sized(self, example: Example, size: Size) -> Finding:
+        """The finding for a sample that can be read. Raises DataError where it cannot be shrunk."""
+        if size.tokens <= self.max_tokens:
+            return Finding(size)
+        if self.on_long_sample == "shrink":
+            budget, smaller = shrink(self.samples, example, size, self.max_tokens)
+            return Finding(smaller, budget=budget, tokens_before=size.tokens)
+        problem = too_long(example.where, size.tokens, self.max_tokens)
+        return Finding(problem=problem, reason="too long", refused=size)
+
+
+def too_long(where: str, tokens: int, max_tokens: int) -> str:
+    return (
+        f"{where}: {tokens:,} tokens, above --max_tokens {max_tokens:,}; "
+        "raise it, or lower --max_pixels or --video_max_tokens"
+    )
 
 
 def as_is(value):

@@ -6,7 +6,7 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +14,9 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from util import lora, ranks
 from util.config import Config, UserError
-from util.dataset import Size
 from util.loss import LOGIT_ROWS
 from util.model import layers
+from util.steps import Load, Survey
 from util.tensors import PARTS, part_of
 
 GIB = 2**30
@@ -35,12 +35,12 @@ def count_parameters(model_config, config: Config) -> dict:
 
 
 def forecast(
-    model_config, counts: dict, config: Config, dtype: torch.dtype, micro_batches: list[list[Size]], shards=1
+    model_config, counts: dict, config: Config, dtype: torch.dtype, micro_batches: Sequence[Load], shards=1
 ) -> dict[str, float]:
     """Bytes by part: a dict whose values add up to the peak within a training step.
 
-    Activations are what each layer of transformers' modules keeps for its backward pass, for the micro-batch that
-    needs most. `shards` devices share weights, gradients and moments; less than full sharding keeps copies whole.
+    Activations are what each layer of transformers' modules keeps for its backward pass, for the one of `micro_batches`
+    that needs most. `shards` devices share weights, gradients and moments; less than full sharding keeps copies whole.
     """
     total = sum(counts[part] for part in PARTS)
     trained = sum(counts[part] for part in PARTS if part not in config.freeze)
@@ -63,18 +63,18 @@ def forecast(
     elif shards > 1 or (dtype == torch.bfloat16 and not config.lora_rank):
         # the root's copies stay for the whole step, a layer's while it or its neighbour works
         parts["copies at work"] = dtype.itemsize * (total - counts["all_layers"] + 2 * counts["largest_layer"])
-    needs = [activations(model_config, config, dtype, sizes) for sizes in micro_batches]
+    needs = [activations(model_config, config, dtype, load) for load in micro_batches]
     parts["activations"], parts["logits"], parts["working memory"] = max(needs, key=sum, default=(0, 0, 0))
     return parts
 
 
-def activations(model_config, config: Config, dtype: torch.dtype, sizes: list[Size]) -> tuple[float, float, float]:
+def activations(model_config, config: Config, dtype: torch.dtype, load: Load) -> tuple[float, float, float]:
     """Bytes of activations and of logits that one packed micro-batch keeps for its backward pass; and of the gradients
     of activations that its largest layer holds during it, which is where memory peaks."""
     text, tower = model_config.text_config, model_config.vision_config
     compute, wide = dtype.itemsize, max(4, dtype.itemsize)
-    tokens, patches = sum(s.tokens for s in sizes), sum(grid.patches for s in sizes for grid in s.grids)
-    supervised = min(sum(s.supervised for s in sizes), LOGIT_ROWS)
+    tokens, patches, supervised = map(int, load)
+    supervised = min(supervised, LOGIT_ROWS)
     width, inner = text.hidden_size, text.intermediate_size
     key_value = width // text.num_attention_heads * text.num_key_value_heads
     # two RMSNorms (an fp32 copy of the input and the normalised one), q, k, v and the attention's output, the MLP
@@ -100,18 +100,17 @@ def activations(model_config, config: Config, dtype: torch.dtype, sizes: list[Si
 
 
 def check(
-    model_config, config: Config, dtype: torch.dtype, device: torch.device, micro_batches, parts: dict, shards: int = 1
+    model_config, config: Config, dtype: torch.dtype, device: torch.device, survey: Survey, parts: dict, shards: int = 1
 ) -> None:
     """Raise UserError where the forecast does not fit the device, naming the settings with which it would."""
     needed, free = sum(parts.values()), free_bytes(device)
     if needed <= free or not config.check_memory:
         return
     counts = count_parameters(model_config, config)
-    # one sample at a time, the longest there is, is the least a step can be
-    singles = [[size] for batch in micro_batches for size in batch]
     ways = []
     for changes, changed in remedies(config, device):
-        for note, batches in (([], micro_batches), (["--micro_batch_size 1"], singles)):
+        # one sample at a time, the longest there is, is the least a step can be
+        for note, batches in (([], survey.heaviest), (["--micro_batch_size 1"], survey.heaviest_samples)):
             total = sum(forecast(model_config, counts, changed, dtype, batches, shards).values())
             if total <= free:
                 flags = [f"--{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in changes.items()]

@@ -7,9 +7,11 @@ import torch
 from util import bad_samples, disk
 from util.config import Config
 from util.log import relative
-from util.measure import CUT, Sizes, describe_unused, usable_cpus
+from util.measure import CUT, describe_unused, usable_cpus
 from util.memory import GIB, describe, free_bytes, peak_bytes
 from util.model import choose_attention
+from util.sizes import Sizes
+from util.steps import Steps, Survey
 from util.tensors import PARTS
 
 
@@ -22,7 +24,7 @@ def worker_count(config: Config, device: torch.device) -> int:
 
 def print_plan(
     config: Config, directory: Path, path: str, device: torch.device, dtype: torch.dtype, counts: dict,
-    needs: dict[str, float], sizes: Sizes, epoch_samples: int, steps: list[tuple[int, list[list[int]]]], workers: int,
+    needs: dict[str, float], sizes: Sizes, steps: Steps, held_out: Steps | None, workers: int,
 ) -> None:  # fmt: skip
     """Print device, precision, parts, data, steps as arithmetic, memory and output path, a line each."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -39,17 +41,15 @@ def print_plan(
         notes = f" ({', '.join(frozen + beside)})" if frozen else ""
         parts.append(f"{part} {counts[part] / 1e6:,.2f} M{notes}")
     total = sum(counts[part] for part in PARTS)
-    micro = [len(step) for _, step in steps]
-    usable = [sizes[index] for index in sizes.usable]
-    per_epoch = -(-epoch_samples // config.global_batch_size)
+    survey, usable = steps.survey, sizes.usable
     arithmetic = (
-        f"{config.epochs} epochs x {per_epoch} steps ({epoch_samples:,} / {config.global_batch_size}, rounded up)"
+        f"{config.epochs} epochs x {steps.per_epoch} steps "
+        f"({steps.epoch_samples:,} / {config.global_batch_size}, rounded up)"
     )
-    if len(steps) < config.epochs * per_epoch:
-        arithmetic = f"the first {len(steps) / per_epoch:.1f} of {arithmetic}: --max_steps {config.max_steps}"
-    tokens = [size.tokens for size in usable]
-    patches = [grid.patches for size in usable for grid in size.grids]
-    capped = sum(grid.capped for size in usable for grid in size.grids)
+    if len(steps) < config.epochs * steps.per_epoch:
+        arithmetic = f"the first {len(steps) / steps.per_epoch:.1f} of {arithmetic}: --max_steps {config.max_steps}"
+    tokens, grids = sizes.tokens[usable], sizes.usable_grids
+    capped = int(grids[:, 3].sum())
     beside = f", beside {peak_bytes(device) / GIB:.2f} for Python and its libraries" if device.type == "cpu" else ""
     facts = {
         "model": f"{relative(Path(path)) if Path(path).exists() else path}, {total / 1e6:,.2f} M parameters",
@@ -57,30 +57,46 @@ def print_plan(
         "device": f"{name}, {free_bytes(device) / GIB:.1f} GiB free",
         "precision": f"{precision}; attention {choose_attention(config.attention, device, dtype)}",
         "data": f"{len(usable):,} samples of {', '.join(config.data)}; {workers} data worker(s)",
-        "tokens": f"{sum(tokens):,} an epoch, {min(tokens):,} to {max(tokens):,} a sample, "
-        f"{sum(size.supervised for size in usable):,} supervised",
-        "vision": f"{len(patches):,} images and videos, {sum(patches):,} patches an epoch",
+        "tokens": f"{tokens.sum():,} an epoch, {tokens.min():,} to {tokens.max():,} a sample, "
+        f"{sizes.supervised[usable].sum():,} supervised",
+        "vision": f"{len(grids):,} images and videos, {sizes.patches[usable].sum():,} patches an epoch",
         "steps": f"{len(steps):,} of {config.global_batch_size} samples = {arithmetic}",
-        "each step": f"{min(micro)} to {max(micro)} packed micro-batches of at most {config.max_tokens:,} tokens",
+        "each step": f"{survey.fewest} to {survey.most} packed micro-batches of at most {config.max_tokens:,} tokens",
         "memory": f"{sum(needs.values()) / GIB:.2f} GiB forecast{beside}: {describe(needs)}",
         "output": str(relative(directory)),
         "disk": disk.describe(directory, counts, config, dtype),
     }
-    if sizes.problems:
-        facts["left out"] = f"{len(sizes.problems):,} of {len(sizes):,} samples: {bad_samples.describe(sizes.left_out)}"
-    if sizes.shrunk:
-        before = sum(finding.tokens_before for finding in sizes.shrunk.values())
-        after = sum(finding.size.tokens for finding in sizes.shrunk.values())
+    if left_out := sizes.left_out:
+        facts["left out"] = (
+            f"{left_out.total():,} of {len(sizes):,} samples: {bad_samples.describe(left_out)}; their places stay "
+            f"empty: as many steps, of {survey.samples / len(steps):.1f} samples on average"
+        )
+        if survey.empty_steps:
+            facts["left out"] += f"; {survey.empty_steps:,} steps have none and change nothing"
+    if len(shrunk := sizes.shrunk):
+        before, after = (int(column[shrunk].sum()) for column in (sizes.table.numbers["before"], sizes.tokens))
         facts["shrunk"] = (
-            f"{len(sizes.shrunk):,} samples to fit --max_tokens {config.max_tokens:,}, {before:,} to {after:,} tokens"
+            f"{len(shrunk):,} samples to fit --max_tokens {config.max_tokens:,}, {before:,} to {after:,} tokens"
         )
     if capped:
         facts["videos"] = (
             f"{capped:,} made smaller or shorter to cost at most --video_max_tokens {config.video_max_tokens:,}"
         )
-    if sizes.cut_videos:
-        facts["cut videos"] = f"{sizes.cut_videos:,} {CUT}; python -m util.check_data names them"
-    if sizes.unused:
-        facts["keys"] = describe_unused(sizes.unused)
+    if cut := sizes.cut_videos:
+        facts["cut videos"] = f"{cut:,} {CUT}; python -m util.check_data names them"
+    if unused := sizes.unused:
+        facts["keys"] = describe_unused(unused)
+    idle = [of_ranks(title, plan.survey) for title, plan in (("training", steps), ("evaluation", held_out)) if plan]
+    if any(idle):
+        facts["idle"] = "; ".join(filter(None, idle))
     width = max(map(len, facts))
     print("\n".join(f"{name:>{width}}  {fact}" for name, fact in facts.items()), flush=True)
+
+
+def of_ranks(title: str, survey: Survey) -> str:
+    """How often a process has no sample while others have, if it ever happens."""
+    turns = survey.steps * survey.ranks
+    if survey.ranks == 1 or not survey.idle_turns:
+        return ""
+    never = f", {survey.idle_ranks} of {survey.ranks} always" if survey.idle_ranks else ""
+    return f"{title}: without a sample in {survey.idle_turns:,} of {turns:,} steps x processes{never}"

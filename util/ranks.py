@@ -23,3 +23,20 @@ def gather(value: object) -> list:
         shares = [None] * dist.get_world_size()
         dist.all_gather_object(shares, value)
     return shares
+
+
+def gather_on_first(value: object) -> list:
+    """Every rank's value on the first rank; an empty list on the others. All ranks must call."""
+    if not are_several():
+        return [value]
+    shares = [None] * dist.get_world_size() if is_first() else None
+    dist.gather_object(value, shares, dst=0)
+    return shares or []
+
+
+def from_first(value: object) -> object:
+    """The first rank's value, on all ranks."""
+    box = [value if is_first() else None]
+    if are_several():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,168 @@
+"""How long does a run take until its first step is done, and how much memory, by number of samples?
+
+    python benchmarks/start.py --samples 1000 100000 300000 1000000 --out benchmarks/results/start.json
+
+`finetune.py` trains `tiny` for 3 epochs on so many rows of a text and an image (one small file, so that what is timed
+is this program and not a disk), each number in processes of its own: a first start, which reads the header of every
+row's image, and a second one, which finds the sizes kept. Time counts from the call of `train`, after the imports, to
+the end of the first step; reading headers is counted apart. Memory is the most that the training process, and that its
+data worker, has held. Of both, the figures of the smallest number are what a start costs anyway.
+"""
+
+# ruff: noqa: E402
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.report import origin, write_result
+
+EPOCHS = 3
+
+
+def write_data(folder: Path, count: int) -> Path:
+    """A .jsonl file of `count` rows of unequal length about one image."""
+    from PIL import Image
+
+    Image.new("RGB", (168, 112), "navy").save(folder / "image.png")
+    file = folder / f"{count}.jsonl"
+    with open(file, "w") as rows:
+        for number in range(count):
+            question = [
+                {"type": "image", "image": "image.png"},
+                {"type": "text", "text": f"What is in picture {number}?"},
+            ]
+            answer = f"It is number {number}. " + "It is blue. " * (number % 7)
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            rows.write(json.dumps({"messages": messages}) + "\n")
+    return file
+
+
+class FirstStepDone(Exception):
+    """Raised where the measured part of a run ends."""
+
+
+def peak_megabytes(process: int | str) -> float:
+    """The most memory a process has held."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def start(data: str, output_dir: str) -> None:
+    """One start, in this process; prints its figures as a line of JSON."""
+    import finetune
+    from util import log, measure
+    from util.config import Config
+
+    figures = {"headers_seconds": 0.0, "headers": 0}
+    findings_of = measure.findings_of
+
+    def timed(chunks, num_workers):
+        # the consumer's own work between two findings is part of it: it is a few microseconds of some hundred
+        began = time.perf_counter()
+        for finding in findings_of(chunks, num_workers):
+            figures["headers"] += 1
+            yield finding
+        figures["headers_seconds"] += time.perf_counter() - began
+
+    def end(run, values, work):
+        figures["seconds"] = time.perf_counter() - began
+        figures["peak_megabytes"] = peak_megabytes("self")
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        figures["worker_peak_megabytes"] = max(map(peak_megabytes, children), default=None)
+        raise FirstStepDone
+
+    measure.findings_of, log.Run.log_step = timed, end
+    config = Config(
+        model="tiny", data=[data], device="cpu", epochs=EPOCHS, output_dir=output_dir, num_workers=2, max_tokens=2048
+    )
+    began = time.perf_counter()
+    try:
+        finetune.train(config)
+    except FirstStepDone:
+        print(json.dumps(figures), flush=True)
+        os._exit(0)  # without what tidies up
+
+
+def measured_start(data: Path, output_dir: Path) -> dict:
+    command = [sys.executable, __file__, "--start", str(data), str(output_dir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{done.stdout}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured(count: int, folder: Path, repetitions: int) -> dict:
+    """A first and a few second starts on `count` samples; of the second ones the median."""
+    data = write_data(folder, count)
+    first = measured_start(data, folder / "first")
+    seconds = [measured_start(data, folder / f"second_{number}") for number in range(repetitions)]
+    assert all(second["headers"] == 0 for second in seconds), "a second start has read headers"
+    row = {
+        "samples": count,
+        "first_start_seconds": first["seconds"],
+        "headers_seconds": first["headers_seconds"],
+        "first_start_beyond_headers_seconds": first["seconds"] - first["headers_seconds"],
+        "second_start_seconds": statistics.median(second["seconds"] for second in seconds),
+        "first_peak_megabytes": first["peak_megabytes"],
+        "first_worker_peak_megabytes": first["worker_peak_megabytes"],
+        "second_peak_megabytes": max(second["peak_megabytes"] for second in seconds),
+        "second_worker_peak_megabytes": max(second["worker_peak_megabytes"] for second in seconds),
+    }
+    return {key: round(value, 2) for key, value in row.items()}
+
+
+def fit(rows: list[dict], key: str, count: int) -> dict:
+    """The line by least squares through a figure's growth beyond the smallest number of samples, per million; what it
+    says of `count` samples; and how far the largest measured number lies from it, as a share of its growth."""
+    base = rows[0]
+    points = [(row["samples"] - base["samples"], row[key] - base[key]) for row in rows[1:]]
+    slope = sum(x * y for x, y in points) / sum(x * x for x, _ in points)
+    x, y = points[-1]
+    return {
+        "per_million": round(1e6 * slope, 2),
+        "of_ten_million": round(slope * count, 1),
+        "last_off_line": round(y / (slope * x) - 1, 3) if slope * x else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, nargs="+", default=[1000, 100_000, 300_000, 1_000_000], help="numbers")
+    parser.add_argument("--repetitions", type=int, default=3, help="second starts of each number")
+    parser.add_argument("--start", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    arguments = parser.parse_args()
+    if arguments.start:
+        return start(*arguments.start)
+    rows = []
+    for count in sorted(arguments.samples):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(measured(count, Path(folder), arguments.repetitions))
+        row, base = rows[-1], rows[0]
+        print(
+            f"{count:>10,} samples: first step after {row['first_start_seconds']:.1f} s, of which headers "
+            f"{row['headers_seconds']:.1f}; second start {row['second_start_seconds']:.1f} s; peak "
+            f"{row['first_peak_megabytes']:.0f} and {row['second_peak_megabytes']:.0f} MB, "
+            f"{row['second_peak_megabytes'] - base['second_peak_megabytes']:+.0f}",
+            flush=True,
+        )
+    keys = ("first_start_beyond_headers_seconds", "second_start_seconds", "first_peak_megabytes",
+            "second_peak_megabytes", "second_worker_peak_megabytes")  # fmt: skip
+    fits = {key: fit(rows, key, 10_000_000) for key in keys} if len(rows) > 1 else {}
+    result = {**origin("start.py", sys.argv[1:]), "cores": os.cpu_count(), "epochs": EPOCHS, "rows": rows, "fits": fits}
+    write_result(result, arguments.out)
+    return None
+
+
+if __name__ == "__main__":
+    main()
