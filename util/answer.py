@@ -26,6 +26,7 @@ class Settings:
     device: str
     dtype: str
     batch_size: int
+    max_tokens: int
     max_new_tokens: int
     show: int
     metrics: list[str]  # the first one is the headline
@@ -52,6 +53,8 @@ def parse_arguments(description: str, trained: bool) -> Settings:
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu; default: the GPU where there is one")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="precision")
     parser.add_argument("--batch_size", type=int, default=32, help="questions answered at a time")
+    parser.add_argument("--max_tokens", type=int, help="tokens of the questions answered at a time (memory only; none "
+                        "is cut); default: what the run was trained with")  # fmt: skip
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
     parser.add_argument("--metrics", nargs="+", choices=tuple(METRICS), metavar="METRIC",
                         help=f"{', '.join(METRICS)}; default: what the run was evaluated by")  # fmt: skip
@@ -64,10 +67,9 @@ def parse_arguments(description: str, trained: bool) -> Settings:
     given = {name: value for name in BUDGET_FLAGS if (value := values.pop(name)) is not None}
     if (values["image"] or values["video"]) and not values["question"]:
         parser.error("--image and --video go with --question")
-    if values["batch_size"] < 1 or values["max_new_tokens"] < 1:
-        parser.error(
-            f"--batch_size {values['batch_size']} --max_new_tokens {values['max_new_tokens']}: must be at least 1"
-        )
+    counts = {name: values[name] for name in ("batch_size", "max_tokens", "max_new_tokens") if values[name] is not None}
+    if min(counts.values()) < 1:
+        parser.error(f"{' '.join(f'--{name} {count}' for name, count in counts.items())}: must be at least 1")
     settings = Settings(**{"run": None, "at_least": None, **values})
     if trained:
         settings.run = find_run(settings.run)
@@ -75,6 +77,7 @@ def parse_arguments(description: str, trained: bool) -> Settings:
         settings.base = settings.base and model_of(settings.base)
     trained_with = settings_of_run(settings.run)
     settings.base = settings.base or trained_with.get("model")
+    settings.max_tokens = settings.max_tokens or trained_with.get("max_tokens") or Config().max_tokens
     settings.metrics = settings.metrics or trained_with.get("eval_metrics") or Config().eval_metrics
     known = {name: trained_with[name] for name in BUDGET_FLAGS if name in trained_with}
     settings.budget = {**known, **given}
@@ -174,6 +177,7 @@ def answers_of(settings: Settings, model: str | None, name: str, reuse: bool) ->
         settings.batch_size,
         settings.max_new_tokens,
         f"{name}: {Path(path).name}",
+        max_tokens=settings.max_tokens,
     )
     evaluate.write_answers(file, made_from, answers)
     return answers

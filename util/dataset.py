@@ -29,6 +29,7 @@ class Example:
     where: str  # "train_data/data.json, sample 3"
     kind: str | None = None  # free-form name of the kind of sample, if the file gives one
     unused: frozenset[str] = frozenset()  # keys that the file gives and that say nothing to training
+    budget: vision.Budget | None = None  # of a question about a sample that is shrunk
 
     @property
     def media(self) -> list[dict]:
@@ -178,7 +179,7 @@ class Samples(Dataset):
         return conversation.encode(conversation.render(example.messages, self.processor), self.processor)
 
     def _media(self, example: Example, read: Callable, budget: vision.Budget | None = None) -> list:
-        return self._reading(example, self.reader.each, read, example.media, budget or self.budget)
+        return self._reading(example, self.reader.each, read, example.media, budget or example.budget or self.budget)
 
     def _reading(self, example: Example, read: Callable, *arguments) -> list:
         """What `read` gives, or the DataError of media that cannot be read, with the sample's name."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -55,7 +55,7 @@ def evaluate_answers(
     """
     if not config.eval_samples:
         return {}
-    questions = questions_of(held_out.examples, config.on_bad_sample)
+    questions = questions_of(held_out.examples, config.on_bad_sample, held_out.shrunk)
     rank, size = ranks.rank_and_size()
     most = min(config.eval_samples, len(questions))
     # Not every n-th: where each image has n questions, these are all of one kind.
@@ -66,8 +66,9 @@ def evaluate_answers(
         own = QuestionSamples(chosen[rank::size], held_out.processor, held_out.budget, held_out.reader)
         shown = title if rank == 0 else None
         answers = answer_all(
-            answerer, own, BATCH_SIZE, MOST_NEW_TOKENS, shown, config.on_bad_sample, config.num_workers
-        )
+            answerer, own, BATCH_SIZE, MOST_NEW_TOKENS, shown, config.on_bad_sample, config.num_workers,
+            config.max_tokens,
+        )  # fmt: skip
     model.train()
     answers = [answer for share in ranks.gather(answers) for answer in share]
     scores = summarise(answers, config.eval_metrics)
@@ -99,19 +100,32 @@ class Answer:
         return METRICS[metric](self.answer, self.reference)
 
 
-def questions_of(examples: Examples, on_bad_sample: str = "stop") -> list[Example]:
-    """Every assistant message is a question: the conversation up to and with it, earlier answers as given."""
-    questions, readable = [], Lenient(examples, on_bad_sample)
-    found = (readable[index] for index in range(len(examples)) if index not in examples.left_out)
-    for example in (example for example in found if not isinstance(example, Skipped)):
+def questions_of(
+    examples: Examples, on_bad_sample: str = "stop", shrunk: Mapping[int, vision.Budget] | None = None
+) -> list[Example]:
+    """Every assistant message is a question: the conversation up to and with it, earlier answers as given. `shrunk`:
+    the budgets of samples that are shrunk, by number (Samples.shrunk)."""
+    questions, readable, shrunk = [], Lenient(examples, on_bad_sample), shrunk or {}
+    for index in range(len(examples)):
+        if index in examples.left_out or isinstance(example := readable[index], Skipped):
+            continue
         turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
         for number, turn in enumerate(turns):
             where = example.where + (f", turn {number}" if len(turns) > 1 else "")
-            questions.append(Example(example.messages[: turn + 1], where, example.kind))
+            questions.append(Example(example.messages[: turn + 1], where, example.kind, budget=shrunk.get(index)))
     return questions
 
 
 Prompt = tuple[torch.Tensor, torch.Tensor]  # embeddings (L, D), positions (L, 3)
+
+
+@dataclass
+class Limits:
+    """How much is answered at a time, and how long an answer may be."""
+
+    questions: int
+    tokens: int  # of the packed row that is read, and of the padded batch that is generated; one question always goes
+    new_tokens: int
 
 
 class Answerer:
@@ -233,6 +247,7 @@ def answer_all(
     title: str | None,
     on_bad_sample: str = "stop",
     num_workers: int | None = None,
+    max_tokens: int = Config.max_tokens,
 ) -> list[Answer]:
     """Answer every question, in batches of like length; the answers in the order asked. No bar without title. Beside a
     GPU the media are read in `num_workers` processes, by default up to 8; a CPU reads them itself: with a worker it
@@ -242,8 +257,8 @@ def answer_all(
     """
     quick = QuickSize(questions)
     sizes = [size_of(quick, index, on_bad_sample) for index in range(len(questions))]
-    order = sorted(range(len(questions)), key=lambda index: -sizes[index])
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    limits = Limits(batch_size, max_tokens, max_new_tokens)
+    batches = batches_of(sizes, limits)
     workers = min(num_workers if num_workers is not None else min(8, usable_cpus()), len(batches))
     workers = workers if answerer.device.type == "cuda" else 0
     loader = DataLoader(Lenient(questions, on_bad_sample), batch_sampler=batches, collate_fn=list, num_workers=workers)
@@ -258,11 +273,40 @@ def answer_all(
             for index, (loss, answer) in zip(there, found, strict=True):
                 losses[index] = loss
                 (texts if isinstance(answer, str) else waiting)[index] = answer
-            while len(waiting) >= batch_size or (waiting and number == len(batches)):
-                chosen = list(waiting)[:batch_size]
-                texts |= zip(chosen, answerer.generate([waiting.pop(i) for i in chosen], max_new_tokens), strict=True)
+            while chosen := first_to_generate(waiting, limits, is_last=number == len(batches)):
+                answers = answerer.generate([waiting.pop(i) for i in chosen], max_new_tokens)
+                texts |= zip(chosen, answers, strict=True)
             bar.update(sum(map(len, batches[:number])) - len(waiting) - bar.n)
     return [answer_of(questions.example(index), texts[index], losses[index]) for index in sorted(texts)]
+
+
+def batches_of(sizes: list[int], limits: Limits) -> list[list[int]]:
+    """Questions by number, the longest first, in packed rows within `limits`."""
+    batches: list[list[int]] = []
+    tokens = 0
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        is_full = not batches or len(batches[-1]) == limits.questions or tokens + sizes[index] > limits.tokens
+        if is_full:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(index)
+        tokens += sizes[index]
+    return batches
+
+
+def first_to_generate(waiting: dict[int, Prompt], limits: Limits, is_last: bool) -> list[int]:
+    """The numbers of the waiting prompts that are generated next; none where more may join them.
+
+    Every row of a batch is padded to the longest, and grows by the answer.
+    """
+    chosen: list[int] = []
+    longest = 0
+    for index, (embeddings, _) in waiting.items():
+        longest = max(longest, len(embeddings) + limits.new_tokens)
+        if chosen and (len(chosen) == limits.questions or (len(chosen) + 1) * longest > limits.tokens):
+            return chosen
+        chosen.append(index)
+    return chosen if is_last or len(chosen) == limits.questions else []
 
 
 def size_of(quick: QuickSize, index: int, on_bad_sample: str) -> int:
