@@ -17,6 +17,8 @@ from util.dataset import Size
 FINE = 0  # in the column "reason": the sample is trained on; else 1 + the place of its reason in REASONS
 TOO_LONG = 1 + REASONS.index("too long")
 GRID_COLUMNS = 5  # t, h, w, whether it was capped, whether its file is cut
+NUMBERS = {"tokens": np.int32, "supervised": np.int32, "reason": np.uint8, "cap": np.int64, "before": np.int32,
+           "state": np.int64}  # fmt: skip
 MOST_NAMED = 100  # left-out samples that a checkpoint lists one by one, so that another one can be named
 
 
@@ -57,36 +59,34 @@ class Table:
 
         The findings may come from a generator: none of them is kept.
         """
-        codes = {"tokens": "i", "supervised": "i", "reason": "B", "cap": "q", "before": "i", "state": "q"}
-        numbers = {name: array(code) for name, code in codes.items()}
-        grid_ends, grids, file_ends, files = array("q"), array("i"), array("q"), bytearray()
+        rows, grid_ends, grids, file_ends, files = array("q"), array("q"), array("i"), array("q"), bytearray()
         unused_ends, unused = array("q"), bytearray()
         told: list[Problem] = []
         counts: Counter = Counter()
         for number, finding in enumerate(findings):
             size = finding.size or finding.refused or Size(0, 0, [])
-            numbers["tokens"].append(size.tokens)
-            numbers["supervised"].append(size.supervised)
-            numbers["reason"].append(1 + REASONS.index(finding.reason) if finding.reason else FINE)
-            numbers["cap"].append(finding.budget.cap_pixels if finding.budget else 0)
-            numbers["before"].append(finding.tokens_before)
-            numbers["state"].append(finding.state)
+            reason = 1 + REASONS.index(finding.reason) if finding.reason else FINE
+            cap = finding.budget.cap_pixels if finding.budget else 0
+            rows.extend((size.tokens, size.supervised, reason, cap, finding.tokens_before, finding.state))
             for grid in size.grids:
-                grids.extend((*map(int, grid), int(grid.cut)))
+                grids.extend((*grid, grid.cut))
             grid_ends.append(len(grids) // GRID_COLUMNS)
             files += finding.files
             file_ends.append(len(files))
             unused += "".join([f"{key}\n" for key in finding.unused]).encode()
             unused_ends.append(len(unused))
-            counts[finding.reason] += 1
-            if finding.reason and counts[finding.reason] <= MOST_TOLD:
-                told.append(Problem(number, finding.reason, finding.problem))
+            if finding.reason:
+                counts[finding.reason] += 1
+                if counts[finding.reason] <= MOST_TOLD:
+                    told.append(Problem(number, finding.reason, finding.problem))
+        columns = np.array(rows, dtype=np.int64).reshape(-1, len(NUMBERS)).T
+        numbers = {name: column.astype(dtype) for (name, dtype), column in zip(NUMBERS.items(), columns, strict=True)}
         lists = {
-            "grids": (as_array(grid_ends), as_array(grids).reshape(-1, GRID_COLUMNS)),
-            "files": (as_array(file_ends), np.frombuffer(bytes(files), dtype=np.uint8)),
-            "unused": (as_array(unused_ends), np.frombuffer(bytes(unused), dtype=np.uint8)),
+            "grids": (np.array(grid_ends, dtype=np.int64), np.array(grids, dtype=np.int32).reshape(-1, GRID_COLUMNS)),
+            "files": (np.array(file_ends, dtype=np.int64), np.frombuffer(bytes(files), dtype=np.uint8)),
+            "unused": (np.array(unused_ends, dtype=np.int64), np.frombuffer(bytes(unused), dtype=np.uint8)),
         }
-        return cls({name: as_array(column) for name, column in numbers.items()}, lists), told
+        return cls(numbers, lists), told
 
     def __len__(self) -> int:
         return len(self.numbers["tokens"])
@@ -116,10 +116,6 @@ class Table:
     def without(self, name: str) -> "Table":
         """The same table without one of its lists."""
         return Table(self.numbers, {other: column for other, column in self.lists.items() if other != name})
-
-
-def as_array(column: array) -> np.ndarray:
-    return np.frombuffer(column, dtype=column.typecode) if len(column) else np.zeros(0, dtype=column.typecode)
 
 
 def take_lists(ends: np.ndarray, flat: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
