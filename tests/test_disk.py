@@ -140,7 +140,7 @@ def parts(tiny_path):
         for parameter in trained.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-        return checkpoint.Saver(folder, config, 10**7, said.append), trained, optimizer, said
+        return checkpoint.Saver(folder, config, 10**7, said.append, {}), trained, optimizer, said
 
     return make
 

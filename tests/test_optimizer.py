@@ -194,7 +194,7 @@ def test_states_are_loaded_as_the_optimizer_made_them(kind, dtype, tiny_path, pr
         parameter.grad = torch.ones_like(parameter)
     before.step()
     before.zero_grad()
-    saver = checkpoint.Saver(tmp_path, config, 1, print)
+    saver = checkpoint.Saver(tmp_path, config, 1, print, {})
     saver.save(model, before, {"step": 1})
     saver.wait()
     expected = states_by_name(model, before)

@@ -70,7 +70,7 @@ class Trained:
         """From a checkpoint that was written after an evaluation."""
         self.step()
         self.evaluate()
-        saver = checkpoint.Saver(self.folder, self.config, 9, print)
+        saver = checkpoint.Saver(self.folder, self.config, 9, print, {})
         saver.save(self.model, self.optimizer, {"step": 1})
         saver.wait()
         checkpoint.load_checkpoint(self.folder / "checkpoints" / "step_000001", self.model, self.optimizer)
