@@ -7,6 +7,7 @@
 #   MAX_RESTARTS=3 ./finetune_distributed.sh --save_every 100    a process that dies: all start again at the newest checkpoint
 #   COLLECTIVE_TIMEOUT=600 ./finetune_distributed.sh              a job without progress for 600 s ends (default: 1800)
 set -euo pipefail
+export STARTED_IN="$PWD" # for the command that goes on with a run, if it is stopped
 cd "$(dirname "$0")"
 source util/setup.sh requirements.txt
 

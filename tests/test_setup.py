@@ -74,3 +74,52 @@ def test_a_gpu_that_torch_cannot_use_stops_the_run(machine):
     assert code == 1
     assert "nvidia-smi sees a GPU, but torch cannot use it" in printed
     assert "the driver is 470.57.02" in printed
+
+
+@pytest.fixture
+def demonstration(machine):
+    """What ./finetune.sh without arguments hands to finetune.py where there is no GPU."""
+    machine.program("nvidia-smi", "exit 1")
+    machine.program("any_python", '[ "$1" = - ] || echo "ran: $*"')
+
+    def command() -> str:
+        code, printed = machine("finetune.sh", PYTHON="any_python")
+        assert code == 0, printed
+        (ran,) = [line for line in printed.splitlines() if line.startswith("ran: finetune.py")]
+        return ran.removeprefix("ran: finetune.py ")
+
+    command.runs = machine.home / "train_output"
+    return command
+
+
+def make_run(run: Path, *files: str) -> None:
+    for file in files:
+        (run / file).parent.mkdir(parents=True, exist_ok=True)
+        (run / file).touch()
+
+
+SAVED = "checkpoints/step_000300/state.json"
+MODEL = "config.json"
+
+
+def test_a_stopped_demonstration_goes_on(demonstration):
+    assert "--model tiny" in demonstration()
+    make_run(demonstration.runs / "demonstration_2026-01-01_00-00-00", SAVED, MODEL)
+    make_run(demonstration.runs / "demonstration_2026-01-02_00-00-00", SAVED)
+    assert demonstration() == "--resume train_output/demonstration_2026-01-02_00-00-00"
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("demonstration_2026-01-01_00-00-00", [SAVED, MODEL]),  # it is complete
+        ("demonstration_2026-01-01_00-00-00", ["metrics.jsonl"]),  # nothing of it is saved
+        ("2026-01-01_00-00-00", [SAVED]),  # it is no demonstration
+        ("demonstration", [SAVED]),  # it is the base of recipes/chartqa.sh
+    ],
+)
+def test_no_other_run_is_taken_for_a_stopped_demonstration(name, files, demonstration):
+    make_run(demonstration.runs / name, *files)
+    words = demonstration().split()
+    assert "--resume" not in words
+    assert words[words.index("--output_dir") + 1].startswith("train_output/demonstration_20")
