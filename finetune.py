@@ -9,13 +9,12 @@ stands in the file of util/ that it comes from.
 import time
 from collections.abc import Iterable
 
-from util.config import Config, parse_arguments, run_command
+from util.config import Config, parse_arguments, run_training
 
 
 def train(config: Config) -> str:
     """Train as `config` says and return the run directory."""
     import torch
-    from torch.utils.data import DataLoader
 
     from util import disk, flops, kept_sizes, memory, show
     from util.bad_samples import Lenient, begin
@@ -24,6 +23,7 @@ def train(config: Config) -> str:
     from util.dataset import Examples, Samples
     from util.evaluate import evaluate_answers, evaluate_loss
     from util.guard import FiniteGuard, StopSignal
+    from util.loader import Loader
     from util.log import RUNS, Run
     from util.measure import measure
     from util.media import MediaReader
@@ -49,10 +49,10 @@ def train(config: Config) -> str:
         compare_plan(config, resumed, sizes, samples.examples)
     steps = training_steps(sizes, samples.examples, config)
 
-    def load(data: Samples, micro_batches: Iterable[list[int]]) -> DataLoader:
+    def load(data: Samples, micro_batches: Iterable[list[int]]) -> Loader:
         """The packed batches of `micro_batches`, made in data workers."""
         data, pin = Lenient(data, config.on_bad_sample), device.type == "cuda"
-        return DataLoader(data, batch_sampler=micro_batches, collate_fn=Collator(), num_workers=workers, pin_memory=pin)
+        return Loader(data, batch_sampler=micro_batches, collate_fn=Collator(), num_workers=workers, pin_memory=pin)
 
     held_out, held_out_plan = None, None
     if config.eval_data:
@@ -78,22 +78,27 @@ def train(config: Config) -> str:
     optimizer = build_optimizer(model, config)
     if resumed:
         load_checkpoint(resumed, model, optimizer)
+    stop = StopSignal(run)
     run.open(first, len(steps), {"model": path, "dtype": str(dtype).removeprefix("torch."), "device": str(device)})
     saver = Saver(run.directory, config, len(steps), run.say, sizes.mark())
-    stop, guard = StopSignal(run.say), FiniteGuard(run.say)
+    guard = FiniteGuard(run.say)
 
     def evaluate(step: int) -> float:
-        totals = evaluate_loss(model, load(held_out, held_out_plan.micro_batches()), device)
-        scores = evaluate_answers(model, held_out, device, config)
+        loader = load(held_out, held_out_plan.micro_batches())
+        totals = evaluate_loss(model, stop.watch_together(loader), device)
+        scores = evaluate_answers(model, held_out, device, config, stop)
         run.log_evaluation(step, totals, scores)
         return totals["loss_sum"] / (totals["supervised_tokens"] or float("nan"))
 
     # ---- the loop
     for number, (epoch, step, planned) in enumerate(steps.after(first), first + 1):
         began = time.perf_counter()
-        micro_batches = [next(batches) for _ in step]
+        micro_batches = stop.fetch(batches, len(step))
         data_seconds = time.perf_counter() - began
         totals = {key: sum(batch.counts[key] for batch in micro_batches) for key in micro_batches[0].counts}
+        if totals.pop("unread"):  # a batch of this step, on this rank or another
+            saver.save_unless_there(model, optimizer, number - 1)
+            raise stop.end(number - 1, saver)
         assert totals["samples"] + totals["skipped"] == planned
 
         # One division, by the supervised tokens of the whole global batch, which are known before the first backward:
@@ -121,19 +126,21 @@ def train(config: Config) -> str:
 
         is_last, state = number == len(steps), {"step": number}
         if held_out and not stopping and (is_last or (config.eval_every and number % config.eval_every == 0)):
-            state["eval_loss"] = evaluate(number)
+            state["eval_loss"] = stop.unless_stopped(evaluate, number)
+            stopping = state["eval_loss"] is None
         if due or stopping:
             saver.save(model, optimizer, state, is_last=bool(stopping) and not is_last)
         if stopping and not is_last:
-            raise stop.end(number, run)
+            raise stop.end(number, saver)
         run.restart_clock()
 
     saver.wait()
-    stop.restore()
     save_model(model, processor, budget, run.directory, run.say)
+    stop.restore()
     run.finish(len(steps) - first, sizes.left_out, guard.left_out)
+    stop.check_last_evaluation()
     return str(run.directory)
 
 
 if __name__ == "__main__":
-    run_command(train, parse_arguments(__doc__.splitlines()[0]))
+    run_training(train, parse_arguments(__doc__.splitlines()[0]))

@@ -5,6 +5,7 @@ python -m util.launch --nproc_per_node 2 tests/faulty_runs.py FAULT SETTINGS    
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 
 import finetune_distributed
 from util import dataset, log
-from util.command_line import run_command
-from util.config import Config
+from util.config import Config, run_training
+from util.lines import DataError
 from util.loss import PackedLoss
 
 torch.set_num_threads(1)
@@ -37,8 +38,14 @@ def once(action, call=3):
 
 
 def broken_worker(self, index):
-    if "data" not in sys.argv[1] or index == 5:
-        raise RuntimeError("the disk of this machine is on fire")
+    """Every sample of a later step than the second; of the held-out data, one."""
+    log = Path(settings["output_dir"], "metrics.jsonl")
+    trained = log.read_text().count('"loss"') if log.exists() else 0
+    is_held_out = "test_data" in self.examples.files[0]
+    if trained >= 2 and is_held_out == ("held-out" in fault):
+        if fault == "raises in data worker":
+            raise RuntimeError("the disk of this machine is on fire")
+        raise DataError("the photo is gone")
     return load(self, index)
 
 
@@ -47,12 +54,16 @@ def raise_in_step():
 
 
 if os.environ["RANK"] == "1":
-    if fault == "raises in data worker":
+    if fault in ("raises in data worker", "bad data", "bad held-out data"):
         dataset.Samples.__getitem__ = broken_worker
     elif fault == "raises":
         PackedLoss.forward = lambda *args, **kwargs: once(raise_in_step) or forward(*args, **kwargs)
     elif fault == "hangs":
         PackedLoss.forward = lambda *args, **kwargs: once(lambda: time.sleep(600)) or forward(*args, **kwargs)
+    elif fault == "freezes":
+        PackedLoss.forward = lambda *args, **kwargs: (
+            once(lambda: os.kill(os.getpid(), signal.SIGSTOP)) or forward(*args, **kwargs)
+        )
     elif fault == "dies":
         PackedLoss.forward = lambda *args, **kwargs: (
             once(lambda: os.kill(os.getpid(), 9), 5) or forward(*args, **kwargs)
@@ -69,4 +80,4 @@ if os.environ["RANK"] == "1":
         modeling.Qwen2VLDecoderLayer.forward = slow_forward
     elif fault == "slow data":
         dataset.Samples.__getitem__ = lambda *args: time.sleep(0.1) or load(*args)
-run_command(finetune_distributed.train, Config(**settings))
+run_training(finetune_distributed.train, Config(**settings))

@@ -11,6 +11,7 @@ import pytest
 
 import finetune
 from tests.official import official_config
+from util import going_on
 from util.config import Config, parse_arguments, run_command
 from util.dataset import Size
 from util.flops import forward_flops
@@ -206,4 +207,63 @@ def test_out_of_memory_names_what_helps(device, capsys):
     assert ended.value.code == 1
     said = capsys.readouterr().err
     assert "--activation_checkpointing full" in said
-    assert "--resume auto" in said
+    assert "--resume" not in said, "nothing is there to go on with"
+
+
+# ---- going on with a run --------------------------------------------------------------------------------------------
+
+
+def saved(run: Path, step: int, **settings) -> None:
+    """What the command line reads of a checkpoint."""
+    folder = run / "checkpoints" / f"step_{step:06d}"
+    folder.mkdir(parents=True)
+    body = json.dumps({"step": step, "settings": {**dataclasses.asdict(Config()), **settings}}, indent=2)
+    (folder / "state.json").write_text(f"{body}\n00000000\n")
+
+
+def test_what_is_not_given_is_as_the_run_has_it(tmp_path):
+    run = tmp_path / "run"
+    saved(run, 999_900, learning_rate=9.0)
+    saved(run, 1_000_000, learning_rate=3e-4, data=["a.json", "b.jsonl*2"], freeze=["vision"], model="tiny",
+          output_dir="another/name", resume="auto", resume_anyway=True, a_setting_that_is_gone=1)  # fmt: skip
+    own = {"learning_rate": 3e-4, "data": ["a.json", "b.jsonl*2"], "freeze": ["vision"], "model": "tiny"}
+    newest = run / "checkpoints" / "step_1000000"
+    older = run / "checkpoints" / "step_999900"
+    assert parse_arguments("", ["--resume", str(run)]) == Config(**own, resume=str(run))
+    assert parse_arguments("", ["--resume", str(newest)]) == Config(**own, resume=str(newest))
+    assert parse_arguments("", ["--resume", str(older)]) == Config(learning_rate=9.0, resume=str(older))
+    auto = parse_arguments("", ["--resume", "auto", "--output_dir", str(run)])
+    assert auto == Config(**own, resume="auto", output_dir=str(run))
+    # what is given counts, also where it is the default
+    given = parse_arguments("", ["--resume", str(run), "--learning_rate", "1e-5", "--freeze", "--num_workers", "3"])
+    assert given == Config(**{**own, "learning_rate": 1e-5, "freeze": []}, num_workers=3, resume=str(run))
+    (newest / "state.json").write_text("{half of it")
+    assert parse_arguments("", ["--resume", str(run)]).learning_rate == 9.0, "the one before a damaged one"
+
+
+def test_without_a_checkpoint_the_defaults_hold(tmp_path):
+    for resume in (["--resume", str(tmp_path)], ["--resume", "auto", "--output_dir", str(tmp_path)], []):
+        assert parse_arguments("", resume).learning_rate == Config().learning_rate
+
+
+def test_auto_goes_on_with_the_latest_run(tmp_path, monkeypatch):
+    saved(tmp_path / "2026", 3, seed=7)
+    (tmp_path / "latest").symlink_to("2026")
+    monkeypatch.setattr(going_on, "LATEST", tmp_path / "latest")
+    assert parse_arguments("", ["--resume", "auto"]) == Config(seed=7, resume="auto")
+    assert parse_arguments("", []) == Config()
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_the_command_that_goes_on_survives_a_shell(elsewhere, tmp_path, monkeypatch):
+    """Pasted where the user is, also where that is not the folder in which the run was started."""
+    project = tmp_path / "it's a project; $HOME"
+    project.mkdir()
+    (project / "show.py").write_text("import os, sys; print(os.getcwd(), sys.argv[1:])")
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(sys, "argv", ["show.py"])
+    monkeypatch.setenv("STARTED_IN", str(tmp_path if elsewhere else project))
+    told = going_on.command(project / "my run")
+    typed_in = tmp_path if elsewhere else project
+    done = subprocess.run(["bash", "-c", told], cwd=typed_in, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{project} ['--resume', 'my run']\n"

@@ -13,9 +13,11 @@ import pytest
 
 from tests import runs
 from tests.runs import same_run
+from util.checkpoint import find_checkpoints, verify
 from util.faults import name_slow_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
+HELD_OUT = str(ROOT / "test_data" / "data.json")
 
 
 def settings(tiny_path: Path, directory: Path, **changes) -> dict:
@@ -45,7 +47,6 @@ def finish(job: subprocess.Popen, expect: int) -> tuple[str, str, float]:
     ("fault", "last_line"),
     [
         ("raises", r"RuntimeError: a bug on rank 1"),
-        ("raises in data worker", r"RuntimeError: the disk of this machine is on fire"),
         ("dies", r"rank 1 was killed by signal 9 \(SIGKILL\).*"),
     ],
 )
@@ -57,6 +58,28 @@ def test_a_rank_that_fails_ends_the_job_with_the_first_cause_last(fault, last_li
     assert time.time() - began < 60
 
 
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        ("raises in data worker", 1, r"RuntimeError: the disk of this machine is on fire"),
+        pytest.param("bad data", 2, r"faulty_runs.py: rank 1: the photo is gone", marks=pytest.mark.slow),
+        pytest.param("bad held-out data", 2, r"faulty_runs.py: rank 1: the photo is gone", marks=pytest.mark.slow),
+    ],
+)
+def test_data_that_one_rank_cannot_read_stop_all_after_the_same_step(
+    fault, code, said, uninterrupted, tiny_path, tmp_path
+):
+    """They are saved, the command that is told goes on, and the run is the one that was not stopped."""
+    config = settings(tiny_path, tmp_path / "run", eval_data=[HELD_OUT] if "held" in fault else [], eval_every=2)
+    _, printed, _ = finish(launch(fault, config), expect=code)
+    assert re.search(f"^{said}$", printed, re.MULTILINE), printed
+    step = int(re.search(r"stopped after step (\d), which is saved; go on with: .*util.launch", printed)[1])
+    (saved,) = find_checkpoints(tmp_path / "run")
+    assert verify(saved)["step"] == step == len(runs.losses(tmp_path / "run"))
+    finish(launch("none", {**config, "resume": "auto", "eval_data": []}), expect=0)
+    same_run(tmp_path / "run", uninterrupted)
+
+
 def test_a_job_that_hangs_ends_and_says_where_every_rank_is(tiny_path, tmp_path):
     job = launch("hangs", settings(tiny_path, tmp_path / "run"), COLLECTIVE_TIMEOUT="8")
     _, printed, seconds = finish(job, expect=1)
@@ -64,6 +87,47 @@ def test_a_job_that_hangs_ends_and_says_where_every_rank_is(tiny_path, tmp_path)
     assert "no progress for 8 s" in printed
     for rank in (0, 1):
         assert re.search(rf"rank {rank} \(.*, step 3, training on train_data/data.json, sample \d+", printed), printed
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_frozen_is_no_lack_of_memory(tiny_path, tmp_path):
+    """It hears nothing, so torchrun kills it 30 s after the other one's watchdog ended the job."""
+    _, printed, _ = finish(launch("freezes", settings(tiny_path, tmp_path / "run"), COLLECTIVE_TIMEOUT="8"), expect=1)
+    assert "no progress for 8 s" in printed
+    assert "memory" not in printed
+
+
+STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+TELL = "time.sleep(1); command_line.record_failure({!r}); os._exit(1)"
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ([TELL.format("the table of the watchdog"), STOP], ("the table of the watchdog", 1)),
+        ([STOP, TELL.format("the table of the watchdog")], ("the table of the watchdog", 1)),
+        (["time.sleep(1); os._exit(7)", STOP], ("rank 0 ended with exit code 7", 7)),
+        ([TELL.format("connection closed"), "time.sleep(1);" + KILL], ("rank 1 was killed by signal 9 (SIGKILL)", 1)),
+        ([TELL.format("Traceback\nbug"), "time.sleep(9)"], ("rank 0 failed first:\nTraceback\nbug", 1)),
+    ],
+)
+def test_the_first_cause_of_real_processes(does, said, tmp_path, monkeypatch):
+    """What torchrun's own class tells of processes that it had to kill: after 3 seconds here, not 30."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+
+    from util import launch
+
+    close = SubprocessContext._close
+    monkeypatch.setattr(SubprocessContext, "_close", lambda self, death_sig, timeout=30: close(self, death_sig, 3))
+    monkeypatch.setattr(launch, "TOGETHER", 1.5)
+    start = f"import os, signal, sys, time; sys.path.insert(0, {str(ROOT)!r}); from util import command_line; "
+    words = {rank: ("-c", start + text) for rank, text in enumerate(does)}
+    environment = {rank: {"RANK": str(rank)} for rank in words}
+    ranks = start_processes("ranks", sys.executable, words, environment, DefaultLogsSpecs(str(tmp_path)))
+    text, code = launch.first_cause(ranks.wait().failures)
+    assert (text.partition(", which")[0], code) == said
 
 
 def test_a_slow_rank_is_named(tiny_path, tmp_path):

@@ -82,7 +82,8 @@ def apart(samples: list) -> tuple[list, list[Skipped]]:
 def count(skipped: list[Skipped]) -> dict[str, int]:
     """Whole numbers for the log: all that were skipped, and by reason. The same keys always, so that ranks can sum."""
     reasons = Counter(sample.reason for sample in skipped)
-    return {"skipped": len(skipped), **{key_of(reason): reasons[reason] for reason in REASONS if reason != "too long"}}
+    by_reason = {key_of(reason): reasons[reason] for reason in REASONS if reason != "too long"}
+    return {"skipped": len(skipped), **by_reason, "unread": 0}  # unread: of guard.Unread
 
 
 def key_of(reason: str) -> str:

@@ -15,8 +15,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from util.signals import kept_from_children
+
 ROOT = Path(__file__).resolve().parent.parent
-OF_A_RANK = ("TORCHELASTIC_", "STOPPED_FILE", "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE")
+OF_A_RANK = (
+    "TORCHELASTIC_",
+    "LAUNCH_FOLDER",
+    "STARTED_AS",
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "WORLD_SIZE",
+)
 
 
 class Beside:
@@ -41,10 +52,11 @@ class Beside:
         # that it has started.
         # It is no rank, and its failure is none of the job.
         environment = {key: value for key, value in os.environ.items() if not key.startswith(OF_A_RANK)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, text=True, bufsize=1,
-            start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-        )  # fmt: skip
+        with kept_from_children():  # a scheduler signals other sessions, too
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, text=True, bufsize=1,
+                start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            )  # fmt: skip
         if isinstance(log, Path):
             errors.close()
         self.listener = threading.Thread(target=self._listen, daemon=True)

@@ -126,6 +126,14 @@ class Saver:
             lambda writing: self._complete(writing, unfinished, final, state, needed, failed)
         )
 
+    def save_unless_there(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Save what the run ends with, where it has no checkpoint of that step yet (one that is there may know its
+        "eval_loss")."""
+        self.wait()
+        steps = [int(path.name.removeprefix("step_")) for path in find_checkpoints(self.run)]
+        if step not in ranks.gather(steps)[0]:
+            self.save(model, optimizer, {"step": step}, is_last=True)
+
     def wait_for_copy(self) -> None:
         """Wait until the save that is under way, if any, has copied what is about to change."""
         if self.copying:

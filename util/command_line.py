@@ -16,6 +16,9 @@ from collections.abc import Callable
 from dataclasses import field
 from typing import Literal, get_args, get_origin
 
+from util import going_on, signals
+
+NOT_GIVEN = object()
 MOST_TOLD = 20  # problems, samples or pairs that one message tells in full; of the others, how many they are
 
 
@@ -44,23 +47,36 @@ def setting(default, description: str):
     return field(default=default, metadata={"help": description})
 
 
-def parse(settings: type, description: str, arguments: list[str] | None = None):
-    """The command line as `settings`, a dataclass. A wrong one ends with exit code 2, every problem in one message."""
+def parse(
+    settings: type,
+    description: str,
+    arguments: list[str] | None = None,
+    others: Callable[[dict], dict] = lambda given: {},
+):
+    """The command line as `settings`, a dataclass. A wrong one ends with exit code 2, every problem in one message.
+
+    `others`: from the flags that are given, the values of those that are not, where these are not the defaults.
+    """
     parser = CollectingParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     fields = dataclasses.fields(settings)
     for item in fields:
         add_flag(parser, item)
-    values, unknown = parser.parse_known_args(arguments)
+    # argparse puts a default only where there is nothing yet
+    untouched = argparse.Namespace(**{item.name: NOT_GIVEN for item in fields})
+    values, unknown = parser.parse_known_args(arguments, untouched)
     for previous, word in zip([None, *unknown], unknown, strict=False):
         if word.startswith("--"):
             parser.problems.append(f"unknown flag {word.split('=')[0]}; --help lists them all")
         elif previous is None or not previous.startswith("--"):  # else it is the value of an unknown flag
             parser.problems.append(f"{word!r} belongs to no flag")
-    good = {item.name: getattr(values, item.name) for item in fields if item.name not in parser.wrong}
+    given = {name: value for name, value in vars(values).items() if value is not NOT_GIVEN}
+    good = {name: value for name, value in given.items() if name not in parser.wrong}
+    known_names = {item.name for item in fields}
+    own = {name: value for name, value in others(good).items() if name in known_names - parser.wrong}
     try:
-        made = settings(**good)
+        made = settings(**{**own, **good})
     except UserError as error:
         parser.problems += str(error).splitlines()
     if parser.problems:
@@ -114,45 +130,66 @@ class CollectingParser(argparse.ArgumentParser):
         self.exit(2, "".join(f"{self.prog}: {line}\n" for line in lines))
 
 
+def run_training(train: Callable, config) -> None:
+    """Run a training script's main function, which a signal ends at once until it has something to save."""
+    signals.listen_from_the_start()
+    run_command(train, config)
+
+
 def run_command(command: Callable, *arguments) -> None:
     """Run a script's main function; a user's mistake ends it with its message and exit code 2."""
     # Threads of torch that wait for each other sleep instead of spinning, which takes the cores from other programs
     # and, where those are busy, from the very threads that are waited for. OpenMP reads it when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    name = sys.argv[0].rpartition("/")[2]
     try:
         command(*arguments)
     except UserError as error:
-        end(f"{sys.argv[0].rpartition('/')[2]}: {error}", 2)
+        end(f"{name}: {error}", 2)
     except Ended as error:
-        end(f"\n{error}", error.code)
+        told = f"{name}: {error}" if error.code == 2 else str(error)
+        end(f"\n{told}", error.code, all_ranks=error.code != 1)
     except KeyboardInterrupt:
         end("\ninterrupted", 130)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            where = f" ({error.filename})" if error.filename else ""
-            end(f"{error.strerror}{where}: make room or name another --output_dir, then go on with --resume auto", 1)
-        if re.search(r"DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)):
-            end(f"{str(error).splitlines()[0]}\na data worker was killed, most often because memory ran out: fewer "
-                "--num_workers, a smaller --max_pixels or --video_max_tokens; go on with --resume auto", 1)  # fmt: skip
-        # torch's, named so that this file need not import torch; on a CPU it is a RuntimeError like others
-        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error):
-            end(f"{error}\nout of memory on the device. What helps: --micro_batch_size 1 or a smaller --max_tokens, "
-                "--activation_checkpointing full, a smaller --max_pixels, --freeze vision; "
-                "go on with --resume auto", 1)  # fmt: skip
+        if told := known(error):
+            end(told[0] + going_on.hint(), told[1])
         if "TORCHELASTIC_ERROR_FILE" not in os.environ:
             raise
         end(traceback.format_exc(), 1)
 
 
-def end(text: str, code: int) -> None:
-    """Say why this process ends, and end it."""
+def known(error: Exception) -> tuple[str, int] | None:
+    """What to say of an error whose cause is known, and the exit code; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}: make room, or name another --output_dir", 1
+    if re.search(r"DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)):
+        return (
+            f"{str(error).splitlines()[0]}\na data worker was killed, most often because memory ran out: fewer "
+            "--num_workers, a smaller --max_pixels or --video_max_tokens"
+        ), 1  # fmt: skip
+    # torch's, named so that this file need not import torch; on a CPU it is a RuntimeError like others
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return (
+            f"{error}\nout of memory on the device. What helps: --micro_batch_size 1 or a smaller --max_tokens, "
+            "--activation_checkpointing full, a smaller --max_pixels, --freeze vision"
+        ), 1  # fmt: skip
+    return None
+
+
+def end(text: str, code: int, all_ranks: bool = False) -> None:
+    """Say why this process ends, and end it. `all_ranks`: all end so, after the same step, and are not to be started
+    again."""
     if "tqdm" in sys.modules:
         for bar in list(sys.modules["tqdm"].tqdm._instances):
             bar.close()  # else it would draw itself once more, below the last word
-    if code == 3 and "STOPPED_FILE" in os.environ:  # util/launch.py says it
-        if os.environ["RANK"] == "0":
-            with open(os.environ["STOPPED_FILE"], "w", encoding="utf-8") as file:
-                file.write(text)
+    signals.kill_workers()  # torch would wait 5 seconds for each
+    if all_ranks and signals.launch_folder():  # util/launch.py says it
+        if os.environ["LOCAL_RANK"] == "0":
+            signals.leave_word(text, code)
         os._exit(0)
     if not record_failure(text):
         print(text, file=sys.stderr)

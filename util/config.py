@@ -10,14 +10,15 @@ from typing import Literal
 from util import hub, lora, trackers
 from util.bad_samples import SampleSettings
 from util.cache import CacheSettings
-from util.command_line import UserError, parse, run_command, setting
+from util.command_line import UserError, parse, run_command, run_training, setting
 from util.fetch import FetchSettings
+from util.going_on import own_settings
 from util.hub import HubSettings
 from util.lora import LoraSettings
 from util.metrics import MetricSettings
 from util.trackers import TrackerSettings
 
-__all__ = ["OFFICIAL_MODEL", "Config", "UserError", "parse_arguments", "run_command"]
+__all__ = ["OFFICIAL_MODEL", "Config", "UserError", "parse_arguments", "run_command", "run_training"]
 
 OFFICIAL_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 
@@ -61,7 +62,7 @@ class Config(FetchSettings, CacheSettings, SampleSettings, MetricSettings, LoraS
     keep: int = setting(2, "newest checkpoints kept, and beside them the one with the lowest evaluation loss")
     sharding: Literal["full", "gradients", "optimizer", "none"] = setting("full", "several GPUs: what is sharded, ZeRO 3, 2, 1 or plain data parallelism")
     shard_group_size: int | None = setting(None, "several GPUs: shard inside groups of this many, replicate between; default: over all")
-    resume: str = setting("none", "none, auto (newest checkpoint of --output_dir or of the latest run) or a checkpoint directory")
+    resume: str = setting("none", "none, auto (newest checkpoint of --output_dir or of the latest run), or the directory of a run or checkpoint; settings that are not given are then that run's own")
     resume_anyway: bool = setting(False, "go on from a checkpoint with settings that change what the rest of the run computes")
     seed: int = setting(0, "seed of the data order and of every random choice")
     num_workers: int | None = setting(None, "data worker processes; default: up to 8 with a GPU, 1 without one")
@@ -121,5 +122,5 @@ class Config(FetchSettings, CacheSettings, SampleSettings, MetricSettings, LoraS
 
 
 def parse_arguments(description: str, arguments: list[str] | None = None) -> Config:
-    """The command line of a training script."""
-    return parse(Config, description, arguments)
+    """The command line of a training script; what it does not say of a run it goes on with is as that run has it."""
+    return parse(Config, description, arguments, own_settings)

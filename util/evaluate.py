@@ -4,14 +4,13 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import GenerationConfig
 
@@ -20,7 +19,9 @@ from util.bad_samples import Lenient, Skipped
 from util.collator import Batch, Collator
 from util.config import Config, UserError
 from util.dataset import Example, Examples, Sample, Samples
+from util.guard import Stopped, StopSignal
 from util.lines import DataError
+from util.loader import Loader
 from util.loss import PackedLoss
 from util.measure import QuickSize, usable_cpus
 from util.media import MediaReader
@@ -32,13 +33,13 @@ MOST_NEW_TOKENS = 64  # longest answer while training
 
 
 @torch.no_grad()
-def evaluate_loss(model: nn.Module, loader: DataLoader, device: torch.device) -> dict[str, float]:
-    """Of all the loader's batches: "loss_sum", the cross-entropies of all supervised tokens, "likeliest_tokens", how
+def evaluate_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
+    """Of all the batches, read once: "loss_sum", the cross-entropies of all supervised tokens, "likeliest_tokens", how
     many of these the model held for the likeliest, and `Batch.counts`."""
     model.eval()
     sums, counts = torch.zeros(2, dtype=torch.float64, device=device), Counter(Collator()([]).counts)
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed; training goes on as if it had not
-        for batch in loader:
+        for batch in batches:
             sums += model(batch.to(device), reduction="none").sum(1)
             counts.update(batch.counts)
     model.train()
@@ -46,31 +47,24 @@ def evaluate_loss(model: nn.Module, loader: DataLoader, device: torch.device) ->
 
 
 def evaluate_answers(
-    model: PackedLoss, held_out: Samples, device: torch.device, config: Config
+    model: PackedLoss, held_out: Samples, device: torch.device, config: Config, stop: StopSignal | None = None
 ) -> dict[str, float | None]:
     """`config.eval_metrics` of what a model in training answers, at most `MOST_NEW_TOKENS` long, to
     `config.eval_samples` questions, the same each time, over all and by kind of sample; {} where that is 0.
 
-    Of several ranks each answers its share, at its own pace, and all get the scores of all.
+    Of several ranks each answers its share, at its own pace, and all get the scores of all. Raises Stopped, on all of
+    them, where `stop` asked one to leave.
     """
     if not config.eval_samples:
         return {}
-    questions = questions_of(held_out.examples, config.on_bad_sample, held_out.shrunk)
-    rank, size = ranks.rank_and_size()
-    most = min(config.eval_samples, len(questions))
-    # Not every n-th: where each image has n questions, these are all of one kind.
-    chosen = random.Random(0).sample(questions, most)
+    asked = model, held_out, device, config
     model.eval()
-    with whole_weights(model):
-        answerer, title = Answerer(model, held_out.processor, device), "answering held-out questions"
-        own = QuestionSamples(chosen[rank::size], held_out.processor, held_out.budget, held_out.reader)
-        shown = title if rank == 0 else None
-        answers = answer_all(
-            answerer, own, BATCH_SIZE, MOST_NEW_TOKENS, shown, config.on_bad_sample, config.num_workers,
-            config.max_tokens,
-        )  # fmt: skip
+    own = stop.unless_stopped(answer_share, *asked, stop.watch) if stop else answer_share(*asked, iter)
     model.train()
-    answers = [answer for share in ranks.gather(answers) for answer in share]
+    shares = ranks.gather(own)
+    if any(share is None for share in shares):
+        raise Stopped
+    answers = [answer for share in shares for answer in share]
     scores = summarise(answers, config.eval_metrics)
     kinds = sorted({answer.kind for answer in answers if answer.kind})
     for kind in kinds if len(kinds) > 1 else []:
@@ -239,6 +233,25 @@ class QuestionSamples(Samples):
         return Sample(prompt, media, example.where), Sample(whole, media, example.where)
 
 
+def answer_share(
+    model: PackedLoss, held_out: Samples, device: torch.device, config: Config, watch: Callable[[Iterable], Iterable]
+) -> list[Answer]:
+    """This rank's answers; `watch`: see `answer_all`."""
+    questions = questions_of(held_out.examples, config.on_bad_sample, held_out.shrunk)
+    rank, size = ranks.rank_and_size()
+    most = min(config.eval_samples, len(questions))
+    # Not every n-th: where each image has n questions, these are all of one kind.
+    chosen = random.Random(0).sample(questions, most)
+    own = QuestionSamples(chosen[rank::size], held_out.processor, held_out.budget, held_out.reader)
+    title = "answering held-out questions" if rank == 0 else None
+    with whole_weights(model):
+        answerer = Answerer(model, held_out.processor, device)
+        return answer_all(
+            answerer, own, BATCH_SIZE, MOST_NEW_TOKENS, title, config.on_bad_sample, config.num_workers,
+            config.max_tokens, watch,
+        )  # fmt: skip
+
+
 def answer_all(
     answerer: Answerer,
     questions: QuestionSamples,
@@ -248,12 +261,14 @@ def answer_all(
     on_bad_sample: str = "stop",
     num_workers: int | None = None,
     max_tokens: int = Config.max_tokens,
+    watch: Callable[[Iterable], Iterable] = iter,
 ) -> list[Answer]:
     """Answer every question, in batches of like length; the answers in the order asked. No bar without title. Beside a
     GPU the media are read in `num_workers` processes, by default up to 8; a CPU reads them itself: with a worker it
     takes 1.4 times as long on 2 cores.
 
     A question whose media cannot be read raises DataError; with `on_bad_sample` "skip" it is said and has no answer.
+    `watch` passes the batches on and may raise between two of them, to leave before the end.
     """
     quick = QuickSize(questions)
     sizes = [size_of(quick, index, on_bad_sample) for index in range(len(questions))]
@@ -261,13 +276,13 @@ def answer_all(
     batches = batches_of(sizes, limits)
     workers = min(num_workers if num_workers is not None else min(8, usable_cpus()), len(batches))
     workers = workers if answerer.device.type == "cuda" else 0
-    loader = DataLoader(Lenient(questions, on_bad_sample), batch_sampler=batches, collate_fn=list, num_workers=workers)
+    loader = Loader(Lenient(questions, on_bad_sample), batch_sampler=batches, collate_fn=list, num_workers=workers)
     losses: dict[int, float] = {}
     texts: dict[int, str] = {}
     waiting: dict[int, Prompt] = {}  # answers to generate, until there is a batch of them
     shown = {"desc": title, "unit": " answers", "dynamic_ncols": True, "leave": False, "disable": title is None}
     with tqdm(total=len(questions), **shown) as bar, torch.random.fork_rng(devices=[]):
-        for number, (indices, loaded) in enumerate(zip(batches, loader, strict=True), 1):
+        for number, (indices, loaded) in enumerate(zip(batches, watch(loader), strict=True), 1):
             there = {i: pair for i, pair in zip(indices, loaded, strict=True) if not isinstance(pair, Skipped)}
             found = answerer.read(list(there.values()), max_new_tokens) if there else []
             for index, (loss, answer) in zip(there, found, strict=True):

@@ -33,18 +33,21 @@ def collective_timeout() -> float:
 
 
 def continue_after_restart(config: Config) -> Config:
-    """When torchrun starts the processes again: the settings that go on with the run this job began, at its newest
-    checkpoint. It is known by the process that started it, torchrun, which outlives the restart."""
-    box = [config.output_dir, config.resume]
+    """The settings of the first rank, for all: what a command line leaves out may come from a run's files.
+
+    When torchrun starts the processes again: those that go on with the run this job began, at its newest checkpoint.
+    It is known by the process that started it, torchrun, which outlives the restart.
+    """
+    box = [config]
     if dist.get_rank() == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         runs = [Path(config.output_dir).resolve()] if config.output_dir else sorted(RUNS.glob("2*"))
         for run in reversed(runs):
             if launched_by(run) == launcher():
                 resume = "auto" if checkpoint.find_checkpoints(run) or config.resume == "none" else config.resume
-                box = [str(run), resume]
+                box = [replace(config, output_dir=str(run), resume=resume)]
                 break
     dist.broadcast_object_list(box, src=0)
-    return replace(config, output_dir=box[0], resume=box[1])
+    return box[0]
 
 
 def launcher() -> list:
@@ -169,6 +172,9 @@ class Watch:
             os._exit(1)
         lines = [f"no progress for {collective_timeout():.0f} s (COLLECTIVE_TIMEOUT). Where every rank is:"]
         for rank in range(self.world.size):
+            if not self.store.check([str(rank)]):  # `get` would wait for it, and the table would be lost
+                lines.append(f"  rank {rank} (has not begun to train)")
+                continue
             since, place = json.loads(self.store.get(str(rank)))
             lines.append(f"  rank {rank} ({place}) for {time.time() - since:.0f} s")
         lines.append("The rank that is at an earlier place than the others, or fetches, holds them all up.")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from util import bad_samples, flops, hub, memory, trackers
 from util.beside import Beside
 from util.config import Config, UserError
+from util.going_on import command, relative
 from util.memory import GIB
 from util.metrics import LABELS, share
 
@@ -36,7 +37,8 @@ class Run:
         self.directory = self.choose_directory(config, resumed)
         if config.resume == "none" and (self.directory / "metrics.jsonl").exists():
             raise UserError(
-                f"--output_dir {self.directory} holds a run already; name another folder, or go on with --resume auto"
+                f"--output_dir {self.directory} holds a run already; name another folder, or go on with it: "
+                f"{command(self.directory)}"
             )
         hub.check_token(config, self.say)
         self.peak_flops = flops.peak_flops(device)
@@ -137,6 +139,7 @@ class Run:
             print(text, flush=True)
         else:
             self.bar.write(text)
+            sys.stdout.flush()  # else it waits in a buffer where output goes to a file
 
     def restart_clock(self) -> None:
         """Begin the next step's time now; what lies between (evaluation, saving) is nobody's step."""
@@ -219,12 +222,6 @@ def versions() -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def relative(path: str | Path) -> str:
-    """A path as a user would type it here."""
-    path = os.path.abspath(path)  # links are left as they are: .venv/bin/python is one
-    return os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
 
 
 def clock(seconds: float) -> str:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util import bad_samples, conversation, ranks, vision
@@ -25,6 +24,7 @@ from util.command_line import MOST_TOLD
 from util.dataset import Example, Samples, Size
 from util.kept_sizes import KeptSizes, media_files, state_of
 from util.lines import DataError, stop_on
+from util.loader import Loader
 from util.media import MediaReader
 from util.sizes import TOO_LONG, Finding, Problem, Sizes, Table
 
@@ -148,7 +148,7 @@ def in_order(chunks: "Chunks", num_workers: int | None) -> Iterator[list[Finding
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = min(MOST_WORKERS, usable_cpus() // local_ranks) if num_workers is None else num_workers
     workers = min(workers if workers > 1 and expected > WORTH_WORKERS else 0, len(chunks) - 1)
-    yield from DataLoader(
+    yield from Loader(
         chunks, sampler=range(1, len(chunks)), batch_size=None, num_workers=workers, collate_fn=as_is,
         generator=torch.Generator(),  # of its own: it draws a seed, and training's must not move
     )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 
 from util import bad_samples, disk
 from util.config import Config
-from util.log import relative
+from util.going_on import relative
 from util.measure import CUT, describe_unused, usable_cpus
 from util.memory import GIB, describe, free_bytes, peak_bytes
 from util.model import choose_attention

@@ -1,5 +1,6 @@
 """What code that runs in one process or in several asks of them."""
 
+import torch
 import torch.distributed as dist
 
 
@@ -40,3 +41,12 @@ def from_first(value: object) -> object:
     if are_several():
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is so on any rank; all must call. Over the CPU: no GPU is waited for."""
+    if not are_several():
+        return bool(flag)
+    ranks_where = torch.tensor(int(flag))
+    dist.all_reduce(ranks_where)
+    return ranks_where.item() > 0

@@ -26,8 +26,8 @@ from util.answer import ROOT, changes, of_kind, settings_of_run
 from util.config import Config, UserError, run_command
 from util.evaluate import Answer, read_file, summarise
 from util.fetch import FetchSettings
+from util.going_on import relative
 from util.lines import shortened
-from util.log import relative
 from util.metrics import LABELS, METRICS, boxes_of, confidence_interval, interval_of_changes, share
 from util.vision import Budget
 

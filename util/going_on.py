@@ -1,0 +1,69 @@
+"""Going on with a run that ended before its time: the command that does it, and the settings of that run.
+
+Only the standard library is imported here, because the settings are part of the command line.
+"""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LATEST = ROOT / "train_output" / "latest"
+NOT_INHERITED = ("resume", "resume_anyway", "output_dir")  # what is said of one start, not of the run
+
+opened: Path | None = None  # the directory of the run that this process trains
+
+
+def relative(path: str | Path) -> str:
+    """A path as a user would type it here."""
+    path = os.path.abspath(path)  # links are left as they are: .venv/bin/python is one
+    return os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
+
+
+def command(directory: str | Path) -> str:
+    """The whole command that goes on with a run, as it can be pasted where this one was typed."""
+    if "STARTED_AS" in os.environ:  # by util/launch.py
+        words = json.loads(os.environ["STARTED_AS"])
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        words = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], sys.argv[0]]
+    else:
+        words = [relative(sys.executable), sys.argv[0]]
+    line = shlex.join([*words, "--resume", relative(directory)])
+    started_in = os.environ.get("STARTED_IN", os.getcwd())  # finetune.sh goes to the project's folder
+    return line if os.path.samefile(started_in, os.getcwd()) else f"cd {shlex.quote(os.getcwd())} && {line}"
+
+
+def hint() -> str:
+    """ "; go on with: COMMAND" where the run of this process has a checkpoint, else ""."""
+    return f"; go on with: {command(opened)}" if opened and complete_checkpoints(opened) else ""
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("step_*") if (path / "state.json").exists()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def own_settings(given: dict) -> dict:
+    """The settings of the run that `given`, the flags of a command line, go on with; {} where they begin a new one.
+
+    Where there is no checkpoint, or none that can be read, this is for `checkpoint.resolve_resume` to tell.
+    """
+    resume, output = given.get("resume", "none"), given.get("output_dir")
+    if resume == "none":
+        return {}
+    path = Path(output or LATEST) if resume == "auto" else Path(resume)
+    for checkpoint in [path] if (path / "state.json").exists() else reversed(complete_checkpoints(path)):
+        try:
+            # after the settings stands a checksum, which resolve_resume compares
+            state, _ = json.JSONDecoder().raw_decode((checkpoint / "state.json").read_text(encoding="utf-8"))
+            return {name: value for name, value in state["settings"].items() if name not in NOT_INHERITED}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue
+    return {}
