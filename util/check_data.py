@@ -154,7 +154,7 @@ class Decoding:
 
 def decode_all(notes: list[Note], config: CheckSettings) -> list[str]:
     """Every file of some samples decoded once, in workers; lines that name those that fail."""
-    from torch.utils.data import DataLoader
+    from util.loader import Loader
     from tqdm import tqdm
 
     from util.measure import MOST_WORKERS, as_is, usable_cpus
@@ -166,7 +166,7 @@ def decode_all(notes: list[Note], config: CheckSettings) -> list[str]:
             first.setdefault(file, one.where)
     decoding = Decoding(list(first), MediaReader(config).settings)
     workers = min(MOST_WORKERS, usable_cpus()) if config.num_workers is None else config.num_workers
-    loader = DataLoader(decoding, batch_size=None, num_workers=min(workers, len(decoding)), collate_fn=as_is)
+    loader = Loader(decoding, batch_size=None, num_workers=min(workers, len(decoding)), collate_fn=as_is)
     failed, began = [], time.perf_counter()
     with tqdm(total=len(decoding), desc="decoding", unit=" files", leave=False, delay=1) as progress:
         for problem, where in zip(loader, first.values(), strict=True):

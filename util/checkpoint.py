@@ -63,6 +63,7 @@ class Saver:
         self.saved_at = time.monotonic()
         self.folder = run / "checkpoints"
         self.problem = ""  # why the last save failed
+        self.while_waiting: Callable[[], None] = lambda: None  # for room on the disk: see faults.Watch
         self.idle = threading.Event()
         self.idle.set()
         if ranks.is_first():
@@ -89,7 +90,7 @@ class Saver:
         `is_last`: the run ends with it. Then this waits until it is complete, and tries again where it fails.
         """
         if is_last:
-            disk.until_saved(lambda: self._save_and_wait(model, optimizer, dict(state)), self.say)
+            disk.until_saved(lambda: self._save_and_wait(model, optimizer, dict(state)), self.say, self.while_waiting)
         else:
             self._begin(model, optimizer, state, self._say_failure)
 

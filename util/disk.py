@@ -125,10 +125,12 @@ def os_error(error: BaseException | None) -> OSError | None:
     return None
 
 
-def until_saved(save: Callable[[], str], say: Callable[[str], None]) -> None:
+def until_saved(
+    save: Callable[[], str], say: Callable[[str], None], while_waiting: Callable[[], None] = lambda: None
+) -> None:
     """Call `save`, which returns "" or why it failed, until it succeeds: it is the last thing that keeps a run's work.
 
-    Of several ranks all must call; one that failed makes all try again.
+    Of several ranks all must call; one that failed makes all try again. `while_waiting` is called before each wait.
     """
     told = None
     while True:
@@ -139,6 +141,7 @@ def until_saved(save: Callable[[], str], say: Callable[[str], None]) -> None:
             told = failed[0]
             say(f"NOT SAVED YET: {told}. Nothing is lost while this process lives: it tries again every "
                 f"{RETRY_SECONDS} s")  # fmt: skip
+        while_waiting()
         time.sleep(RETRY_SECONDS)
     if told:
         say("saved at last")

@@ -71,7 +71,7 @@ class Watch:
     its own layers' forward pass, waiting for others left out.
     """
 
-    def __init__(self, world, model: PackedLoss, run, last_step: int) -> None:
+    def __init__(self, world, model: PackedLoss, run, saver, last_step: int) -> None:
         self.world, self.run, self.last_step = world, run, last_step
         self.number, self.measuring = 0, False
         self.work = self.data_seconds = self.step_seconds = 0.0
@@ -85,6 +85,7 @@ class Watch:
         )
         self.store = dist.PrefixStore(f"watch_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self._tell("starting", [])
+        saver.while_waiting = lambda: self._tell("waiting for room on the disk", [])
         model.register_forward_pre_hook(lambda module, args: self._tell("training on", args[0].where), prepend=True)
         for layer in layers(model.model):  # inside the hooks of fully_shard, so that no collective is timed
             layer.register_forward_pre_hook(self._enter)
