@@ -154,9 +154,9 @@ class Decoding:
 
 def decode_all(notes: list[Note], config: CheckSettings) -> list[str]:
     """Every file of some samples decoded once, in workers; lines that name those that fail."""
-    from util.loader import Loader
     from tqdm import tqdm
 
+    from util.loader import Loader
     from util.measure import MOST_WORKERS, as_is, usable_cpus
     from util.media import MediaReader
 
