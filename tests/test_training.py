@@ -219,8 +219,9 @@ def test_evaluation_loss_is_the_mean_over_held_out_tokens(train):
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
     unchanged = train()
     assert metrics(run) == metrics(unchanged), "evaluating must not change training"
-    grouped = train(eval_data=[test_data], eval_every=0, micro_batch_size=1)
-    assert metrics(grouped, "eval_loss") == pytest.approx(metrics(run, "eval_loss")[-1:], abs=1e-4)
+    grouped = train(eval_data=[test_data], eval_every=0, micro_batch_size=1, eval_samples=3)
+    assert metrics(grouped, "eval_questions") == [3]
+    assert metrics(grouped, "eval_loss") == pytest.approx(metrics(run, "eval_loss")[-1:], abs=1e-4), "of all tokens"
 
 
 def test_metrics_and_run_directory(train):

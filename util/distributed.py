@@ -31,7 +31,7 @@ from util.loss import PackedLoss
 from util.model import choose_device, choose_dtype, layers, load_trainable, prepare_layers, shard
 from util.sizes import Sizes
 from util.steps import Dealing, Steps
-from util.tensors import run_parameters, trained_parameters
+from util.tensors import part_of, run_parameters, trained_parameters
 from util.vision import PATCH, Grid
 
 
@@ -248,8 +248,9 @@ def drop_blank_gradients(packed: PackedLoss, visual_tokens: int) -> None:
     """In a step without a picture on any rank the tower has zeros for gradients, from blank patches. On one device
     it has none, and AdamW leaves alone what has none, but goes on with its momentum where there are zeros."""
     if not visual_tokens:
-        for parameter in run_parameters(packed.model.model.visual).values():
-            parameter.grad = None
+        for name, parameter in run_parameters(packed).items():
+            if part_of(name) != "language_model":
+                parameter.grad = None
 
 
 def before_backward(packed: FSDPModule, config: Config, is_last: bool) -> None:

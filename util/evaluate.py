@@ -66,6 +66,7 @@ def evaluate_answers(
         raise Stopped
     answers = [answer for share in shares for answer in share]
     scores = summarise(answers, config.eval_metrics)
+    del scores["loss"]  # it weighs questions alike; the evaluation loss is that of all supervised tokens
     kinds = sorted({answer.kind for answer in answers if answer.kind})
     for kind in kinds if len(kinds) > 1 else []:
         of_kind = summarise([answer for answer in answers if answer.kind == kind], config.eval_metrics)

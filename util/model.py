@@ -310,7 +310,8 @@ def save_model(
     """
     model = packed.model
     weights = {}
-    for name, tensor in trained_parameters(model).items():  # a tied head is not named twice
+    for name, tensor in trained_parameters(packed).items():  # a tied head is not named twice
+        name = name.removeprefix("model.")  # as transformers and peft know it
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         dtype = tensor.dtype if lora.has_adapters(model) else packed.dtype
         weights[name] = tensor.detach().to("cpu", dtype) if ranks.is_first() else None

@@ -22,6 +22,8 @@ def run_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     its gathered copies in the precision of compute as long as it holds them. The root does so after every forward pass
     without a backward pass, and under --sharding gradients, optimizer and none each layer does. They are let go here,
     which no other rank has to know of; the next forward pass gathers them again, from weights as they then are.
+
+    `model` must be the whole, as it was built: of a part, the unit that holds its tensors may be the root outside it.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
