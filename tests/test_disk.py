@@ -162,7 +162,7 @@ def test_the_last_checkpoint_waits_for_room(small_disk, parts, monkeypatch):
     when_it_waits(monkeypatch, lambda _: (small_disk / "ballast").unlink())
     saver.save(trained, optimizer, {"step": 1}, is_last=True)
     assert ["NOT SAVED YET" in said[0], "saved" in said[1]] == [True, True], said
-    (found,) = checkpoint.find_checkpoints(small_disk / "run")
+    (found,) = checkpoint.complete_checkpoints(small_disk / "run")
     assert checkpoint.verify(found)["step"] == 1
 
 
@@ -173,7 +173,7 @@ def test_checkpoints_are_ordered_by_number(parts, tmp_path):
         saver.save(trained, optimizer, {"step": step})
         saver.wait()
     (tmp_path / "run" / "checkpoints" / "step_1000000_copy").mkdir()
-    assert [path.name for path in checkpoint.find_checkpoints(tmp_path / "run")] == ["step_1000000"]
+    assert [path.name for path in checkpoint.complete_checkpoints(tmp_path / "run")] == ["step_1000000"]
 
 
 @pytest.mark.parametrize("losses", [[float("nan"), 3.0, 2.0, 4.0, 5.0], [2.0, float("nan"), 3.0, 4.0, 5.0]])
@@ -183,7 +183,7 @@ def test_a_loss_that_is_no_number_is_not_the_best(losses, parts, tmp_path):
         saver.save(trained, optimizer, {"step": step, "eval_loss": loss})
         saver.wait()
     best = losses.index(2.0) + 1
-    found = [path.name for path in checkpoint.find_checkpoints(tmp_path / "run")]
+    found = [path.name for path in checkpoint.complete_checkpoints(tmp_path / "run")]
     assert found == [f"step_{best:06d}", "step_000005"]
 
 
@@ -201,7 +201,7 @@ def test_what_another_machine_has_written_elsewhere_is_missed(parts, tmp_path, m
     saver.wait()
     assert "NOT SAVED" in said[0]
     assert ".distcp, which another rank has written, is not in this folder" in said[0]
-    assert not checkpoint.find_checkpoints(tmp_path / "run")
+    assert not checkpoint.complete_checkpoints(tmp_path / "run")
 
 
 def test_a_folder_that_machines_do_not_share_is_refused(tiny_path, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from tests import runs
 from tests.runs import same_run
-from util.checkpoint import find_checkpoints, verify
+from util.checkpoint import complete_checkpoints, verify
 from util.faults import name_slow_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +74,7 @@ def test_data_that_one_rank_cannot_read_stop_all_after_the_same_step(
     _, printed, _ = finish(launch(fault, config), expect=code)
     assert re.search(f"^{said}$", printed, re.MULTILINE), printed
     step = int(re.search(r"stopped after step (\d), which is saved; go on with: .*util.launch", printed)[1])
-    (saved,) = find_checkpoints(tmp_path / "run")
+    (saved,) = complete_checkpoints(tmp_path / "run")
     assert verify(saved)["step"] == step == len(runs.losses(tmp_path / "run"))
     finish(launch("none", {**config, "resume": "auto", "eval_data": []}), expect=0)
     same_run(tmp_path / "run", uninterrupted)

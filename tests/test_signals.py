@@ -142,7 +142,7 @@ def check(signalled: Signalled, name: str, to_all: bool) -> None:
         assert (run / "model.safetensors").exists()
         return
     assert code == 3, err
-    saved = checkpoint.find_checkpoints(run)[-1]
+    saved = checkpoint.complete_checkpoints(run)[-1]
     step = checkpoint.verify(saved)["step"]
     assert step == len(runs.losses(run)), "the last step that was trained is saved"
     assert not list((run / "checkpoints").glob(".*")), "no half of a checkpoint is left"
@@ -198,7 +198,7 @@ def test_a_second_ctrl_c_ends_at_once(ranks, start):
     assert code == 130, err
     assert err.strip().splitlines()[-1] == "stopped by SIGINT for the second time; what was not saved is lost"
     assert "Traceback" not in err
-    assert not checkpoint.find_checkpoints(signalled.run)
+    assert not checkpoint.complete_checkpoints(signalled.run)
 
 
 def test_workers_end_with_a_process_that_is_killed(start):

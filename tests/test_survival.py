@@ -106,7 +106,7 @@ def test_files_deleted_while_training_are_named_and_the_run_goes_on_when_they_ar
     assert re.search(r"data\.json, sample \d+.*[Nn]o such file.*media/", named), err
     assert helps == "mend that, or leave such samples out with --on_bad_sample skip"
     step = int(re.match(r"stopped after step (\d+), which is saved; go on with: ", stopped)[1])
-    (saved,) = checkpoint.find_checkpoints(tmp_path / "run")
+    (saved,) = checkpoint.complete_checkpoints(tmp_path / "run")
     assert checkpoint.verify(saved)["step"] == step == len(losses(tmp_path / "run"))
     (data / "gone").rename(data / "media")
     done = warm.run([sys.executable, *shlex.split(stopped.partition(": ")[2])[1:]])
@@ -127,7 +127,7 @@ def test_many_processes_stop_together(tiny_path, tmp_path):
     job.send_signal(signal.SIGTERM)
     out, err = job.communicate(timeout=200)
     assert job.returncode == 3, f"{out[-1000:]}\n{err[-3000:]}"
-    (saved,) = checkpoint.find_checkpoints(tmp_path / "run")
+    (saved,) = checkpoint.complete_checkpoints(tmp_path / "run")
     last = err.strip().splitlines()[-1]
     assert f"after step {int(saved.name[5:])}, which is saved" in last
     assert checkpoint.verify(saved)["step"] == len(losses(tmp_path / "run"))
@@ -148,7 +148,7 @@ def kill_and_resume(tiny_path: Path, run: Path, whole: Path, kills: int, seed: i
     config = settings(tiny_path, run, save_every=1, resume="auto")
     count = {"kills": 0, "while starting": 0, "while saving": 0, "resumes": 0, "steps computed twice": 0}
     while count["kills"] < kills:
-        resumable = bool(checkpoint.find_checkpoints(run))
+        resumable = bool(checkpoint.complete_checkpoints(run))
         job, opened = start_cold(config), opened_at(run)
         if generator.random() < 0.8:
             while opened_at(run) == opened and job.poll() is None:
@@ -167,7 +167,7 @@ def kill_and_resume(tiny_path: Path, run: Path, whole: Path, kills: int, seed: i
         count["while starting"] += opened_at(run) == opened
         count["resumes"] += resumable and opened_at(run) != opened
         count["while saving"] += bool(list(run.glob("checkpoints/.unfinished_*")))
-        found = checkpoint.find_checkpoints(run)
+        found = checkpoint.complete_checkpoints(run)
         for path in found:
             assert checkpoint.verify(path)["step"] == int(path.name[5:]), "complete or absent"
         logged = (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").exists() else 0
@@ -309,14 +309,14 @@ def test_the_newest_and_the_best_are_kept(tiny_path, tmp_path):
     lines = runs.log(run)
     evaluated = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     best = min(evaluated, key=evaluated.get)
-    kept = {int(path.name[5:]) for path in checkpoint.find_checkpoints(run)}
+    kept = {int(path.name[5:]) for path in checkpoint.complete_checkpoints(run)}
     assert kept == {best, 4, 5}, f"{evaluated}"
 
 
 def test_checkpoints_by_the_minute(tiny_path, tmp_path, monkeypatch):
     monkeypatch.setattr("util.checkpoint.split_interval", lambda text: (0, 1e-6))
     run = Path(finetune.train(Config(**settings(tiny_path, tmp_path / "run", max_steps=3, save_every="1min"))))
-    assert len(checkpoint.find_checkpoints(run)) == 3
+    assert len(checkpoint.complete_checkpoints(run)) == 3
     assert checkpoint.split_interval is not None
 
 
@@ -405,7 +405,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(small_disk, whole, ti
     out, err = job.communicate(timeout=300)
     assert out.count("NOT SAVED") == 2, out[-1500:]
     assert "step_000002" in out.split("NOT SAVED")[1], "the newest complete one is named"
-    (first,) = checkpoint.find_checkpoints(small_disk / "run")
+    (first,) = checkpoint.complete_checkpoints(small_disk / "run")
     assert checkpoint.verify(first)["step"] == 2
     assert not list((small_disk / "run" / "checkpoints").glob(".*")), "no half of a checkpoint is left"
     assert "Traceback" not in err
@@ -464,7 +464,7 @@ def test_a_killed_data_worker_is_a_clear_message(tiny_path, tmp_path):
     died, killed, stopped = err.strip().splitlines()[-3:]
     assert "DataLoader worker" in died
     assert "a data worker was killed" in killed
-    (saved,) = checkpoint.find_checkpoints(tmp_path / "run")
+    (saved,) = checkpoint.complete_checkpoints(tmp_path / "run")
     assert f"stopped after step {checkpoint.verify(saved)['step']}, which is saved; go on with: " in stopped
     assert checkpoint.verify(saved)["step"] == len(losses(tmp_path / "run"))
     assert "Traceback" not in err

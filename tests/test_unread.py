@@ -63,7 +63,7 @@ def test_it_is_saved_and_goes_on_without_the_bad_sample(
     assert said[0] == f"sample {bad}: its tail is missing"
     assert said[1:-1] == [MISTAKE.strip()]
     assert re.fullmatch(r"stopped after step 2, which is saved; go on with: .* --resume .*/run", said[-1])
-    newest = checkpoint.find_checkpoints(tmp_path / "run")[-1]
+    newest = checkpoint.complete_checkpoints(tmp_path / "run")[-1]
     assert checkpoint.verify(newest)["step"] == 2 == len(losses(tmp_path / "run"))
     assert "Exception ignored" not in capsys.readouterr().err
     finetune.train(Config(**{**config, "resume": "auto", "on_bad_sample": "skip"}))

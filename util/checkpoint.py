@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from util import disk, ranks
 from util.command_line import MOST_TOLD
 from util.config import Config, UserError
+from util.going_on import complete_checkpoints, step_of
 from util.lines import split_weight
 from util.optimizer import own_parameters, source_of
 from util.tensors import run_parameters, trained_parameters
@@ -131,7 +132,7 @@ class Saver:
         """Save what the run ends with, where it has no checkpoint of that step yet (one that is there may know its
         "eval_loss")."""
         self.wait()
-        steps = [int(path.name.removeprefix("step_")) for path in find_checkpoints(self.run)]
+        steps = [step_of(path) for path in complete_checkpoints(self.run)]
         if step not in ranks.gather(steps)[0]:
             self.save(model, optimizer, {"step": step}, is_last=True)
 
@@ -166,7 +167,7 @@ class Saver:
             self.idle.set()
 
     def _say_failure(self, final: Path) -> None:
-        complete = find_checkpoints(self.run)
+        complete = complete_checkpoints(self.run)
         newest = f"the newest complete one is {complete[-1]}" if complete else "there is none yet"
         self.say(f"NOT SAVED: {final} ({self.problem}); training goes on, {newest}")
 
@@ -181,7 +182,7 @@ class Saver:
             discard(final)
         os.rename(unfinished, final)
         flush_folder(self.folder)
-        found = find_checkpoints(self.run)
+        found = complete_checkpoints(self.run)
         for old in set(found) - {*found[-self.config.keep :], best_of(found)}:
             discard(old)
 
@@ -360,13 +361,6 @@ def optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, n
     return {names[source_of(parameter)]: parameter for parameter in own_parameters(optimizer)}
 
 
-def find_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    complete = [path for path in found if (path / "state.json").exists()]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("step_")))  # as text, 1000000 is before 999900
-
-
 def resolve_resume(config: Config, latest: Path) -> Path | None:
     """The checkpoint that `--resume` means; None to start fresh.
 
@@ -378,9 +372,9 @@ def resolve_resume(config: Config, latest: Path) -> Path | None:
         return None
     path = Path(config.resume)
     if config.resume == "auto":
-        found = find_checkpoints(Path(config.output_dir) if config.output_dir else latest)
+        found = complete_checkpoints(Path(config.output_dir) if config.output_dir else latest)
     else:
-        found = [path] if (path / "state.json").exists() else find_checkpoints(path)
+        found = [path] if (path / "state.json").exists() else complete_checkpoints(path)
         if not found:
             raise UserError(
                 f"--resume {config.resume}: no checkpoint there (it is a folder checkpoints/step_... of a run)"

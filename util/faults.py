@@ -43,7 +43,7 @@ def continue_after_restart(config: Config) -> Config:
         runs = [Path(config.output_dir).resolve()] if config.output_dir else sorted(RUNS.glob("2*"))
         for run in reversed(runs):
             if launched_by(run) == launcher():
-                resume = "auto" if checkpoint.find_checkpoints(run) or config.resume == "none" else config.resume
+                resume = "auto" if checkpoint.complete_checkpoints(run) or config.resume == "none" else config.resume
                 box = [replace(config, output_dir=str(run), resume=resume)]
                 break
     dist.broadcast_object_list(box, src=0)

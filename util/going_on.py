@@ -5,6 +5,7 @@ Only the standard library is imported here, because the settings are part of the
 
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -42,8 +43,9 @@ def hint() -> str:
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step_*") if (path / "state.json").exists()]
-    return sorted(found, key=step_of)
+    found = [path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    complete = [path for path in found if (path / "state.json").exists()]
+    return sorted(complete, key=step_of)  # as text, step_1000000 stands before step_999900
 
 
 def step_of(checkpoint: Path) -> int:

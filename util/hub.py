@@ -369,12 +369,12 @@ def reason(error: BaseException) -> str:
 
 def follow(run: Path, name: str, private: bool, training: Training) -> None:
     """Send the newest checkpoint whenever there is a new one, until the training ends."""
-    from util.checkpoint import find_checkpoints
+    from util.going_on import complete_checkpoints
 
     os.nice(5)  # the training goes first
     tried = None
     while not training.wait(1.0):
-        newest = (find_checkpoints(run) or [None])[-1]
+        newest = (complete_checkpoints(run) or [None])[-1]
         if newest and newest != tried:
             tried = newest
             push(newest, name, private, training, is_followed=True)
