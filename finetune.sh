@@ -39,7 +39,7 @@ elif [ $# -eq 0 ]; then
         run "$python" finetune.py --resume "$stopped"
     else
         run "$python" finetune.py --model tiny --data train_data/demonstration/data.jsonl --min_pixels 3136 \
-            --epochs 9 --max_steps 900 --global_batch_size 32 --learning_rate 2e-3 \
+            --epochs 6 --max_steps 600 --global_batch_size 32 --learning_rate 2e-3 \
             --output_dir "train_output/demonstration_$(date +%Y-%m-%d_%H-%M-%S)"
     fi
     run "$python" test_on_trained_model.py --data test_data/demonstration/data.jsonl --max_new_tokens 16 --at_least 0.9

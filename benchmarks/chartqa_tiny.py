@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="default: all")
     parser.add_argument("--base", type=Path, help="a finished run; default: the demonstration, trained now")
-    parser.add_argument("--base_steps", type=int, default=600, help="of the demonstration, which has 900")
+    parser.add_argument("--base_steps", type=int, default=600, help="as many as the demonstration has")
     parser.add_argument("--steps", type=int, default=400, help="of each row")
     parser.add_argument("--charts", type=int, default=4000, help="to train on; a tenth more are held out")
     parser.add_argument("--questions", type=int, default=600, help="asked, at most, drawn at random")

@@ -268,8 +268,10 @@ def fewest_micro_batches(
     """The fewest micro-batches in which `samples` of a rank fit its memory; None where not even one does."""
     free = hardware.memory * hardware.memory_usable - state_bytes(units, group) - copy_bytes(units, sharding, group)
     for micro_batches in range(1, samples + 1):
-        packed = [sample] * -(-samples // micro_batches)
-        if sum(activations(model_config, Config(), torch.bfloat16, packed)) <= free:
+        together = -(-samples // micro_batches)
+        patches = sum(grid.patches for grid in sample.grids)
+        load = (together * sample.tokens, together * patches, together * sample.supervised)
+        if sum(activations(model_config, Config(), torch.bfloat16, load)) <= free:
             return micro_batches
     return None
 

@@ -1000,7 +1000,7 @@ def stand_ins(model: str) -> tuple[Callable, Callable]:
             assert len(batch.visual_index) * 4 == len(batch.image_patches) + len(batch.video_patches)
             return self.weight.sum() * len(batch.target_ids)
 
-    def save(packed, processor, budget, directory: Path) -> None:
+    def save(packed, processor, budget, directory: Path, say) -> None:
         (directory / "model.safetensors").touch()
 
     quick = {(models, "load_config"): lambda path: config, (models, "load_processor"): lambda path: processor,

@@ -22,7 +22,7 @@ from util import evaluate, log, memory, optimizer
 from util.collator import Collator
 from util.config import Config
 from util.conversation import Encoded
-from util.dataset import Sample, Size
+from util.dataset import Sample
 from util.loss import PackedLoss
 from util.model import choose_device, choose_dtype, prepare_model
 from util.optimizer import build_optimizer
@@ -100,8 +100,8 @@ def real_size_step(config_file: str, settings: dict) -> dict:
     dtype, model_config = choose_dtype(config.dtype, device), Qwen2VLConfig.from_pretrained(Path(config_file).parent)
     grid = Grid(1, 64, 64)
     text = Encoded([5] * (4096 - grid.tokens + 1), [False] * 2048 + [True] * (2049 - grid.tokens), [10])
-    sizes = [[Size(4096, sum(text.supervised), [grid])]]
-    forecast = memory.forecast(model_config, memory.count_parameters(model_config, config), config, dtype, sizes)
+    load = (4096, grid.patches, sum(text.supervised))
+    forecast = memory.forecast(model_config, memory.count_parameters(model_config, config), config, dtype, [load])
     free = memory.free_bytes(device)
     kept = dtype if config.lora_rank else torch.float32
     with torch.device("meta"):

@@ -504,6 +504,7 @@ def recipe(folder: Path, *flags: str, **settings: str) -> tuple[str, dict]:
     return done.stdout, json.loads((folder / "output" / "scores.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_recipe(tmp_path):
     """Without a GPU, cut to 2 steps: from drawn charts to the table of three."""
     printed, scores = recipe(tmp_path, "--max_steps", "2", COUNT="10", MODEL="tiny")

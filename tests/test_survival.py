@@ -72,7 +72,9 @@ def whole(tiny_path, tmp_path_factory) -> Path:
 # ---- signals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGUSR1"))]
+)
 def test_a_signal_finishes_the_step_saves_and_exits_with_3(name, whole, tiny_path, tmp_path):
     config = settings(tiny_path, tmp_path / "run", num_workers=1)
     job = start(config)
@@ -114,6 +116,7 @@ def test_files_deleted_while_training_are_named_and_the_run_goes_on_when_they_ar
     assert [number for number, _ in losses(tmp_path / "run")] == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_many_processes_stop_together(tiny_path, tmp_path):
     """torchrun's launcher hands the signal on; all ranks stop after the same step; the exit code is 3."""
     config = settings(tiny_path, tmp_path / "run", max_steps=40, epochs=40, dtype="float64")
@@ -183,6 +186,7 @@ def opened_at(run: Path) -> float:
     return (run / "training_config.json").stat().st_mtime if (run / "training_config.json").exists() else 0.0
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(whole, tiny_path, tmp_path):
     print(kill_and_resume(tiny_path, tmp_path / "run", whole, kills=3, seed=0))
 
