@@ -2,7 +2,7 @@
 
 An upload or a download that was cut keeps its header, so that its size in pixels reads well and only decoding fails, in
 the middle of a run. Here the end is looked at where headers are read. A file that looks cut may still decode (cameras
-put things behind the end of a JPEG, some programs leave the last mark out): `vision.check_whole` then decodes it.
+put things behind the end of a JPEG, some programs leave the last mark out): `vision.open_whole_image` then decodes it.
 """
 
 import os
