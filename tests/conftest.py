@@ -18,7 +18,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     # Two processes of pytest-xdist take whole files: the longest first, so that both end at about the same time
-    longest = ("test_scripts", "test_distributed", "test_faults")
+    longest = ("test_scripts", "test_distributed", "test_faults", "test_matrix", "test_survival", "test_hub")
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
     if not config.getoption("--slow"):
         for item in items:

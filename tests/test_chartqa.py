@@ -537,6 +537,7 @@ def figures(*arguments: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_figures_in_short(tiny_path):
     result = figures("--base", str(tiny_path), "--rows", "lora", "--steps", "1", "--charts", "20", "--questions", "4")
     assert result["all questions"]["questions"] == 4

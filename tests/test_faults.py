@@ -75,6 +75,7 @@ def test_data_that_one_rank_cannot_read_stop_all_after_the_same_step(
     same_run(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_job_that_hangs_ends_and_says_where_every_rank_is(tiny_path, tmp_path):
     job = launch("hangs", settings(tiny_path, tmp_path / "run"), COLLECTIVE_TIMEOUT="8")
     _, printed = finish(job, expect=1)

@@ -146,7 +146,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "no answers" else ()) for name in FAULTS]
+)
 def test_faults_are_overcome(name, hub, run):
     hub.faults = {words: deque(faults) for words, faults in FAULTS[name].items()}
     assert "pushed" in push(hub, run, patience=1)

@@ -41,7 +41,7 @@ def kept_for_backward(config: Config, model_config, processor, samples: list[Sam
     return sum(storage.nbytes() for storage in saved.values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("frozen", [[], ["vision", "merger"], ["language_model"]])
 def test_activations_are_forecast_within_15_percent(dtype, frozen, processor):
     model_config = official_config("2b")

@@ -19,7 +19,8 @@ KINDS = {
     "QLoRA": {"lora_rank": 4, "quantize": "nf4"},
 }
 CASES = [
-    *itertools.product(KINDS, ("bfloat16", "float32"), ("full",)),
+    *itertools.product(KINDS, ("bfloat16",), ("full",)),
+    *itertools.product(("full", "LoRA"), ("float32",), ("full",)),
     *itertools.product(("full", "LoRA"), ("bfloat16",), ("none",)),
 ]
 
