@@ -142,6 +142,7 @@ def run_command(command: Callable, *arguments) -> None:
     # and, where those are busy, from the very threads that are waited for. OpenMP reads it when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     name = sys.argv[0].rpartition("/")[2]
+    going_on.opened = None  # a command before this one may have trained in the same process
     try:
         command(*arguments)
     except UserError as error:

@@ -61,6 +61,8 @@ def end_at_once(number: int, frame: object) -> None:
 
 def listen_from_the_start() -> None:
     """From now on a signal ends this process at once, until `guard.StopSignal` listens."""
+    global moment
+    moment = STARTING
     for number in SIGNALS:
         signal.signal(number, end_at_once)
     if asked := was_asked():  # before this rank was there to hear it
