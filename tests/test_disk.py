@@ -166,6 +166,23 @@ def test_the_last_checkpoint_waits_for_room(small_disk, parts, monkeypatch):
     assert checkpoint.verify(found)["step"] == 1
 
 
+def test_every_save_succeeds_where_torch_closes_its_stager(parts, tmp_path, monkeypatch):
+    """As torch 2.11 does after each save."""
+    stage = checkpoint.DefaultStager._stage
+
+    def stage_and_close(self, *arguments, **keywords):
+        staged = stage(self, *arguments, **keywords)
+        self._state_dict_stager.close()
+        return staged
+
+    monkeypatch.setattr(checkpoint.DefaultStager, "_stage", stage_and_close)
+    saver, trained, optimizer, said = parts(tmp_path / "run", dtype="bfloat16")
+    for step in (1, 2):
+        saver.save(trained, optimizer, {"step": step})
+        saver.wait()
+    assert len(checkpoint.complete_checkpoints(tmp_path / "run")) == 2, said
+
+
 def test_checkpoints_are_ordered_by_number(parts, tmp_path):
     """As text, step_1000000 stands before step_999900."""
     saver, trained, optimizer, _ = parts(tmp_path / "run", keep=1)

@@ -71,9 +71,7 @@ class Saver:
             self.data = data_fingerprint(config.data)
             for leftover in self.folder.glob(".*"):  # of a process that was killed while saving
                 shutil.rmtree(leftover, ignore_errors=True)
-        # On a GPU through pinned memory, on a stream of its own. The memory is kept for the next save.
-        on_gpu = torch.cuda.is_available()
-        self.stager = DefaultStager(StagingOptions(on_gpu, False, True, on_gpu))
+        self.stager = make_stager()
         self.copying: futures.Future | None = None
         check_shared(self.folder)
         # The thread's collectives must not mix with those of the training: a group of their own, on the CPU.
@@ -113,6 +111,8 @@ class Saver:
         state["optimizer"] = scalars
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self.idle.clear()
+        if is_spent(self.stager):
+            self.stager = make_stager()
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the stager's stream does not wait for the update that is under way
         saving = dcp.async_save(
@@ -185,6 +185,18 @@ class Saver:
         found = complete_checkpoints(self.run)
         for old in set(found) - {*found[-self.config.keep :], best_of(found)}:
             discard(old)
+
+
+def make_stager() -> DefaultStager:
+    """What copies tensors to the CPU: on a GPU through pinned memory, on a stream of its own. It keeps that memory for
+    the next save."""
+    on_gpu = torch.cuda.is_available()
+    return DefaultStager(StagingOptions(on_gpu, False, True, on_gpu))
+
+
+def is_spent(stager: DefaultStager) -> bool:
+    """Whether a stager has closed itself: torch 2.11's does so after one save, and every later one would fail."""
+    return not getattr(getattr(stager, "_state_dict_stager", None), "_deepcopy_dispatch", True)
 
 
 def split_interval(text: str | int) -> tuple[int, int]:
