@@ -307,7 +307,7 @@ def start(jobs: list[dict], ranks: int, folder: Path) -> tuple[int | str, str]:
     """
     file = folder / f"jobs_{ranks}.json"
     file.write_text(json.dumps(jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLLECTIVE_TIMEOUT": "90"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLLECTIVE_TIMEOUT": "900"}
     port = str(29500 + random.SystemRandom().randrange(2000))
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port]
     command = [sys.executable, *(torchrun if ranks > 1 else []), "tests/matrix_runs.py", str(file)]
