@@ -2,9 +2,9 @@
 
     python benchmarks/busy.py --out benchmarks/results/busy.json
 
-Other programs are loops that do nothing, one more than there are cores. finetune.py lets torch's threads sleep while
-they wait for each other (OMP_WAIT_POLICY=PASSIVE). A spin count in the environment overrules that; 300,000 is the one
-that OpenMP takes where nothing is said.
+Other programs are loops that do nothing, one more than there are cores. finetune.py lets torch's threads sleep soon
+while they wait for each other (GOMP_SPINCOUNT=10000). One in the environment overrules that; 300,000 is what OpenMP
+takes where nothing is said.
 """
 
 # ruff: noqa: E402

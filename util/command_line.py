@@ -138,9 +138,11 @@ def run_training(train: Callable, config) -> None:
 
 def run_command(command: Callable, *arguments) -> None:
     """Run a script's main function; a user's mistake ends it with its message and exit code 2."""
-    # Threads of torch that wait for each other sleep instead of spinning, which takes the cores from other programs
-    # and, where those are busy, from the very threads that are waited for. OpenMP reads it when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads of torch that wait for each other spin for microseconds and then sleep. OpenMP's own 300,000 turns take the
+    # cores from other programs and, where those are busy, from the very threads that are waited for (benchmarks/busy.py).
+    # It is read when torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     name = sys.argv[0].rpartition("/")[2]
     going_on.opened = None  # a command before this one may have trained in the same process
     try:
