@@ -138,9 +138,9 @@ def run_training(train: Callable, config) -> None:
 
 def run_command(command: Callable, *arguments) -> None:
     """Run a script's main function; a user's mistake ends it with its message and exit code 2."""
-    # Threads of torch that wait for each other spin for microseconds and then sleep. OpenMP's own 300,000 turns take the
-    # cores from other programs and, where those are busy, from the very threads that are waited for (benchmarks/busy.py).
-    # It is read when torch is imported.
+    # Threads of torch that wait for each other spin for microseconds and then sleep. OpenMP's own 300,000 turns take
+    # the cores from other programs and, where those are busy, from the very threads that are waited for (see
+    # benchmarks/busy.py). It is read when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     name = sys.argv[0].rpartition("/")[2]
