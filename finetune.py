@@ -9,27 +9,31 @@ stands in the file of util/ that it comes from.
 import time
 from collections.abc import Iterable
 
-from util.config import Config, parse_arguments, run_training
+from util.command_line import run_training
+from util.config import Config, parse_arguments
 
 
 def train(config: Config) -> str:
     """Train as `config` says and return the run directory."""
     import torch
 
-    from util import disk, flops, kept_sizes, memory, show
-    from util.bad_samples import Lenient, begin
     from util.checkpoint import Saver, compare_plan, load_checkpoint, read_state, resolve_resume
     from util.collator import Collator
+    from util.cost import disk, flops, kept_sizes, memory
+    from util.cost.measure import measure
+    from util.data.bad_samples import Lenient, begin
+    from util.data.loader import Loader
+    from util.data.media import MediaReader
     from util.dataset import Examples, Samples
-    from util.evaluate import evaluate_answers, evaluate_loss
     from util.guard import FiniteGuard, StopSignal
-    from util.loader import Loader
-    from util.log import RUNS, Run
-    from util.measure import measure
-    from util.media import MediaReader
-    from util.model import build_model, choose_device, choose_dtype, find_model, load_config, load_processor, save_model
+    from util.log import Run
+    from util.model import build_model, choose_device, choose_dtype, find_model, load_config, load_processor
     from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
     from util.plan import print_plan, worker_count
+    from util.publish.save_model import save_model
+    from util.results import show
+    from util.results.evaluate import evaluate_answers, evaluate_loss
+    from util.run_folder import LATEST
     from util.steps import held_out_steps, training_steps
     from util.vision import Budget
 
@@ -38,7 +42,7 @@ def train(config: Config) -> str:
     dtype = choose_dtype(config.dtype, device)
     path = find_model(config.model, device)
     model_config, processor = load_config(path), load_processor(path)
-    resumed = resolve_resume(config, RUNS / "latest")
+    resumed = resolve_resume(config, LATEST)
     workers = worker_count(config, device)
 
     # ---- data: checked, measured from file headers, and all steps surveyed before any weight is loaded

@@ -9,26 +9,30 @@ guards.
 import time
 from collections.abc import Iterable
 
-from util.config import Config, parse_arguments, run_training
+from util.command_line import run_training
+from util.config import Config, parse_arguments
 
 
 def train(config: Config) -> str:
     """Train as `config` says and return the run directory."""
     import torch
 
-    from util import disk, distributed, faults, flops, kept_sizes, memory, show
-    from util.bad_samples import Lenient, begin
     from util.checkpoint import Saver, compare_plan, load_checkpoint, read_state, resolve_resume
+    from util.cost import disk, flops, kept_sizes, memory
+    from util.cost.measure import measure
+    from util.data.bad_samples import Lenient, begin
+    from util.data.loader import Loader
+    from util.data.media import MediaReader
     from util.dataset import Examples, Samples
-    from util.evaluate import evaluate_answers, evaluate_loss
     from util.guard import FiniteGuard, StopSignal
-    from util.loader import Loader
-    from util.log import RUNS
-    from util.measure import measure
-    from util.media import MediaReader
-    from util.model import choose_dtype, find_model, load_config, load_processor, save_model
+    from util.model import choose_dtype, find_model, load_config, load_processor
     from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
+    from util.parallel import distributed, faults
     from util.plan import print_plan, worker_count
+    from util.publish.save_model import save_model
+    from util.results import show
+    from util.results.evaluate import evaluate_answers, evaluate_loss
+    from util.run_folder import LATEST
     from util.steps import held_out_steps, training_steps
     from util.vision import Budget
 
@@ -39,7 +43,7 @@ def train(config: Config) -> str:
     dtype = choose_dtype(config.dtype, device)
     path = distributed.first_rank_first(find_model, config.model, device)
     model_config, processor = load_config(path), load_processor(path)
-    resumed = distributed.from_first_rank(resolve_resume, config, RUNS / "latest")
+    resumed = distributed.from_first_rank(resolve_resume, config, LATEST)
     workers = worker_count(config, device)
 
     # ---- data: checked, measured from file headers, and all steps surveyed before any weight is loaded

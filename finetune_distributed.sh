@@ -24,7 +24,7 @@ if [ "$usable" -eq 0 ]; then
     usable=2
 fi
 
-command=("$python" -m util.launch --nproc_per_node "${NPROC_PER_NODE:-$usable}" --max_restarts "${MAX_RESTARTS:-0}")
+command=("$python" -m util.parallel.launch --nproc_per_node "${NPROC_PER_NODE:-$usable}" --max_restarts "${MAX_RESTARTS:-0}")
 if [ "${NNODES:-1}" -gt 1 ]; then # the machines find each other at MASTER_ADDR, and after a fault again
     address="${MASTER_ADDR:?with NNODES=$NNODES, MASTER_ADDR must name the first machine}:${MASTER_PORT:-29500}"
     host="$([ "${NODE_RANK:?with NNODES=$NNODES, NODE_RANK must number this machine from 0}" -eq 0 ] && echo 1 || echo 0)"

@@ -4,8 +4,8 @@ python test_on_official_model.py
 python test_on_official_model.py --image a.jpg --question "What is this?"
 """
 
-from util.answer import answer_one, parse_arguments, print_answers, run_before
-from util.config import run_command
+from util.command_line import run_command
+from util.results.answer import answer_one, parse_arguments, print_answers, run_before
 
 
 def main() -> None:

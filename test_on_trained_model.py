@@ -5,8 +5,8 @@ python test_on_trained_model.py train_output/my_run         a run, or train_outp
 python test_on_trained_model.py --image a.jpg --question "What is this?"
 """
 
-from util.answer import answer_one, compare, parse_arguments, require, run_after, run_before, write_report
-from util.config import run_command
+from util.command_line import run_command
+from util.results.answer import answer_one, compare, parse_arguments, require, run_after, run_before, write_report
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ import numpy as np
 from benchmarks.report import origin, write_result
 from tests.official import official_config
 from util.config import Config
+from util.cost.flops import training_flops
 from util.dataset import Size
-from util.flops import training_flops
 from util.steps import deal
 from util.vision import FRAME_PIXELS, IMAGE_PIXELS, PATCH, Budget, Grid, frame_count, frame_size, smart_resize
 

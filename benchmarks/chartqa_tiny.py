@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.report import origin, write_result
-from util.compare import compare
+from util.results.compare import compare
 
 BASE = ["--learning_rate", "2e-3"]
 ROWS = {  # what is trained: flags of finetune.py
@@ -80,7 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data, test = folder / "data" / "train.jsonl", folder / "data" / "asked.jsonl"
-        run("-m", "util.chartqa", "--from", "drawn", "--count", str(arguments.charts), "--no_system_message",
+        run("-m", "util", "chartqa", "--from", "drawn", "--count", str(arguments.charts), "--no_system_message",
             "--splits", "train", "test", "--output_dir", str(data.parent))  # fmt: skip
         lines = data.with_name("test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         number = min(arguments.questions, len(lines))

@@ -47,7 +47,7 @@ from benchmarks.video import (
     times_as_fast,
     use_one_core,
 )
-from util.config import run_command
+from util.command_line import run_command
 from util.log import versions
 from util.tiny_model import make_tiny_model
 from util.vision import PATCH, Budget, Medium, load, read_grid

@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py --out benchmarks/results/scaling.json
 
-`bytes_per_step` is what util/distributed.py makes FSDP2 communicate; tests/test_scaling.py holds it against the
-collectives of real processes, byte by byte. `step_time` turns bytes and FLOPs into seconds by the datasheet and the
+`bytes_per_step` is what util/parallel/distributed.py makes FSDP2 communicate; tests/test_scaling.py holds it against
+the collectives of real processes, byte by byte. `step_time` turns bytes and FLOPs into seconds by the datasheet and the
 assumptions of `Hardware`. docs/scaling.md explains both and holds the tables.
 """
 
@@ -29,9 +29,9 @@ from benchmarks.balance import draw, hands_of, unevenness
 from benchmarks.report import origin, processor_name, write_result
 from tests.official import official_config
 from util.config import Config
+from util.cost.flops import training_flops
+from util.cost.memory import activations
 from util.dataset import Size
-from util.flops import training_flops
-from util.memory import activations
 from util.model import freeze, layers
 from util.vision import Budget, Grid
 

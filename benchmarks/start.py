@@ -65,8 +65,9 @@ def peak_megabytes(process: int | str) -> float:
 def start(data: str, output_dir: str, read: bool) -> None:
     """One start, in this process; prints its figures as a line of JSON. Without `read` all headers are as the first."""
     import finetune
-    from util import log, measure
+    from util import log
     from util.config import Config
+    from util.cost import measure
 
     figures = {"headers_seconds": 0.0, "headers": 0}
     findings_of = measure.findings_of

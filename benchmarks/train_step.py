@@ -38,13 +38,14 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from benchmarks import plain_loop
 from benchmarks.report import origin, write_result
-from util import flops
 from util.collator import Collator
-from util.config import Config, UserError, parse_arguments, run_command
+from util.command_line import UserError, run_command
+from util.config import Config, parse_arguments
+from util.cost import flops
+from util.cost.measure import measure
+from util.cost.memory import GIB, peak_bytes
 from util.dataset import Samples, load_examples
 from util.log import versions
-from util.measure import measure
-from util.memory import GIB, peak_bytes
 from util.model import (
     choose_device,
     choose_dtype,

@@ -35,8 +35,8 @@ import numpy as np
 import torch
 
 from benchmarks.report import origin, write_result
-from util.config import UserError, run_command
-from util.video_reader import VideoReader
+from util.command_line import UserError, run_command
+from util.data.video_reader import VideoReader
 from util.vision import Budget, load
 
 RATE = 30  # frames per second of every video made here

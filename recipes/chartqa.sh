@@ -37,7 +37,7 @@ else
 fi
 [ "$from" = drawn ] && default_share=1 || default_share=0.1 # of val: it is asked many times
 data="${DATA:-train_data/chartqa}" run="${RUN:-train_output/chartqa}" output="${OUTPUT:-test_output/chartqa}"
-prepare=("$python" -m util.chartqa --from "$from" --output_dir "$data" --seed "${SEED:-0}" --count "${COUNT:-4000}")
+prepare=("$python" -m util chartqa --from "$from" --output_dir "$data" --seed "${SEED:-0}" --count "${COUNT:-4000}")
 ask=(--model "$model" --metrics relaxed_accuracy --max_new_tokens 64 --show 5 "${budget[@]}")
 
 step "${prepare[@]}" --splits train --share "${SHARE:-1}"
@@ -57,5 +57,5 @@ else
     step "$python" finetune.py "${train[@]}"
 fi
 step "$python" test_on_trained_model.py "$run" "${ask[@]}" --data "$data/test.jsonl" --output_dir "$output"
-step "$python" -m util.compare "base=$output/base/before.jsonl" "with system message=$output/before.jsonl" \
+step "$python" -m util compare "base=$output/base/before.jsonl" "with system message=$output/before.jsonl" \
     "tuned=$output/after.jsonl" --out "$output/scores.json"

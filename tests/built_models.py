@@ -11,12 +11,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from util import distributed
 from util.collator import Collator
 from util.config import Config
 from util.conversation import Encoded
 from util.dataset import Sample
 from util.model import find_model, load_config, load_processor
+from util.parallel import distributed
 
 FAR = 12_000  # positions between the two halves of a row: a video of an hour is as long
 

@@ -19,11 +19,11 @@ from torch.distributed.distributed_c10d import _world
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from util import distributed
 from util.config import Config
 from util.dataset import Samples, load_examples
 from util.model import load_config, load_processor
 from util.optimizer import build_optimizer, clip_gradient
+from util.parallel import distributed
 from util.vision import Budget
 
 # operation -> its name here, and which of its arguments the rank hands in

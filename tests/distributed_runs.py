@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import finetune_distributed
-from util.config import Config, UserError
+from util.command_line import UserError
+from util.config import Config
 
 torch.set_num_threads(1)
 for settings in json.loads(Path(sys.argv[1]).read_text()):

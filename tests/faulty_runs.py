@@ -1,6 +1,6 @@
 """Started by torchrun in test_faults.py: trains with one fault put into rank 1.
 
-python -m util.launch --nproc_per_node 2 tests/faulty_runs.py FAULT SETTINGS     (FAULT: see below; SETTINGS: JSON)
+python -m util.parallel.launch --nproc_per_node 2 tests/faulty_runs.py FAULT SETTINGS     (FAULT: see below; SETTINGS: JSON)
 """
 
 import json
@@ -15,14 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import finetune_distributed
-from util import dataset, log
-from util.config import Config, run_training
-from util.lines import DataError
+from util import dataset, run_folder
+from util.command_line import run_training
+from util.config import Config
+from util.data.lines import DataError
 from util.loss import PackedLoss
 
 torch.set_num_threads(1)
 if "RUNS" in os.environ:
-    log.RUNS = Path(os.environ["RUNS"])  # instead of train_output/, where the user's runs are
+    run_folder.RUNS = Path(os.environ["RUNS"])  # instead of train_output/, where the user's runs are
 fault, settings = sys.argv[1], json.loads(sys.argv[2])
 load, forward = dataset.Samples.__getitem__, PackedLoss.forward
 calls = 0

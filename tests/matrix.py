@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, Qwen2VLF
 from tests import runs
 from tests.matrix_runs import GRADIENTS, NO_NUMBER_AT, REFUSED, STEPS, STOPPED_AT, outcome_file
 from tests.test_loss import transformers_inputs
-from util.config import Config, UserError
+from util.command_line import UserError
+from util.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,12 +17,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from util import checkpoint, collator, distributed, optimizer
+from util import checkpoint, collator, optimizer
 from util.attention import Segments
-from util.bad_samples import Lenient
+from util.data.bad_samples import Lenient
+from util.data.loader import Loader
 from util.dataset import Examples
-from util.loader import Loader
 from util.loss import PackedLoss
+from util.parallel import distributed
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

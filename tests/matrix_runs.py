@@ -30,9 +30,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests import matrix_faults
-from util import checkpoint, evaluate, faults, optimizer, ranks
-from util.command_line import Ended
-from util.config import Config, UserError
+from util import checkpoint, optimizer
+from util.command_line import Ended, UserError
+from util.config import Config
+from util.parallel import faults, ranks
+from util.results import evaluate
 
 STEPS, STOPPED_AT, NO_NUMBER_AT = 4, 2, 2
 GRADIENTS, REFUSED = "gradients.safetensors", "refused.txt"

@@ -981,9 +981,10 @@ def stand_ins(model: str) -> tuple[Callable, Callable]:
     import torch
 
     import finetune
-    from util import log, memory
+    from util import log
     from util import model as models
     from util.config import Config
+    from util.cost import memory
 
     config, processor = models.load_config(model), models.load_processor(model)
     counts = memory.count_parameters(config, Config())
@@ -1025,7 +1026,7 @@ def serve(connection: Connection, model: str, media: str, scratch: str) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
-    from util.memory import peak_bytes
+    from util.cost.memory import peak_bytes
     from util.model import load_processor
 
     torch.set_num_threads(1)

@@ -18,14 +18,16 @@ import phantom
 import torch
 from transformers import GenerationMixin, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from util import evaluate, log, memory, optimizer
+from util import log, optimizer
 from util.collator import Collator
 from util.config import Config
 from util.conversation import Encoded
+from util.cost import memory
 from util.dataset import Sample
 from util.loss import PackedLoss
 from util.model import choose_device, choose_dtype, prepare_model
 from util.optimizer import build_optimizer
+from util.results import evaluate
 from util.vision import Grid, Medium
 
 TOKENS_OF_AN_ANSWER = 3

@@ -1,6 +1,6 @@
 """Started by test_signals.py: trains, and waits at one moment until the test lets it go on.
 
-python tests/signalled_runs.py MOMENT FOLDER SETTINGS        (alone; through util.launch: as one of several ranks)
+python tests/signalled_runs.py MOMENT FOLDER SETTINGS        (alone; through util.parallel.launch: as one of several ranks)
 
 It says that it has reached the moment by a file FOLDER/reached, and goes on when there is FOLDER/go_on. SETTINGS: JSON,
 the fields of Config and "start_method", how data workers are started. These run this file, too.
@@ -20,9 +20,12 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 import finetune
 import finetune_distributed
-from util import dataset, evaluate, measure, model
-from util.config import Config, run_training
+from util import dataset, model
+from util.command_line import run_training
+from util.config import Config
+from util.cost import measure
 from util.loss import PackedLoss
+from util.results import evaluate
 
 moment, folder, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 torch.set_num_threads(1)

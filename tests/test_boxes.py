@@ -10,11 +10,12 @@ from PIL import Image
 from tests import warm
 from tests.conftest import ROOT
 from tests.samples import assistant, entry, system, text, user
-from util import boxes, check_data
+from util.__main__ import main as command
+from util.cost.measure import QuickSize, look
+from util.data import boxes
 from util.dataset import DataError, Examples, Samples, load_examples
-from util.evaluate import QuestionSamples, answer_of, questions_of
-from util.measure import QuickSize, look
-from util.metrics import box_iou, boxes_of
+from util.results.evaluate import QuestionSamples, answer_of, questions_of
+from util.results.metrics import box_iou, boxes_of
 from util.vision import Budget
 
 WIDE = {"type": "image", "image": "wide.png"}  # 400 x 200
@@ -187,7 +188,7 @@ def test_check_data_names_bad_boxes_and_unreadable_images(folder, processor, mon
     samples_of(folder, [good, *bad], processor)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        check_data.main([str(folder / "data.json"), "--model", str(tiny_path), "--device", "cpu"])
+        command(["check", str(folder / "data.json"), "--model", str(tiny_path), "--device", "cpu"])
     printed = capsys.readouterr()
     assert stopped.value.code == 2
     assert "3 samples, 1 can be trained on" in printed.out
@@ -200,7 +201,7 @@ def test_check_data_names_bad_boxes_and_unreadable_images(folder, processor, mon
 
 
 def test_measuring_training_and_showing_agree(folder, any_processor):
-    from util.show import describe
+    from util.results.show import describe
 
     samples = samples_of(folder, [entry(*messages) for messages, _ in WRITTEN.values()], any_processor, min_pixels=784)
     quick, found = QuickSize(samples), look(samples, 10_000, "stop")
@@ -313,7 +314,7 @@ def test_boxes_are_drawn(folder):
 
 
 def test_an_answers_boxes_are_shown_in_pixels(folder, tmp_path, capsys):
-    from util.answer import show_boxes
+    from util.results.answer import show_boxes
 
     show_boxes("No box.", [WIDE], tmp_path / "out")
     assert capsys.readouterr().out == ""
@@ -335,7 +336,7 @@ def test_show_prints_the_showcases_boxes(tmp_path):
     """The box item of train_data/ around the drawn shape, as the script prints it: colours of the picture say so."""
     entries = json.loads((ROOT / "train_data" / "data.json").read_text())
     number = next(number for number, sample in enumerate(entries) if sample["kind"] == "boxes")
-    command = [sys.executable, "-m", "util.show", "train_data/data.json", "--sample", str(number)]
+    command = [sys.executable, "-m", "util", "show", "train_data/data.json", "--sample", str(number)]
     done = warm.run(command)
     assert done.returncode == 0, done.stderr
     printed = done.stdout

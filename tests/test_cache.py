@@ -24,9 +24,11 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from util import cache, command_line, keys, vision
-from util.cache import CacheSettings, FrameCache
-from util.config import UserError
+from util import command_line, vision
+from util.command_line import UserError
+from util.data import cache, keys
+from util.data.cache import FrameCache
+from util.data.settings import CacheSettings
 from util.vision import Budget, Grid, Medium
 
 BUDGET = Budget()
@@ -669,7 +671,7 @@ def test_settings():
     made = command_line.parse(CacheSettings, "", ["--cache_dir", "x", "--cache_max_gib", "2.5"])
     assert (made.cache_dir, made.cache_max_gib) == ("x", 2.5)
     assert CacheSettings().cache_dir is None
-    heavy = "import sys, util.cache; sys.exit(bool({'torch', 'numpy', 'PIL', 'av'} & set(sys.modules)))"
+    heavy = "import sys, util.data.cache; sys.exit(bool({'torch', 'numpy', 'PIL', 'av'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", heavy], check=True, cwd=Path(__file__).parent.parent)
 
 

@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from tests import warm
-from util.chartqa import PUBLISHED, SYSTEM_MESSAGE, main, sampled
-from util.chartqa_sources import Hub
-from util.compare import compare, difference
-from util.metrics import confidence_interval, interval_of_changes, relaxed_accuracy, share_with_interval
+from util.__main__ import main as command
+from util.formats.chartqa import PUBLISHED, SYSTEM_MESSAGE, sampled
+from util.formats.chartqa_sources import Hub
+from util.results.compare import compare, difference
+from util.results.metrics import confidence_interval, interval_of_changes, relaxed_accuracy, share_with_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,7 +91,7 @@ def layout(tmp_path) -> Path:
 def run(*arguments: str, expect: int = 0, cwd: Path = ROOT) -> str:
     """The command, as a user types it; all it printed."""
     done = warm.run(
-        [sys.executable, "-m", "util.chartqa", *arguments], cwd, {**os.environ, "PYTHONPATH": str(ROOT)}, 300
+        [sys.executable, "-m", "util", "chartqa", *arguments], cwd, {**os.environ, "PYTHONPATH": str(ROOT)}, 300
     )
     assert done.returncode == expect, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -158,14 +159,14 @@ def test_a_broken_row_is_named(layout, tmp_path, capsys, entry, said):
     file.write_text(json.dumps([row("1.png", "What?", "1"), entry]))
     arguments = ["--from", str(layout), "--output_dir", str(tmp_path / "out"), "--splits", "val"]
     with pytest.raises(SystemExit) as ended:
-        main(arguments)
+        command(["chartqa", *arguments])
     error = capsys.readouterr().err
     assert ended.value.code == 2
     assert re.search(rf"val_human\.json, row 1.*{said}", error), error
     assert re.search(r"; (repair|add|take|get|keep|write)", error), "no fix is named"
     assert "1 row cannot be used, so nothing is written; --skip_bad" in error
     assert not (tmp_path / "out" / "val.jsonl").exists()
-    main([*arguments, "--skip_bad"])
+    command(["chartqa", *arguments, "--skip_bad"])
     printed = capsys.readouterr()
     assert "skipped: " in printed.err
     assert "1 skipped" in printed.out
@@ -358,7 +359,7 @@ def test_drawn_charts(tmp_path):
     for file in [*pictures, *(tmp_path / "a" / "drawn").glob("*/*.json")]:
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file
 
-    from util.draw_charts import BOTTOM, COLOURS, TOP
+    from util.formats.draw_charts import BOTTOM, COLOURS, TOP
 
     checked = set()
     for sample in lines_of(tmp_path / "a" / "train.jsonl"):
@@ -473,7 +474,7 @@ def test_answers_to_other_questions_are_refused(tmp_path):
         ([base, base], "two have the same name"),
         ([ROOT / "README.md"], "holds no answers"),
     ):
-        done = warm.run([sys.executable, "-m", "util.compare", *files])
+        done = warm.run([sys.executable, "-m", "util", "compare", *files])
         assert done.returncode == 2, done.stdout
         assert said in done.stderr
         assert "Traceback" not in done.stderr

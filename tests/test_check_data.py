@@ -17,12 +17,16 @@ from tests.conftest import ROOT
 from tests.runs import log
 from tests.samples import assistant, user
 from tests.test_distributed import torchrun
-from util import bad_samples, check_data, conversation, measure, show
-from util.bad_samples import SampleSettings
+from util import conversation
+from util.__main__ import main as command
 from util.collator import Collator
 from util.config import Config
+from util.cost import check_data, measure
+from util.cost.sizes import Finding, Sizes
+from util.data import bad_samples
+from util.data.settings import SampleSettings
 from util.dataset import DataError, Examples, Samples, Size, load_examples
-from util.sizes import Finding, Sizes
+from util.results import show
 from util.vision import Budget
 
 LONG = 200  # tokens, --max_tokens of most runs here
@@ -212,7 +216,7 @@ def test_a_run_that_shrinks(train, folder):
 def test_remote_paths_and_the_cache_shrink_as_local_files(folder, processor, tmp_path):
     import base64
 
-    from util.media import MediaReader
+    from util.data.media import MediaReader
 
     address = "data:image/jpeg;base64," + base64.b64encode((folder / "large.jpg").read_bytes()).decode()
     entries = [TOO_LONG, asking(image(address), "And this?")]
@@ -439,7 +443,7 @@ def test_headers_are_read_fast(tmp_path, any_processor, capsys):
     assert best >= 1000
 
 
-# ---- python -m util.check_data --------------------------------------------------------------------------------------
+# ---- python -m util check --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -450,7 +454,7 @@ def check(tiny_path, folder, monkeypatch, capsys):
     def run(*arguments: str) -> tuple[int, str]:
         code = 0
         try:
-            check_data.main([*arguments, "--model", str(tiny_path), "--device", "cpu", "--min_pixels", "784"])
+            command(["check", *arguments, "--model", str(tiny_path), "--device", "cpu", "--min_pixels", "784"])
         except SystemExit as ended:
             code = ended.code
         captured = capsys.readouterr()

@@ -10,11 +10,12 @@ import pytest
 
 import finetune
 from tests.official import official_config
-from util import going_on
-from util.config import Config, parse_arguments, run_command
+from util import run_folder
+from util.command_line import run_command
+from util.config import Config, parse_arguments
+from util.cost.flops import forward_flops
+from util.cost.memory import count_parameters
 from util.dataset import Size
-from util.flops import forward_flops
-from util.memory import count_parameters
 from util.vision import Grid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,7 +159,8 @@ def test_a_model_of_another_family_is_refused_by_name(capsys, tmp_path):
 
 def test_memory_that_cannot_fit_is_said_before_weights_are_loaded(capsys, tmp_path, tiny_path, monkeypatch):
     """2B in full on a device of 24 GiB: the forecast names its parts, and settings that fit."""
-    from util import memory, model
+    from util import model
+    from util.cost import memory
 
     for file in tiny_path.iterdir():
         if file.name != "config.json":
@@ -248,7 +250,7 @@ def test_without_a_checkpoint_the_defaults_hold(tmp_path):
 def test_auto_goes_on_with_the_latest_run(tmp_path, monkeypatch):
     saved(tmp_path / "2026", 3, seed=7)
     (tmp_path / "latest").symlink_to("2026")
-    monkeypatch.setattr(going_on, "LATEST", tmp_path / "latest")
+    monkeypatch.setattr(run_folder, "LATEST", tmp_path / "latest")
     assert parse_arguments("", ["--resume", "auto"]) == Config(seed=7, resume="auto")
     assert parse_arguments("", []) == Config()
 
@@ -262,7 +264,7 @@ def test_the_command_that_goes_on_survives_a_shell(elsewhere, tmp_path, monkeypa
     monkeypatch.chdir(project)
     monkeypatch.setattr(sys, "argv", ["show.py"])
     monkeypatch.setenv("STARTED_IN", str(tmp_path if elsewhere else project))
-    told = going_on.command(project / "my run")
+    told = run_folder.command(project / "my run")
     typed_in = tmp_path if elsewhere else project
     done = subprocess.run(["bash", "-c", told], cwd=typed_in, capture_output=True, text=True, check=True)
     assert done.stdout == f"{project} ['--resume', 'my run']\n"

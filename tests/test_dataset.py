@@ -14,16 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-import util.show
 from tests import warm
 from tests.conftest import ROOT
 from tests.samples import assistant, entry, system, text, user
 from util import dataset
+from util.__main__ import main as command
 from util.collator import Collator
-from util.config import Config, UserError
+from util.command_line import UserError
+from util.config import Config
+from util.cost.measure import measure
+from util.cost.sizes import Finding, Sizes
 from util.dataset import DataError, Samples, Size, load_examples
-from util.measure import measure
-from util.sizes import Finding, Sizes
 from util.steps import Dealing, Steps, heaviest
 from util.vision import Budget, Grid
 
@@ -671,17 +672,16 @@ def test_media_that_cannot_be_read_are_named(samples, folder):
         samples[1]
 
 
-# ---- python -m util.show ---------------------------------------------------------------------------------------------
+# ---- python -m util show --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def show(monkeypatch, capsys):
-    """A function that runs util.show's command line here: arguments -> (exit code, printed, said on the error stream)."""
+    """`python -m util show`, run here: arguments -> (exit code, printed, said on the error stream)."""
 
     def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["show.py", *map(str, arguments)])
         try:
-            util.show.main()
+            command(["show", *map(str, arguments)])
             code = 0
         except SystemExit as stop:
             code = stop.code
@@ -733,7 +733,7 @@ def test_show_prints_the_sample(samples, folder, tiny_path, show):
 def test_show_names_the_samples_there_are(number, samples, folder, tiny_path, show):
     code, printed, said = show(folder / "data.json", "--sample", number, "--model", tiny_path)
     assert (code, printed) == (2, "")
-    assert said.splitlines()[-1] == f"show.py: --sample {number}: {folder}/data.json has samples 0 to 4"
+    assert said.splitlines()[-1] == f"python -m util show: --sample {number}: {folder}/data.json has samples 0 to 4"
 
 
 def test_show_refuses_bad_data_and_bad_settings(folder, tiny_path, show):
@@ -748,7 +748,7 @@ def test_show_refuses_bad_data_and_bad_settings(folder, tiny_path, show):
 
 def test_show_is_a_command(folder, tiny_path):
     file = write(folder, [GOOD])
-    command = [sys.executable, "-m", "util.show", file, "--model", str(tiny_path)]
+    command = [sys.executable, "-m", "util", "show", file, "--model", str(tiny_path)]
     answer = warm.run(command)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.startswith(f"{file}, sample 0: ")

@@ -5,10 +5,12 @@ import itertools
 import pytest
 import torch
 
-from util import distributed, flops
 from util.attention import Segments
-from util.config import Config, UserError
+from util.command_line import UserError
+from util.config import Config
+from util.cost import flops
 from util.model import choose_device
+from util.parallel import distributed
 
 # Names as nvidia-smi prints them; dense bf16 TFLOP/s of NVIDIA's datasheets (their figures with sparsity, halved).
 PEAKS = {

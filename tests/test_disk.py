@@ -13,10 +13,13 @@ import torch
 import finetune
 from tests import runs
 from tests.test_distributed import torchrun
-from util import checkpoint, disk, log, memory, model
-from util.config import Config, UserError
+from util import checkpoint, log
+from util.command_line import UserError
+from util.config import Config
+from util.cost import disk, memory
 from util.model import build_model, load_config, load_processor, load_weights
 from util.optimizer import build_optimizer
+from util.publish import save_model
 
 CPU = torch.device("cpu")
 MB = 10**6
@@ -110,14 +113,14 @@ def test_a_folder_that_was_removed_is_made_again(tiny_path, undisturbed, tmp_pat
 )
 def test_a_quota_a_mount_a_server(number, words, tiny_path, undisturbed, tmp_path, monkeypatch, capsys):
     """What the kernel says of them: the file cannot be opened, until somebody mends it."""
-    write, fails = model.write_published, [True, True]
+    write, fails = save_model.write_published, [True, True]
 
     def failing(*arguments):
         if fails:
             raise OSError(number, os.strerror(number), "model.safetensors")
         return write(*arguments)
 
-    monkeypatch.setattr(model, "write_published", failing)
+    monkeypatch.setattr(save_model, "write_published", failing)
     when_it_waits(monkeypatch, lambda _: fails.pop())
     run = Path(finetune.train(settings(tiny_path, tmp_path / "run")))
     assert words in capsys.readouterr().out

@@ -17,8 +17,8 @@ import finetune
 from tests import runs
 from tests.runs import metrics, weights
 from util.config import Config
-from util.export import export
 from util.model import load_weights
+from util.publish.export import export
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -272,7 +272,7 @@ def test_what_cannot_be_on_several_ranks_is_refused_by_name(name, message, two_r
 
 
 def test_a_user_mistake_ends_all_ranks_with_its_message(tiny_path, tmp_path):
-    command = [sys.executable, "-m", "util.launch", "--nproc_per_node", "2", "finetune_distributed.py", "--device", "cpu",
+    command = [sys.executable, "-m", "util.parallel.launch", "--nproc_per_node", "2", "finetune_distributed.py", "--device", "cpu",
                "--model", str(tiny_path), "--data", str(tmp_path / "gone.json"), "--output_dir", str(tmp_path / "run")]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr[-3000:]

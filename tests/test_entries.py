@@ -1,6 +1,6 @@
 """What people bring: keys that say something and keys that do not, tags, media beside the messages, other formats.
 
-Every sample here is given to training and to util.convert, and both must say the same: what convert writes, training
+Every sample here is given to training and to util.formats.convert, and both must say the same: what convert writes, training
 takes, and what training refuses is refused in one line that says what to do.
 """
 
@@ -15,8 +15,8 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tests.samples import assistant, entry, text, user
-from util.convert import convert
 from util.dataset import DataError, load_examples
+from util.formats.convert import convert
 
 PICTURE = {"type": "image", "image": "a.png"}
 QUESTION = user("What is it?")
@@ -262,7 +262,7 @@ def test_another_format_is_one_line_with_the_command(name, folder, processor):
     _, said = loaded(file, processor)
     assert len(said.splitlines()) == 1, said
     assert said.startswith(f"{file}: is in the format "), said
-    assert said.endswith(f": python -m util.convert {shlex.quote(file)} out.jsonl"), said
+    assert said.endswith(f": python -m util convert {shlex.quote(file)} out.jsonl"), said
     examples, refused = converted(file, processor)
     assert (len(examples), refused) == (30, "")
 
@@ -272,7 +272,7 @@ def test_a_sample_of_another_format_among_others_is_named(name, folder, processo
     file = write(folder, [entry(QUESTION, ANSWER), FOREIGN[name], entry(QUESTION, ANSWER)])
     _, said = loaded(file, processor)
     assert said.startswith(f"{file}, sample 1"), said
-    assert said.endswith(f": python -m util.convert {shlex.quote(file)} out.jsonl"), said
+    assert said.endswith(f": python -m util convert {shlex.quote(file)} out.jsonl"), said
 
 
 UNREAD = {
@@ -334,7 +334,7 @@ def test_each_case_ends_in_training_or_in_one_line(processor, tmp_path):
         assert len(lines) == (0 if examples else 1), f"{file.name}: {said}"
         refused[file.name] = said
         output = str(tmp_path / f"{file.stem}.jsonl")
-        if said and "python -m util.convert" not in said and not said.endswith("name the file .jsonl"):
+        if said and "python -m util convert" not in said and not said.endswith("name the file .jsonl"):
             with pytest.raises(DataError):
                 convert([str(file)], output)
             continue

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 import finetune
 from tests import runs, warm
-from util.config import Config, UserError
-from util.export import export
+from util.command_line import UserError
+from util.config import Config
+from util.publish.export import export
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,14 +65,14 @@ def test_a_run_in_bfloat16_is_exported_in_bfloat16(tiny_path, tmp_path):
 
 
 def test_weights_that_are_read_in_several_parts_are_the_same(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("util.export.MOST_BYTES", 100_000)
+    monkeypatch.setattr("util.publish.export.MOST_BYTES", 100_000)
     export(step(run, 4), tmp_path / "out")
     assert filecmp.cmp(run / "model.safetensors", tmp_path / "out" / "model.safetensors", shallow=False)
 
 
 def test_the_command_and_plain_transformers(run, tmp_path):
     """The model is opened in a process that cannot import this project."""
-    command = [sys.executable, "-m", "util.export", str(step(run, 4)), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "util", "export", str(step(run, 4)), str(tmp_path / "out")]
     done = warm.run(command)
     assert done.returncode == 0, done.stderr
     again = warm.run(command)

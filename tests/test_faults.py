@@ -14,7 +14,7 @@ import pytest
 from tests import runs
 from tests.runs import same_run
 from util.checkpoint import complete_checkpoints, verify
-from util.faults import name_slow_ranks
+from util.parallel.faults import name_slow_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = str(ROOT / "test_data" / "data.json")
@@ -26,7 +26,7 @@ def settings(tiny_path: Path, directory: Path, **changes) -> dict:
 
 
 def launch(fault: str, config: dict, restarts: int = 0, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "util.launch", "--nproc_per_node", "2", "--max_restarts", str(restarts),
+    command = [sys.executable, "-m", "util.parallel.launch", "--nproc_per_node", "2", "--max_restarts", str(restarts),
                "tests/faulty_runs.py", fault, json.dumps(config)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.Popen(
@@ -68,7 +68,7 @@ def test_data_that_one_rank_cannot_read_stop_all_after_the_same_step(
     config = settings(tiny_path, tmp_path / "run", eval_data=[HELD_OUT] if "held" in fault else [], eval_every=2)
     _, printed = finish(launch(fault, config), expect=code)
     assert re.search(f"^{said}$", printed, re.MULTILINE), printed
-    step = int(re.search(r"stopped after step (\d), which is saved; go on with: .*util.launch", printed)[1])
+    step = int(re.search(r"stopped after step (\d), which is saved; go on with: .*util.parallel.launch", printed)[1])
     (saved,) = complete_checkpoints(tmp_path / "run")
     assert verify(saved)["step"] == step == len(runs.losses(tmp_path / "run"))
     finish(launch("none", {**config, "resume": "auto", "eval_data": []}), expect=0)
@@ -112,7 +112,7 @@ def test_the_first_cause_of_real_processes(does, said, tmp_path, monkeypatch):
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
-    from util import launch
+    from util.parallel import launch
 
     close = SubprocessContext._close
     monkeypatch.setattr(SubprocessContext, "_close", lambda self, death_sig, timeout=30: close(self, death_sig, 3))
@@ -157,7 +157,7 @@ def test_slow_ranks_by_hand():
 
 
 def test_a_wrong_flag_is_answered_once_before_any_process_starts():
-    command = [sys.executable, "-X", "importtime", "-m", "util.launch", "--nproc_per_node", "2",
+    command = [sys.executable, "-X", "importtime", "-m", "util.parallel.launch", "--nproc_per_node", "2",
                "finetune_distributed.py", "--epoch", "3"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
@@ -194,7 +194,7 @@ def test_two_machines_start_again_together(uninterrupted, tiny_path, tmp_path):
     port = 29500 + random.SystemRandom().randrange(2000)
     jobs = []
     for machine in (0, 1):
-        command = [sys.executable, "-m", "util.launch", "--nproc_per_node", "1", "--max_restarts", "4", "--nnodes", "2",
+        command = [sys.executable, "-m", "util.parallel.launch", "--nproc_per_node", "1", "--max_restarts", "4", "--nnodes", "2",
                    "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "job",
                    "--rdzv_conf", f"is_host={1 - machine}", "tests/faulty_runs.py", "dies", json.dumps(config)]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -33,10 +33,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from tests.test_video_reader import FILES, encode, h264
-from util import fetch, vision
+from util import vision
 from util.command_line import parse
-from util.fetch import FetchError, FetchSettings, identity, is_remote, local_path, localise, open_media, shown
-from util.video_reader import VideoError, VideoReader
+from util.data import fetch
+from util.data.fetch import FetchError, FetchSettings, identity, is_remote, local_path, localise, open_media, shown
+from util.data.video_reader import VideoError, VideoReader
 
 BASE = FetchSettings()
 QUICK = FetchSettings(fetch_retries=2, fetch_timeout=5)
@@ -934,9 +935,9 @@ def test_truncated_video(server, tmp_path, monkeypatch):
 @needs_http
 def test_boxes_in_remote_images(server, tmp_path, processor):
     """The size that a box needs is read from the first bytes, and asked for once by a process."""
+    from util.cost.measure import look
+    from util.data.media import MediaReader
     from util.dataset import DataError, Examples, Samples
-    from util.measure import look
-    from util.media import MediaReader
     from util.vision import Budget
 
     noise = np.random.default_rng(0).integers(0, 256, (600, 1200, 3), dtype=np.uint8)

@@ -19,8 +19,9 @@ import pytest
 import finetune
 from tests import runs
 from tests.hub_server import TOKEN, USER, HubServer
-from util import hub as pushing
 from util.config import Config
+from util.publish import hub as pushing
+from util.publish.settings import HubSettings, invalid_hub_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_DATA = str(ROOT / "test_data" / "data.json")
@@ -48,7 +49,7 @@ def environment(hub: HubServer, patience: float = 5, **changes: str) -> dict[str
 
 
 def push(hub: HubServer, path: Path, expect: int = 0, **changes) -> str:
-    done = subprocess.run([sys.executable, "-m", "util.hub", str(path), "my-model"], cwd=ROOT, capture_output=True,
+    done = subprocess.run([sys.executable, "-m", "util", "push", str(path), "my-model"], cwd=ROOT, capture_output=True,
                           text=True, timeout=200, env=environment(hub, **changes))  # fmt: skip
     assert done.returncode == expect, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -173,7 +174,7 @@ def test_a_push_that_cannot_be_is_one_message(hub, run, tmp_path):
     said = push(hub, run, expect=1)
     assert said.count("\n") == 1
     assert "NOT PUSHED: my_run to my-model (" in said
-    assert said.strip().endswith(f"later: python -m util.hub {run} my-model")
+    assert said.strip().endswith(f"later: python -m util push {run} my-model")
     assert hub.requests.count("POST /api/repos/create") == 1, "asking again does not help"
     assert "no model in it" in push(hub, tmp_path, expect=1)
     hub.close()
@@ -201,7 +202,7 @@ def test_a_hub_that_is_gone_ends_no_training(hub, tiny_path, tmp_path):
     assert done.stdout.count("the hub cannot be asked now") == 1
     assert done.stdout.count("NOT PUSHED") == 1
     last = done.stdout.strip().splitlines()[-1]
-    assert last.endswith(f"later: python -m util.hub {tmp_path / 'run'} my-model")
+    assert last.endswith(f"later: python -m util push {tmp_path / 'run'} my-model")
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -237,10 +238,11 @@ def test_a_token_that_cannot_push_is_refused_before_training(hub, tiny_path, tmp
 def test_what_the_hub_says_of_a_token(changes, role, said, hub):
     hub.role = role
     program = """
-from util import hub
+from util.publish import hub
+from util.publish.settings import HubSettings
 said = []
 try:
-    hub.check_token(hub.HubSettings(push_to_hub="x"), said.append)
+    hub.check_token(HubSettings(push_to_hub="x"), said.append)
     print(*said or ["nothing to say"])
 except ValueError as error:
     print("refused:", error)
@@ -269,7 +271,7 @@ def test_the_newest_checkpoint_wins(hub, run, tmp_path):
             time.sleep(0.05)
 
     hub.faults = {"commit": deque([4.0])}
-    follower = subprocess.Popen([sys.executable, "-m", "util.hub", str(copy), "my-model", "--follow"], cwd=ROOT,
+    follower = subprocess.Popen([sys.executable, "-m", "util", "push", str(copy), "my-model", "--follow"], cwd=ROOT,
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 env=environment(hub, patience=30))  # fmt: skip
     appear(2)
@@ -319,7 +321,7 @@ def test_the_card_of_an_adapter():
 
 @pytest.mark.parametrize("name", ["a/b/c", "-a", "a--b", "a..b", "me/", "/x", "a b", "a" * 97, "a."])
 def test_names_that_no_repository_can_have(name):
-    (problem,) = pushing.problems(pushing.HubSettings(push_to_hub=name))
+    (problem,) = invalid_hub_settings(HubSettings(push_to_hub=name))
     assert "must be NAME or OWNER/NAME" in problem
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -329,4 +331,4 @@ def test_names_that_no_repository_can_have(name):
 
 @pytest.mark.parametrize("name", ["a", "my-model", "me/My_Model.v2", "1/2"])
 def test_names_that_a_repository_can_have(name):
-    assert pushing.problems(pushing.HubSettings(push_to_hub=name)) == []
+    assert invalid_hub_settings(HubSettings(push_to_hub=name)) == []

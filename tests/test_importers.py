@@ -20,9 +20,9 @@ from PIL import Image
 from tests.conftest import ROOT
 from tests.samples import assistant, system, text, user
 from util.command_line import UserError
-from util.convert import convert
-from util.importers import HUGGING_FACE, IMPORTERS, LLAVA, OPENAI, OWN, QWEN_VL, detect, import_entry, simplest
-from util.lines import DataError
+from util.data.lines import DataError
+from util.formats.convert import convert
+from util.formats.importers import HUGGING_FACE, IMPORTERS, LLAVA, OPENAI, OWN, QWEN_VL, detect, import_entry, simplest
 
 
 def image(path) -> dict:
@@ -750,7 +750,7 @@ def test_converted_files_load(folder, tmp_path, processor):
             f"{two}: 1 sample, ShareGPT / LLaVA",
             "left out, as training does not use it: id (2)",
             f"wrote {output}: 6 samples, 6 images",
-            f"look at one: python -m util.show {output}",
+            f"look at one: python -m util show {output}",
         ]
         assert read(output)[0]["messages"][0]["content"] == [image("../../in/photos/red.png"), text("Which colour?")]
         examples = load_examples([str(output)], processor)
@@ -825,7 +825,7 @@ def check_rows(output: Path, printed: str) -> None:
 
 
 def test_images_given_as_bytes_become_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("util.convert.open_source", lambda file: (3, iter(rows())))
+    monkeypatch.setattr("util.formats.convert.open_source", lambda file: (3, iter(rows())))
     output = tmp_path / "out.jsonl"
     check_rows(output, convert(["rows"], str(output)))
     red = next((tmp_path / "out_media").glob("*.png"))
@@ -836,7 +836,7 @@ def test_images_given_as_bytes_become_files(tmp_path, monkeypatch):
 
     picture = Image.new("RGB", (30, 30), "green")
     held = [{"messages": [user("A?"), ANSWER], "images": [picture]}]
-    monkeypatch.setattr("util.convert.open_source", lambda file: (1, iter(held)))
+    monkeypatch.setattr("util.formats.convert.open_source", lambda file: (1, iter(held)))
     convert(["rows"], str(tmp_path / "pil.json"))
     path = tmp_path / read(tmp_path / "pil.json")[0]["messages"][0]["content"][0]["image"]
     assert Image.open(path).tobytes() == picture.tobytes()
@@ -855,7 +855,7 @@ def test_images_given_as_bytes_become_files(tmp_path, monkeypatch):
 def test_media_that_are_none(tmp_path, monkeypatch, medium, message):
     """What was written before the mistake was found is taken back."""
     entries = [*rows(), {"messages": [user("A?"), ANSWER], "images": [medium]}]
-    monkeypatch.setattr("util.convert.open_source", lambda file: (4, iter(entries)))
+    monkeypatch.setattr("util.formats.convert.open_source", lambda file: (4, iter(entries)))
     with pytest.raises(DataError) as error:
         convert(["rows"], str(tmp_path / "out.json"))
     assert str(error.value).startswith(f"rows, sample 3{message}")
@@ -998,7 +998,7 @@ def test_a_large_file_takes_little_memory(tmp_path):
 
 def command(*words: str) -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, "-m", "util.convert", *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "util", "convert", *words], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -1007,7 +1007,7 @@ def test_the_command_line(folder, tmp_path):
     source, output = write(folder / "a.json", [asking("red.png"), {"messages": 1}]), str(tmp_path / "out.jsonl")
     code, out, error = command(source, output)
     assert (code, out) == (2, "")
-    assert error.startswith(f"convert.py: {source}, sample 1: in none of the known formats")
+    assert error.startswith(f"python -m util convert: {source}, sample 1: in none of the known formats")
     assert "Traceback" not in error
 
     words = (source, output, "--skip_bad", "--media_root", str(folder / "photos"))
@@ -1021,11 +1021,13 @@ def test_the_command_line(folder, tmp_path):
 
     code, out, error = command(source, output, "--skip")
     assert (code, out) == (2, "")
-    assert error == "python -m util.convert: unrecognized arguments: --skip\n"
+    assert error == "python -m util convert: unrecognized arguments: --skip\n"
 
 
 def test_detecting_imports_nothing_heavy():
     """util/dataset.py can ask what a file looks like at no cost."""
-    code = "import sys, util.importers; print(sorted({'torch', 'PIL', 'transformers', 'tqdm'} & set(sys.modules)))"
+    code = (
+        "import sys, util.formats.importers; print(sorted({'torch', 'PIL', 'transformers', 'tqdm'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

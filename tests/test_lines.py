@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from util.data.lines import JsonLines, open_entries
 from util.dataset import DataError, Examples
-from util.lines import JsonLines, open_entries
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,7 +37,7 @@ def test_line_ends_at_the_border_of_a_chunk(tmp_path, monkeypatch):
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(str(n) for n in range(500)))
     for chunk in (1, 2, 3, 7, 64):
-        monkeypatch.setattr("util.lines.CHUNK", chunk)
+        monkeypatch.setattr("util.data.lines.CHUNK", chunk)
         assert list(JsonLines(str(file))) == list(range(500))
 
 

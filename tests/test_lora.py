@@ -14,15 +14,17 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2VLForCond
 import finetune
 from tests import runs, warm
 from tests.official import official_config
-from util import flops, lora, memory
+from util.adapters import lora
+from util.adapters.merge_lora import merge_run
 from util.checkpoint import TensorReader
 from util.collator import Collator
-from util.config import Config, UserError
+from util.command_line import UserError
+from util.config import Config
+from util.cost import flops, memory
 from util.dataset import Samples, Size, load_examples
-from util.evaluate import Answerer, ask
-from util.merge_lora import merge_run
 from util.model import build_model, load_config, load_processor, load_weights
 from util.optimizer import build_optimizer
+from util.results.evaluate import Answerer, ask
 from util.vision import Budget, Grid
 
 peft = pytest.importorskip("peft", reason="adapters need peft (pip install peft)")

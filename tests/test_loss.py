@@ -10,8 +10,8 @@ from transformers import Qwen2VLForConditionalGeneration
 from util.attention import Segments, stacked_sdpa
 from util.collator import Collator
 from util.config import Config
+from util.cost.measure import measure
 from util.dataset import Samples, load_examples
-from util.measure import measure
 from util.model import build_model
 from util.tensors import PARTS, part_of
 from util.vision import Budget
@@ -274,7 +274,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @pytest.mark.parametrize(("heads", "shared", "width"), [(12, 2, 128), (16, 16, 80)])
 def test_packed_attention_on_the_gpu_equals_float32(backend, causal, heads, shared, width):
     from util import attention
-    from util.config import UserError
+    from util.command_line import UserError
 
     try:
         attention.check_backend(backend)

@@ -13,8 +13,9 @@ from PIL import Image
 import finetune
 from tests import runs
 from tests.runs import metrics
-from util.config import Config, UserError
-from util.media import MediaReader
+from util.command_line import UserError
+from util.config import Config
+from util.data.media import MediaReader
 from util.vision import Budget, load, read_grid
 
 

@@ -12,10 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2VLForConditionalGeneration
 
 from tests.official import official_config
-from util import memory
 from util.collator import Collator
 from util.config import Config
 from util.conversation import Encoded
+from util.cost import memory
 from util.dataset import Sample, Samples, load_examples
 from util.model import build_model, load_config, prepare_model
 from util.optimizer import build_optimizer, clip_gradient
@@ -127,6 +127,6 @@ def test_sharding_divides_what_is_kept_once():
 
 def test_the_peak_is_of_this_program_not_of_the_one_that_started_it():
     held = torch.ones(2**28)  # 1 GiB here, none of it in the child
-    asked = "import torch; from util.memory import peak_bytes; print(peak_bytes(torch.device('cpu')))"
+    asked = "import torch; from util.cost.memory import peak_bytes; print(peak_bytes(torch.device('cpu')))"
     done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2**30 < held.nbytes + int(done.stdout)

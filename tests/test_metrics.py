@@ -5,7 +5,7 @@ from difflib import SequenceMatcher
 
 import pytest
 
-from util.metrics import (
+from util.results.metrics import (
     METRICS,
     anls,
     box_iou,

@@ -16,10 +16,11 @@ from PIL import Image
 
 from tests import mutations
 from tests.mutations import BIG, assistant, user
-from util import entries, vision
+from util import vision
+from util.data import entries
+from util.data.lines import shortened, split_weight
+from util.data.video_reader import MOST_PIXELS, VideoError, VideoReader
 from util.dataset import DataError, Samples, load_examples
-from util.lines import shortened, split_weight
-from util.video_reader import MOST_PIXELS, VideoError, VideoReader
 from util.vision import Budget
 
 SHORT, LONG = range(150), range(10_000, 11_000)

@@ -15,7 +15,8 @@ import finetune
 from tests import runs
 from tests.runs import metrics, same_run
 from util import checkpoint, optimizer
-from util.config import Config, UserError
+from util.command_line import UserError
+from util.config import Config
 from util.model import build_model
 
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util import report as reports
-from util.answer import compare, print_scores
-from util.config import UserError
-from util.evaluate import Answer, read_file, write_answers
-from util.report import report
+from util.command_line import UserError
+from util.results import report as reports
+from util.results.answer import compare, print_scores
+from util.results.evaluate import Answer, read_file, write_answers
+from util.results.report import report
 from util.vision import Budget
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -578,7 +578,7 @@ def test_wrong_files_are_one_message(tmp_path):
 
 def test_the_command(tmp_path, run):
     files = [str(file) for file in write_columns(tmp_path, TEN)]
-    words = [sys.executable, "-m", "util.report", *files, "--run", str(run), "--out", str(tmp_path / "my.html")]
+    words = [sys.executable, "-m", "util", "report", *files, "--run", str(run), "--out", str(tmp_path / "my.html")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"report: {tmp_path / 'my.html'} (")

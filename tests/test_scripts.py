@@ -185,8 +185,8 @@ def test_before_and_after(run, tmp_path):
 
 
 def test_one_question(run):
-    from util.evaluate import Answerer, ask
     from util.model import load_processor
+    from util.results.evaluate import Answerer, ask
     from util.vision import Budget
 
     image = str(
@@ -243,8 +243,8 @@ json.dump(texts, open(out, "w"))
 
 def test_the_run_opens_in_plain_transformers_and_answers_the_same(run, tmp_path):
     """In a process that knows nothing of this project: images, and a short video sampled before."""
-    from util.evaluate import Answerer
     from util.model import load_processor
+    from util.results.evaluate import Answerer
     from util.vision import Budget
 
     media = ROOT / "test_data" / "media"
@@ -290,8 +290,8 @@ def test_the_run_opens_in_plain_transformers_and_answers_the_same(run, tmp_path)
 
 def test_batched_answers_equal_answers_one_by_one(run):
     from util.dataset import load_examples
-    from util.evaluate import Answerer, QuestionSamples, answer_all, questions_of
     from util.model import load_processor
+    from util.results.evaluate import Answerer, QuestionSamples, answer_all, questions_of
     from util.vision import Budget
 
     processor = load_processor(str(run))
@@ -309,8 +309,8 @@ def test_a_reference_that_is_the_answer_is_not_generated_again(run, monkeypatch)
     from dataclasses import replace
 
     from util.dataset import load_examples
-    from util.evaluate import Answerer, QuestionSamples, answer_all, questions_of
     from util.model import load_processor
+    from util.results.evaluate import Answerer, QuestionSamples, answer_all, questions_of
     from util.vision import Budget
 
     processor = load_processor(str(run))

@@ -16,7 +16,7 @@ import pytest
 
 from tests import runs, warm
 from util import checkpoint
-from util.loader import Loader
+from util.data.loader import Loader
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = {"eval_data": [str(ROOT / "test_data" / "data.json")], "eval_every": 1, "eval_samples": 8}
@@ -63,7 +63,15 @@ class Signalled:
         if ranks == 1:
             self.job = warm.Job([sys.executable, *words], env=environment)
         else:
-            launch = [sys.executable, "-m", "util.launch", "--nproc_per_node", str(ranks), "--max_restarts", "1"]
+            launch = [
+                sys.executable,
+                "-m",
+                "util.parallel.launch",
+                "--nproc_per_node",
+                str(ranks),
+                "--max_restarts",
+                "1",
+            ]
             self.job = subprocess.Popen([*launch, *words], cwd=ROOT, env=environment, start_new_session=True,
                                         stdout=open(folder / "out", "w"), stderr=open(folder / "err", "w"))  # fmt: skip
         self.processes: list[int] = []

@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 import finetune
 from tests.runs import log, weights
 from tests.samples import assistant, text, user
-from util import distributed, measure
-from util.bad_samples import SampleSettings
-from util.config import Config, UserError
+from util.command_line import UserError
+from util.config import Config
+from util.cost import measure
+from util.cost.sizes import Finding, Sizes, Table
+from util.data.settings import SampleSettings
 from util.dataset import DataError, Examples, Samples, Size
+from util.parallel import distributed
 from util.plan import of_ranks
-from util.sizes import Finding, Sizes, Table
 from util.steps import Dealing, Steps
 from util.vision import Budget, Grid
 
@@ -305,8 +307,8 @@ def test_steps_in_which_a_process_has_nothing_are_counted():
 
 
 def test_answers_in_training_keep_to_max_tokens_and_to_what_was_shrunk(train, folder, monkeypatch):
-    from util import evaluate
-    from util.evaluate import Answerer
+    from util.results import evaluate
+    from util.results.evaluate import Answerer
 
     rows, padded, read, generate = [], [], Answerer.read, Answerer.generate
 

@@ -22,10 +22,10 @@ import finetune
 from tests import runs, warm
 from tests.runs import losses, same_run
 from util import checkpoint
-from util.command_line import Ended
-from util.config import Config, UserError
+from util.command_line import Ended, UserError
+from util.config import Config
+from util.cost.sizes import Finding, Sizes
 from util.dataset import Size
-from util.sizes import Finding, Sizes
 from util.steps import Steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +121,7 @@ def test_many_processes_stop_together(tiny_path, tmp_path):
     """torchrun's launcher hands the signal on; all ranks stop after the same step; the exit code is 3."""
     config = settings(tiny_path, tmp_path / "run", max_steps=40, epochs=40, dtype="float64")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "util.launch", "--nproc_per_node", "2", "--max_restarts", "2",
+    command = [sys.executable, "-m", "util.parallel.launch", "--nproc_per_node", "2", "--max_restarts", "2",
                "finetune_distributed.py", *runs.flags(config)]  # fmt: skip
     job = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -135,7 +135,7 @@ def test_many_processes_stop_together(tiny_path, tmp_path):
     assert f"after step {int(saved.name[5:])}, which is saved" in last
     assert checkpoint.verify(saved)["step"] == len(losses(tmp_path / "run"))
     told = last.partition("go on with: ")[2]
-    assert "-m util.launch --nproc_per_node 2 --max_restarts 2 finetune_distributed.py --resume " in told
+    assert "-m util.parallel.launch --nproc_per_node 2 --max_restarts 2 finetune_distributed.py --resume " in told
     done = subprocess.run(["bash", "-c", told], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [number for number, _ in losses(tmp_path / "run")] == list(range(1, 41))

@@ -12,9 +12,10 @@ from util import checkpoint
 from util.collator import Collator
 from util.config import Config
 from util.dataset import Samples, load_examples
-from util.evaluate import evaluate_answers, evaluate_loss
-from util.model import build_model, load_processor, save_model
+from util.model import build_model, load_processor
 from util.optimizer import build_optimizer, clip_gradient
+from util.publish.save_model import save_model
+from util.results.evaluate import evaluate_answers, evaluate_loss
 from util.tensors import run_parameters, trained_parameters
 from util.vision import Budget
 

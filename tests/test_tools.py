@@ -8,9 +8,9 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tests.samples import assistant, entry, system, text, user
+from util.cost.measure import QuickSize
 from util.dataset import DataError, Examples, Samples
-from util.evaluate import QuestionSamples, questions_of
-from util.measure import QuickSize
+from util.results.evaluate import QuestionSamples, questions_of
 from util.vision import Budget
 
 SHOT = {"type": "image", "image": "shot.png"}  # 112 x 56: 8 tokens

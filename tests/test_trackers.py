@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 
 from tests import runs, warm
-from util import trackers
-from util.config import Config, UserError
+from util.command_line import UserError
+from util.config import Config
+from util.publish import trackers
+from util.publish.settings import TrackerSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_DATA = str(ROOT / "test_data" / "data.json")
@@ -149,7 +151,7 @@ def test_a_resumed_run_goes_on_in_the_tracker_and_a_fresh_one_is_another(name, t
     for first_step, last_step in ((0, 2), (2, 3), (0, 1)):
         lines = "".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, last_step + 1))
         (run / "metrics.jsonl").write_text(lines)
-        (program,) = trackers.start(trackers.TrackerSettings(report_to=[name]), run, first_step, told.append)
+        (program,) = trackers.start(TrackerSettings(report_to=[name]), run, first_step, told.append)
         program.end()
         if name == "wandb":
             newest = max(run.glob("trackers/wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
@@ -208,7 +210,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setenv("SEEN", str(seen))
     monkeypatch.setenv("TRACKER_TIMEOUT", "2")
     monkeypatch.setattr(trackers, "PATIENCE", 2.0)
-    monkeypatch.setattr(trackers, "problems", lambda config: [])
+    monkeypatch.setattr(trackers, "missing_trackers", lambda config: [])
 
     def make(init: str, log: str, finish: str):
         (package / "__init__.py").write_text(FAKE.format(init=init, log=log, finish=finish))
@@ -227,7 +229,7 @@ def test_a_tracker_that_fails(name, fake, tmp_path):
     run.mkdir()
     (run / "training_config.json").write_text("{}")
     (run / "metrics.jsonl").write_text("")
-    (program,) = trackers.start(trackers.TrackerSettings(report_to=["wandb"]), run, 0, told.append)
+    (program,) = trackers.start(TrackerSettings(report_to=["wandb"]), run, 0, told.append)
     for line in LINES:
         with open(run / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -238,7 +240,7 @@ def test_a_tracker_that_fails(name, fake, tmp_path):
         time.sleep(0.1)
     program.end()  # which waits for a bounded time
     assert program.process.poll() is not None
-    later = f"later: python -m util.trackers {run} wandb"
+    later = f"later: python -m util track {run} wandb"
     if name in ("raises at first", "raises in the middle"):
         assert [line for n, line in enumerate(seen()) if line not in seen()[:n]] == LINES
         assert len(seen()) <= len(LINES) + 1, "only of the step that failed a line may come twice"
@@ -261,14 +263,14 @@ def test_what_was_not_sent_is_sent_later(fake, tmp_path):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
     seen = fake("pass", "pass", "pass")
     (run / "trackers" / "wandb.json").write_text(json.dumps({"id": "one", "sent": 2, "opened": True}))
-    command = [sys.executable, "-m", "util.trackers", str(run), "wandb"]
+    command = [sys.executable, "-m", "util", "track", str(run), "wandb"]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert seen() == LINES[1:], "from the last step on that was sent, of which a line may have been missing"
     fake("raise OSError('no network')", "pass", "pass")
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert done.returncode == 1
-    assert done.stdout.strip() == f"wandb: NOT ALL SENT (no network); later: python -m util.trackers {run} wandb"
+    assert done.stdout.strip() == f"wandb: NOT ALL SENT (no network); later: python -m util track {run} wandb"
     done = subprocess.run([*command[:3], str(tmp_path), "wandb"], cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert done.returncode == 2
     assert "not a run directory" in done.stderr
@@ -299,7 +301,7 @@ def test_a_training_that_is_killed_leaves_no_tracker_behind(tiny_path, tmp_path)
         assert time.time() < deadline
         time.sleep(0.1)
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    (child,) = [n for n in children if b"util.trackers" in Path(f"/proc/{n}/cmdline").read_bytes()]
+    (child,) = [n for n in children if b"util.publish.trackers" in Path(f"/proc/{n}/cmdline").read_bytes()]
     job.kill()
     job.communicate(timeout=30)
     while Path(f"/proc/{child}").exists() and "\nState:\tZ" not in Path(f"/proc/{child}/status").read_text():

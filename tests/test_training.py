@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 import finetune
 from tests import runs
 from tests.runs import metrics, weights
-from util.config import Config, UserError
+from util.command_line import UserError
+from util.config import Config
 from util.tensors import part_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -274,8 +275,8 @@ def test_evaluation_leaves_the_random_state_as_it_was(tiny_path, processor):
 
     from util.collator import Collator
     from util.dataset import Samples, load_examples
-    from util.evaluate import evaluate_answers, evaluate_loss
     from util.model import build_model
+    from util.results.evaluate import evaluate_answers, evaluate_loss
     from util.vision import Budget
 
     config = Config(device="cpu", dtype="float32", eval_data=[SHOWCASE], eval_samples=2)
@@ -293,8 +294,8 @@ def test_evaluation_leaves_the_random_state_as_it_was(tiny_path, processor):
 def test_held_out_questions_are_drawn_from_all_kinds(tiny_path, processor, tmp_path):
     """Kinds take turns in the file, as questions about one image do: every fourth would always be the same kind."""
     from util.dataset import Samples, load_examples
-    from util.evaluate import evaluate_answers
     from util.model import build_model
+    from util.results.evaluate import evaluate_answers
     from util.vision import Budget
 
     entries = [

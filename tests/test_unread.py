@@ -12,12 +12,13 @@ import pytest
 import finetune
 from tests import runs
 from tests.runs import losses, same_run
-from util import checkpoint, dataset, evaluate
+from util import checkpoint, dataset
 from util.command_line import Ended
 from util.config import Config
+from util.data.lines import DataError
 from util.dataset import Examples
-from util.lines import DataError
 from util.loss import PackedLoss
+from util.results import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = str(ROOT / "test_data" / "data.json")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from av.video.frame import PictureType
 
-from util.video_reader import VideoError, VideoReader
+from util.data.video_reader import VideoError, VideoReader
 
 QUIET_H264 = "log-level=none:threads=1"
 QUIET_H265 = "log-level=none:pools=1:frame-threads=1"

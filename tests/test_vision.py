@@ -752,7 +752,7 @@ def test_a_shape_that_cannot_be_resized_is_named(kind, tmp_path):
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("size", [(64, 48), (333, 501), (1, 7)])
 def test_a_photo_is_what_pil_makes_of_it(size, subsampling, progressive, picture, tmp_path):
-    from util import jpeg
+    from util.data import jpeg
 
     path = tmp_path / "a.jpg"
     Image.fromarray(picture(*size)).save(path, quality=87, subsampling=subsampling, progressive=progressive)
@@ -763,7 +763,7 @@ def test_a_photo_is_what_pil_makes_of_it(size, subsampling, progressive, picture
 
 
 def test_what_torchvision_would_read_otherwise_is_left_to_pil(picture, tmp_path):
-    from util import jpeg
+    from util.data import jpeg
 
     pixels = picture(96, 64)
     Image.fromarray(pixels).save(tmp_path / "whole.jpg")

@@ -9,12 +9,14 @@ import pytest
 from PIL import Image
 
 from tests.samples import assistant, entry, text, user
-from util import check_data, vision, whole
+from util import vision
 from util.command_line import UserError
+from util.cost import check_data
+from util.cost.measure import measure
+from util.data import whole
+from util.data.media import MediaReader
+from util.data.video_reader import VideoReader
 from util.dataset import Examples, Samples
-from util.measure import measure
-from util.media import MediaReader
-from util.video_reader import VideoReader
 from util.vision import Budget
 
 FORMATS = {"JPEG": "a.jpg", "PNG": "a.png", "WEBP": "a.webp", "GIF": "a.gif"}
@@ -197,7 +199,7 @@ def test_a_video_that_was_cut_is_read_to_its_end_and_told_apart(suffix, picture,
 
 
 def test_a_cut_video_stays_one_in_the_cache(picture, tmp_path):
-    from util.cache import FrameCache
+    from util.data.cache import FrameCache
 
     path = tmp_path / "clip.mkv"
     path.write_bytes(write_clip(path, picture)[:-900])

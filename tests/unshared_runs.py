@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import finetune_distributed
-from util import distributed
-from util.config import Config, UserError
+from util.command_line import UserError
+from util.config import Config
+from util.parallel import distributed
 
 torch.set_num_threads(1)
 (settings,) = json.loads(Path(sys.argv[1]).read_text())

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from util.config import UserError
+from util.command_line import UserError
 
 # transformers hands the vision tower's whole row to an attention function in one call only where its name contains
 # "flash"; under any other name it splits the row in a Python loop.

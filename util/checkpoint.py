@@ -27,12 +27,13 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from util import disk, ranks
-from util.command_line import MOST_TOLD
-from util.config import Config, UserError
-from util.going_on import complete_checkpoints, step_of
-from util.lines import split_weight
+from util.command_line import MOST_TOLD, UserError, harmless_settings
+from util.config import Config
+from util.cost import disk
+from util.data.lines import split_weight
 from util.optimizer import own_parameters, source_of
+from util.parallel import ranks
+from util.run_folder import complete_checkpoints, step_of
 from util.tensors import run_parameters, trained_parameters
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a process alone is meant
@@ -404,16 +405,6 @@ def resolve_resume(config: Config, latest: Path) -> Path | None:
     return None
 
 
-# What may change when a run goes on: where and how it computes, not what. `max_tokens` is one of them unless samples
-# are left out or shrunk by it. What `on_bad_sample` leaves out is compared where it is known (compare_plan).
-HARMLESS = {"output_dir", "micro_batch_size", "max_tokens", "on_bad_sample", "device", "attention",
-            "activation_checkpointing", "compile", "check_memory", "check_disk", "eval_data", "eval_every",
-            "eval_samples", "eval_metrics", "save_every", "keep", "sharding", "shard_group_size", "resume",
-            "resume_anyway", "num_workers", "fetch_concurrency", "fetch_retries", "fetch_timeout", "cache_dir",
-            "cache_max_gib", "report_to", "project", "run_name", "push_to_hub", "push_every_save",
-            "hub_private"}  # fmt: skip
-
-
 def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:
     """Say which settings are not those of a checkpoint; UserError for one that changes what is computed."""
     now, then = dataclasses.asdict(config), state["settings"]
@@ -421,8 +412,10 @@ def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:
     if config.data == then["data"] and data_fingerprint(config.data) != state["data"]:
         changed["data"] = ("the files as they were", "files with other content")
     lines = {name: f"  --{name}: {old} -> {new}" for name, (old, new) in changed.items()}
-    by_length = config.on_long_sample != "stop"
-    serious = [line for name, line in lines.items() if name not in HARMLESS or (name == "max_tokens" and by_length)]
+    harmless = harmless_settings(Config)
+    if config.on_long_sample != "stop":
+        harmless.discard("max_tokens")  # samples are left out or shrunk by it
+    serious = [line for name, line in lines.items() if name not in harmless]
     if "optimizer" in changed:
         raise UserError(
             f"{checkpoint} holds the moments of --optimizer {then['optimizer']}, which --optimizer {now['optimizer']} "

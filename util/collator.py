@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from util.attention import Segments
-from util.bad_samples import Skipped, apart, count
 from util.conversation import Encoded
+from util.data.bad_samples import Skipped, apart, count
 from util.dataset import Sample
 from util.vision import MERGE, PATCH, TEMPORAL, Grid
 

@@ -5,6 +5,7 @@ Only the standard library is imported here, so that `--help` and a wrong flag an
 
 import argparse
 import dataclasses
+import difflib
 import errno
 import json
 import os
@@ -12,13 +13,52 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import field
+from functools import partial
 from typing import Literal, get_args, get_origin
 
-from util import going_on, signals
+from util import run_folder, signals
 
 NOT_GIVEN = object()
+# The groups of `--help`, in their order: what everybody sets comes first.
+GROUPS = (
+    "essentials",
+    "data",
+    "model",
+    "run",
+    "optimizer",
+    "memory and speed",
+    "evaluation",
+    "saving",
+    "adapters",
+    "many GPUs",
+    "remote media",
+    "tracking and hub",
+)
+# What other training scripts call a flag of ours: nothing in the spelling leads there.
+COMMON_NAMES = {
+    "--lr": "--learning_rate",
+    "--batch_size": "--global_batch_size",
+    "--per_device_train_batch_size": "--micro_batch_size",
+    "--num_train_epochs": "--epochs",
+    "--model_name_or_path": "--model",
+    "--train_data": "--data",
+    "--data_path": "--data",
+    "--save_steps": "--save_every",
+    "--eval_steps": "--eval_every",
+    "--gradient_checkpointing": "--activation_checkpointing",
+    "--bf16": "--dtype",
+    "--max_length": "--max_tokens",
+    "--model_max_length": "--max_tokens",
+    "--lr_scheduler_type": "--schedule",
+    "--optim": "--optimizer",
+    "--resume_from_checkpoint": "--resume",
+    "--use_lora": "--lora_rank",
+    "--dataloader_num_workers": "--num_workers",
+    "--save_total_limit": "--keep",
+    "--attn_implementation": "--attention",
+}
 MOST_TOLD = 20  # problems, samples or pairs that one message tells in full; of the others, how many they are
 
 
@@ -40,11 +80,74 @@ class Ended(Exception):
         self.code = code
 
 
-def setting(default, description: str):
-    """A dataclass field with its one-line description, which `--help` shows."""
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+def setting(
+    default,
+    help: str,
+    *,
+    group: str = "",
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    harmless: bool = False,
+):
+    """A dataclass field with all that is known of it: its line in `--help`, and the group in which it stands there.
+
+    `least`, `above`, `most`, `below`: the range of its numbers; None as a value is in every range.
+    `harmless`: a resumed run may change it, since it says where and how is computed, not what.
+    """
+    known = {
+        "help": help,
+        "group": group,
+        "least": least,
+        "above": above,
+        "most": most,
+        "below": below,
+        "harmless": harmless,
+    }
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": description})
-    return field(default=default, metadata={"help": description})
+        return field(default_factory=lambda: list(default), metadata=known)
+    return field(default=default, metadata=known)
+
+
+def out_of_range(settings) -> list[str]:
+    """A message for each setting of a dataclass whose number is outside the range that its field names."""
+    found = []
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        if value is not None and not is_in_range(value, item.metadata):
+            found.append(f"--{item.name} {value}: must be {range_in_words(item.metadata)}")
+    return found
+
+
+def is_in_range(value: float, known: Mapping) -> bool:
+    """NaN is in no range."""
+    if known["least"] is not None and not value >= known["least"]:
+        return False
+    if known["above"] is not None and not value > known["above"]:
+        return False
+    if known["most"] is not None and not value <= known["most"]:
+        return False
+    return known["below"] is None or value < known["below"]
+
+
+def range_in_words(known: Mapping) -> str:
+    """`at least 1`, `between 0 and 1`, `at least 0 and below 1`."""
+    if known["least"] is not None and known["most"] is not None:
+        return f"between {known['least']} and {known['most']}"
+    words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+    return " and ".join(f"{text} {known[name]}" for name, text in words.items() if known[name] is not None)
+
+
+def harmless_settings(settings: type) -> set[str]:
+    """The names of the settings that a resumed run may change."""
+    return {item.name for item in dataclasses.fields(settings) if item.metadata["harmless"]}
+
+
+# ---- parsing --------------------------------------------------------------------------------------------------------
 
 
 def parse(
@@ -57,20 +160,12 @@ def parse(
 
     `others`: from the flags that are given, the values of those that are not, where these are not the defaults.
     """
-    parser = CollectingParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = settings_parser(settings, description)
     fields = dataclasses.fields(settings)
-    for item in fields:
-        add_flag(parser, item)
     # argparse puts a default only where there is nothing yet
     untouched = argparse.Namespace(**{item.name: NOT_GIVEN for item in fields})
     values, unknown = parser.parse_known_args(arguments, untouched)
-    for previous, word in zip([None, *unknown], unknown, strict=False):
-        if word.startswith("--"):
-            parser.problems.append(f"unknown flag {word.split('=')[0]}; --help lists them all")
-        elif previous is None or not previous.startswith("--"):  # else it is the value of an unknown flag
-            parser.problems.append(f"{word!r} belongs to no flag")
+    parser.note_unknown(unknown)
     given = {name: value for name, value in vars(values).items() if value is not NOT_GIVEN}
     good = {name: value for name, value in given.items() if name not in parser.wrong}
     known_names = {item.name for item in fields}
@@ -84,17 +179,36 @@ def parse(
     return made
 
 
-def add_flag(parser: "CollectingParser", item: dataclasses.Field) -> None:
-    """Add the flag of one Config field. A value of a wrong type is noted and parsing goes on."""
+def settings_parser(settings: type, description: str) -> "CollectingParser":
+    """The parser of a dataclass: a flag for each field, in the groups that the fields name, `GROUPS` first."""
+    parser = CollectingParser(
+        description=description,
+        usage="%(prog)s [--model MODEL] [--data FILE ...] [any of the flags below]",
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=30),
+        allow_abbrev=False,
+    )
+    own = vars(settings)["__annotations__"]
+    # a dataclass has the fields that it inherits before its own
+    fields = sorted(dataclasses.fields(settings), key=lambda item: item.name not in own)
+    used = {item.metadata["group"] for item in fields}
+    for group in [name for name in (*GROUPS, *sorted(used - set(GROUPS))) if name in used]:
+        section = parser.add_argument_group(group)
+        for item in fields:
+            if item.metadata["group"] == group:
+                add_flag(parser, section, item)
+    return parser
+
+
+def add_flag(parser: "CollectingParser", section, item: dataclasses.Field) -> None:
+    """Add the flag of one field to a section of the help. A value of a wrong type is noted and parsing goes on."""
     options = [option for option in get_args(item.type) if option is not type(None)]
     many = get_origin(item.type) is list
     kind = options[0] if options and get_origin(item.type) is not Literal else item.type
     choices = get_args(kind) if get_origin(kind) is Literal else None
-    choices = get_args(item.type) if get_origin(item.type) is Literal else choices
     default = item.default_factory() if many else item.default
-    help_text = item.metadata["help"].replace("%", "%%")
+    help_text = help_of(item, default).replace("%", "%%")
     if item.type is bool:
-        parser.add_argument(f"--{item.name}", action=argparse.BooleanOptionalAction, default=default, help=help_text)
+        section.add_argument(f"--{item.name}", action=argparse.BooleanOptionalAction, default=default, help=help_text)
         return
 
     def convert(text: str):
@@ -106,9 +220,29 @@ def add_flag(parser: "CollectingParser", item: dataclasses.Field) -> None:
             what = {int: "a whole number", float: "a number"}[kind]
             return parser.note(item.name, f"--{item.name} {text}: must be {what}")
 
-    shown = "{" + ",".join(choices) + "}" if choices else item.name.rsplit("_", 1)[-1].upper()
-    parser.add_argument(
-        f"--{item.name}", type=convert, nargs="*" if many else None, default=default, metavar=shown, help=help_text
+    metavar = "{" + ",".join(choices) + "}" if choices else item.name.rsplit("_", 1)[-1].upper()
+    section.add_argument(
+        f"--{item.name}", type=convert, nargs="*" if many else None, default=default, metavar=metavar, help=help_text
+    )
+
+
+def help_of(item: dataclasses.Field, default) -> str:
+    """The description of a setting, and its default where the description does not say it."""
+    text = item.metadata["help"]
+    if default in (None, []) or "default:" in text:
+        return text
+    return f"{text} (default: {' '.join(default) if isinstance(default, list) else default})"
+
+
+def command_parser(command: str, description: str) -> "CollectingParser":
+    """The parser of `python -m util COMMAND`; `description`: its module's docstring, whose first line sums it up."""
+    summary, _, rest = description.strip().partition("\n")
+    return CollectingParser(
+        prog=f"python -m util {command}",
+        description=summary,
+        epilog=rest.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 
@@ -124,6 +258,21 @@ class CollectingParser(argparse.ArgumentParser):
         self.problems.append(problem)
         self.wrong.add(name)
 
+    def note_unknown(self, words: list[str]) -> None:
+        """Note what is left of a command line when all known flags and their values are taken out."""
+        for previous, word in zip([None, *words], words, strict=False):
+            if word.startswith("--"):
+                self.problems.append(f"unknown flag {word.split('=')[0]}; {self.advice(word.split('=')[0])}")
+            elif previous is None or not previous.startswith("--"):  # else it is the value of an unknown flag
+                self.problems.append(f"{word!r} belongs to no flag")
+
+    def advice(self, flag: str) -> str:
+        """Which flag may have been meant."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        flag = flag.replace("-", "_").replace("__", "--", 1)
+        meant = COMMON_NAMES.get(flag) or next(iter(difflib.get_close_matches(flag, known, n=1, cutoff=0.7)), None)
+        return f"did you mean {meant}?" if meant in known else "--help lists them all"
+
     def error(self, message: str) -> None:
         """What argparse itself cannot read (a flag without its value) ends parsing: say it with what was found."""
         lines = [*self.problems, message]
@@ -136,15 +285,18 @@ def run_training(train: Callable, config) -> None:
     run_command(train, config)
 
 
-def run_command(command: Callable, *arguments) -> None:
-    """Run a script's main function; a user's mistake ends it with its message and exit code 2."""
+def run_command(command: Callable, *arguments, name: str = "") -> None:
+    """Run a script's main function; a user's mistake ends it with its message and exit code 2.
+
+    `name`: what the message begins with; that of the script, if none is given.
+    """
     # Threads of torch that wait for each other spin for microseconds and then sleep. OpenMP's own 300,000 turns take
     # the cores from other programs and, where those are busy, from the very threads that are waited for (see
     # benchmarks/busy.py). It is read when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    name = sys.argv[0].rpartition("/")[2]
-    going_on.opened = None  # a command before this one may have trained in the same process
+    name = name or sys.argv[0].rpartition("/")[2]
+    run_folder.opened = None  # a command before this one may have trained in the same process
     try:
         command(*arguments)
     except UserError as error:
@@ -156,7 +308,7 @@ def run_command(command: Callable, *arguments) -> None:
         end("\ninterrupted", 130)
     except Exception as error:
         if told := known(error):
-            end(told[0] + going_on.hint(), told[1])
+            end(told[0] + run_folder.hint(), told[1])
         if "TORCHELASTIC_ERROR_FILE" not in os.environ:
             raise
         end(traceback.format_exc(), 1)
@@ -190,7 +342,7 @@ def end(text: str, code: int, all_ranks: bool = False) -> None:
         for bar in list(sys.modules["tqdm"].tqdm._instances):
             bar.close()  # else it would draw itself once more, below the last word
     signals.kill_workers()  # torch would wait 5 seconds for each
-    if all_ranks and signals.launch_folder():  # util/launch.py says it
+    if all_ranks and signals.launch_folder():  # util/parallel/launch.py says it
         if os.environ["LOCAL_RANK"] == "0":
             signals.leave_word(text, code)
         os._exit(0)

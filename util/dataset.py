@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from util import boxes, conversation, entries, fetch, vision
-from util.lines import DataError, open_entries, shortened, split_weight, stop_on
-from util.media import MediaReader
+from util import conversation, vision
+from util.data import boxes, entries, fetch
+from util.data.lines import DataError, open_entries, shortened, split_weight, stop_on
+from util.data.media import MediaReader
+from util.formats import advice
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Examples(Sequence):
         self.files, self.weights = zip(*map(split_weight, files), strict=True)
         self.entries = [open_entries(file) for file in self.files]
         for file, rows in zip(self.files, self.entries, strict=True):
-            entries.refuse_other_format(file, rows, self.forbidden)
+            advice.refuse_other_format(file, rows, self.forbidden)
         self.ends = list(itertools.accumulate(map(len, self.entries)))
         self.left_out: frozenset[int] = frozenset()  # what --on_bad_sample skip keeps out of every step
         if not any(len(rows) * weight > 0.5 for rows, weight in zip(self.entries, self.weights, strict=True)):
@@ -91,8 +93,8 @@ class Examples(Sequence):
         try:
             messages = entries.check_messages(entry, self.forbidden, Path(self.files[file]).parent, unused)
         except DataError as error:
-            advice = entries.advice(entry, self.files[file], self.forbidden)
-            message = f"{error}; it {advice}" if advice else str(error)
+            hint = advice.advice(entry, self.files[file], self.forbidden)
+            message = f"{error}; it {hint}" if hint else str(error)
             raise DataError(f"{where}{shortened(message)}", error.reason) from None
         return Example(messages, where, entry.get("kind"), frozenset(unused))
 

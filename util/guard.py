@@ -8,9 +8,10 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
-from util import going_on, ranks, signals
+from util import run_folder, signals
 from util.collator import Batch, Collator
 from util.command_line import Ended, UserError, known
+from util.parallel import ranks
 
 MOST_IN_A_ROW = 3
 
@@ -39,7 +40,7 @@ class StopSignal:
         self.run, self.name, self.interrupts = run, "", 0
         self.failure: tuple[str, int] | None = None  # what could not be read, and the exit code for it
         self.before: dict = {}
-        going_on.opened = run.directory
+        run_folder.opened = run.directory
         if signals.is_main_thread():
             self._listen()
         self._end_with_ranks_that_ended()
@@ -155,12 +156,12 @@ class StopSignal:
         saver.wait()
         self.restore()
         self.run.close()
-        saved = ranks.gather(step in map(going_on.step_of, going_on.complete_checkpoints(self.run.directory)))[0]
+        saved = ranks.gather(step in map(run_folder.step_of, run_folder.complete_checkpoints(self.run.directory)))[0]
         where = f"after step {step}" if step else "before the first step"
         state = f"{where}, which is saved" if step else f"{where}; the start is saved"
         if not saved:
             state = f"{where}, which could not be saved"
-        how = f"go on with: {going_on.command(self.run.directory)}"
+        how = f"go on with: {run_folder.command(self.run.directory)}"
         shares = ranks.gather((self.name, self.failure))
         failed = {rank: failure for rank, (_, failure) in enumerate(shares) if failure}
         if not failed:

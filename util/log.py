@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from util import bad_samples, flops, hub, memory, trackers
-from util.beside import Beside
-from util.config import Config, UserError
-from util.going_on import command, relative
-from util.memory import GIB
-from util.metrics import LABELS, share
-
-ROOT = Path(__file__).resolve().parent.parent
-RUNS = ROOT / "train_output"
+from util import run_folder
+from util.command_line import UserError
+from util.config import Config
+from util.cost import flops, memory
+from util.cost.memory import GIB
+from util.data import bad_samples
+from util.publish import hub, trackers
+from util.publish.beside import Beside
+from util.results.metrics import LABELS, share
+from util.run_folder import METRICS, SETTINGS, command, read_metrics, relative
 
 
 class Run:
@@ -35,7 +36,7 @@ class Run:
         self.bar: tqdm | None = None
         self.beside: list[Beside] = []
         self.directory = self.choose_directory(config, resumed)
-        if config.resume == "none" and (self.directory / "metrics.jsonl").exists():
+        if config.resume == "none" and (self.directory / METRICS).exists():
             raise UserError(
                 f"--output_dir {self.directory} holds a run already; name another folder, or go on with it: "
                 f"{command(self.directory)}"
@@ -53,7 +54,7 @@ class Run:
         if resumed:
             return resumed.parent.parent
         name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        taken = [RUNS / name, *(RUNS / f"{name}_{number}" for number in range(2, 100))]
+        taken = [run_folder.RUNS / name, *(run_folder.RUNS / f"{name}_{number}" for number in range(2, 100))]
         return next(path for path in taken if not path.exists())
 
     def open(self, first_step: int, total_steps: int, resolved: dict) -> None:
@@ -63,12 +64,12 @@ class Run:
         settings["launched_by"] = [socket.gethostname(), os.getppid()]  # a process that is started again finds its run
         try:
             (self.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (self.directory / "training_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            (self.directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
             self.keep_metrics_before(first_step)
-            self.metrics = open(self.directory / "metrics.jsonl", "a", buffering=1)
+            self.metrics = open(self.directory / METRICS, "a", buffering=1)
         except OSError as error:
             raise UserError(f"--output_dir {self.directory}: cannot be written ({error.strerror})") from None
-        if self.directory.resolve().parent == RUNS:
+        if self.directory.resolve().parent == run_folder.RUNS:
             point_latest_at(self.directory)
         self.bar = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
         self.beside = trackers.start(self.config, self.directory, first_step, self.say)
@@ -77,11 +78,9 @@ class Run:
 
     def keep_metrics_before(self, first_step: int) -> None:
         """A run resumed at a checkpoint repeats the steps after it: drop their lines. A fresh run starts empty."""
-        path = self.directory / "metrics.jsonl"
-        lines = path.read_text().splitlines() if first_step and path.exists() else []
-        whole = [line for line in lines if line.endswith("}")]  # a process that was killed may leave half a line
-        kept = [line for line in whole if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(line + "\n" for line in kept))
+        known = read_metrics(self.directory) if first_step else []
+        kept = [line for line in known if line["step"] <= first_step]
+        (self.directory / METRICS).write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def log_step(self, values: dict, step_flops: float) -> None:
         """One optimizer step: a line in metrics.jsonl, and the bar."""
@@ -191,11 +190,9 @@ def draw_loss(directory: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    steps, losses = (
-        [line["step"] for line in lines if line.get("loss") is not None],
-        [line["loss"] for line in lines if line.get("loss") is not None],
-    )
+    lines = read_metrics(directory)
+    steps = [line["step"] for line in lines if line.get("loss") is not None]
+    losses = [line["loss"] for line in lines if line.get("loss") is not None]
     evaluated = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
     window = max(1, len(losses) // 50)
     means = [sum(losses[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(losses))]

@@ -1,30 +1,28 @@
 """Load model and processor, choose device and precision, freeze parts, set attention and checkpointing."""
 
 import atexit
-import json
-import shutil
-from collections.abc import Callable, Collection
+import logging
+from collections.abc import Collection, Iterable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import logging as transformers_logging
 
-from util import attention, disk, lora, ranks, vision
-from util.compilation import compile_layers
-from util.config import OFFICIAL_MODEL, Config, UserError
+from util import attention, vision
+from util.adapters import lora
+from util.command_line import UserError
+from util.config import OFFICIAL_MODEL, Config
 from util.loss import PackedLoss
-from util.tensors import part_of, trained_parameters
+from util.tensors import part_of
 from util.tiny_model import make_tiny_model
-
-UNFINISHED = ".unfinished_model"
 
 
 def choose_device(name: str) -> torch.device:
@@ -80,7 +78,7 @@ def find_model(name: str | None, device: torch.device) -> str:
 def load_config(path: str):
     """A Qwen2-VL config; another family, an adapter, or nothing there, is refused by name."""
     if lora.is_adapter(path):
-        raise UserError(f"--model {path} is an adapter; first make a model of it: python -m util.merge_lora {path} OUT")
+        raise UserError(f"--model {path} is an adapter; first make a model of it: python -m util merge {path} OUT")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -299,64 +297,53 @@ def set_budget(processor, budget: vision.Budget) -> None:
         part.size = {"shortest_edge": least, "longest_edge": most}
 
 
-def save_model(
-    packed: PackedLoss, processor, budget: vision.Budget, directory: Path, say: Callable[[str], None] = print
-) -> None:
-    """Write a model in training in the published format, as `write_published` does; of one with adapters these alone.
+# ---- torch.compile --------------------------------------------------------------------------------------------------
 
-    bf16 compute saves bf16 weights, as the official checkpoints are. Of several ranks the first writes, and all take
-    part: sharded weights are gathered one at a time. Where writing fails (a full disk, a server that is away), it is
-    tried again as long as the process lives, as nothing else may hold what was trained.
+
+# Dynamo keeps at most 8 graphs of one function (`torch._dynamo.config.recompile_limit`). What would need another one
+# runs as it is, slower than without compilation. Rows have another length in every batch, so few graphs must serve all
+# of them, and who reaches the limit must be told.
+
+
+def compile_layers(blocks: Iterable[nn.Module], decoder_layers: Iterable[nn.Module]) -> None:
+    """Compile the tower's blocks and the language model's layers, each when it is first called.
+
+    Sizes are symbols from the first batch on (`dynamic`). Both kinds of layers are called through one function of
+    transformers, which would have to share 8 graphs; so each kind gets a function of its own. A graph is then made for
+    training and for evaluation, and of the language model's first layer, whose input is another kind of tensor.
     """
-    model = packed.model
-    weights = {}
-    for name, tensor in trained_parameters(packed).items():  # a tied head is not named twice
-        name = name.removeprefix("model.")  # as transformers and peft know it
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        dtype = tensor.dtype if lora.has_adapters(model) else packed.dtype
-        weights[name] = tensor.detach().to("cpu", dtype) if ranks.is_first() else None
-
-    def write() -> str:
-        """ "" or why it failed."""
-        if not ranks.is_first():
-            return ""
-        try:
-            write_published(model, weights, processor, directory)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
-            return disk.failure(error, directory, sum(tensor.nbytes for tensor in weights.values()))
-        return ""
-
-    set_budget(processor, budget)
-    disk.until_saved(write, say)
+    for layers, run in ((blocks, tower_block), (decoder_layers, decoder_layer)):
+        for layer in layers:
+            layer.forward = partial(run, layer.forward)
+            layer.compile(dynamic=True)
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    if not any(isinstance(known, LimitReached) for known in logger.filters):
+        logger.addFilter(LimitReached())
 
 
-def write_published(model: nn.Module, weights: dict[str, torch.Tensor], processor, directory: Path) -> None:
-    """Write weights, config and processor in the published format, which plain transformers opens; adapters in peft's.
+def tower_block(forward, *args, **kwargs):
+    return forward(*args, **kwargs)
 
-    Of `model` only the config and the names are used; `weights` are by its parameters' names, all in one precision.
-    The config comes last: where it is, all is.
-    """
-    unfinished = directory / UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)  # the folder may have been removed during the run
-    if lora.has_adapters(model):
-        lora.write_adapters(model, weights, unfinished)
-    else:
-        model.save_pretrained(unfinished, state_dict=weights)
-        for config in (model.config, model.config.text_config, model.config.vision_config):
-            config.dtype = next(iter(weights.values())).dtype  # save_pretrained names that of the model in training
-        model.config.save_pretrained(unfinished)
-    processor.save_pretrained(unfinished)
-    # transformers before 5, vLLM and others read these two instead of processor_config.json and chat_template.jinja
-    image = json.loads(processor.image_processor.to_json_string())
-    size = image["size"]
-    older = {**image, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-    older["processor_class"] = "Qwen2VLProcessor"
-    (unfinished / "preprocessor_config.json").write_text(json.dumps(older, indent=2) + "\n")
-    template = {"chat_template": processor.chat_template}
-    (unfinished / "chat_template.json").write_text(json.dumps(template, indent=2, ensure_ascii=False) + "\n")
-    # the config comes last: where it is, all is
-    for file in sorted(unfinished.iterdir(), key=lambda file: file.name in ("config.json", "adapter_config.json")):
-        file.replace(directory / file.name)
-    unfinished.rmdir()
+
+def decoder_layer(forward, *args, **kwargs):
+    return forward(*args, **kwargs)
+
+
+class LimitReached(logging.Filter):
+    """Says in one line above the progress bar, once for each function, what dynamo logs at length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not str(record.msg).startswith("torch._dynamo hit config."):
+            return True
+        name, limit, function, reason = record.args[:4]
+        if function not in self.told:
+            self.told.add(function)
+            tqdm.write(
+                f"--compile: {limit} graphs of {function} were made, dynamo's {name}. Batches that none of them fits "
+                f"now run without compilation (the last reason: {str(reason).strip()})"
+            )
+        return False

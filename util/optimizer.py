@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-from util.config import Config, UserError
+from util.command_line import UserError
+from util.config import Config
 from util.tensors import PARTS, part_of, run_parameters
 
 

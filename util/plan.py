@@ -4,13 +4,14 @@ from pathlib import Path
 
 import torch
 
-from util import bad_samples, disk
 from util.config import Config
-from util.going_on import relative
-from util.measure import CUT, describe_unused, usable_cpus
-from util.memory import GIB, describe, free_bytes, peak_bytes
+from util.cost import disk
+from util.cost.measure import CUT, describe_unused, usable_cpus
+from util.cost.memory import GIB, describe, free_bytes, peak_bytes
+from util.cost.sizes import Sizes
+from util.data import bad_samples
 from util.model import choose_attention
-from util.sizes import Sizes
+from util.run_folder import relative
 from util.steps import Steps, Survey
 from util.tensors import PARTS
 
@@ -83,7 +84,7 @@ def print_plan(
             f"{capped:,} made smaller or shorter to cost at most --video_max_tokens {config.video_max_tokens:,}"
         )
     if cut := sizes.cut_videos:
-        facts["cut videos"] = f"{cut:,} {CUT}; python -m util.check_data names them"
+        facts["cut videos"] = f"{cut:,} {CUT}; python -m util check names them"
     if unused := sizes.unused:
         facts["keys"] = describe_unused(unused)
     idle = [of_ranks(title, plan.survey) for title, plan in (("training", steps), ("evaluation", held_out)) if plan]

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from util.run_folder import written_whole
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: the notice of preemption that schedulers send
 STARTING = "before training began; nothing was written"
 
@@ -74,7 +76,7 @@ def is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-# ---- between the ranks of a machine and util/launch.py, which started them ------------------------------------------
+# ---- between the ranks of a machine and util/parallel/launch.py, which started them ----------------------------------
 
 
 def launch_folder() -> Path | None:
@@ -90,6 +92,5 @@ def was_asked() -> str:
 
 def leave_word(text: str, code: int) -> None:
     """What the launcher says at the end, and its exit code; the ranks themselves then end with 0."""
-    unfinished = launch_folder() / f"stopped_{os.getpid()}"
-    unfinished.write_text(json.dumps([text, code]), encoding="utf-8")
-    unfinished.replace(launch_folder() / "stopped")
+    with written_whole(launch_folder() / "stopped") as file:
+        file.write(json.dumps([text, code]))

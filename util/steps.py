@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from util import ranks
 from util.config import Config
+from util.cost.sizes import Sizes
 from util.dataset import Examples
-from util.sizes import Sizes
+from util.parallel import ranks
 
 BLOCK = 2**16  # samples planned at a time
 

@@ -3,7 +3,7 @@
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from util import lora
+from util.adapters import lora
 
 PARTS = ("vision", "merger", "language_model")
 

@@ -12,7 +12,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from util.run_folder import ROOT
+
 TEXTS = ROOT / "train_data" / "data.json"
 
 # The special tokens of Qwen2-VL in their published order (tokenizer_config.json of Qwen/Qwen2-VL-2B-Instruct).

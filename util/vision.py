@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
-from util import jpeg, whole
-from util.video_reader import VideoReader
+from util.data import jpeg, whole
+from util.data.video_reader import VideoReader
 
 PATCH = 14  # pixels, the side of a patch
 MERGE = 2  # MERGE x MERGE patches become one token

@@ -1,0 +1,7 @@
+"""LoRA and its kin, through peft, over weights of 4 bits if asked.
+
+Enters: a model of transformers, and a Config. Leaves: the same model with adapters that alone are trained, and these in
+peft's format.
+
+May import: the ground floor; merging also the loop's model, and publish.
+"""

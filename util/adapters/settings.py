@@ -1,0 +1,75 @@
+"""The flags of this room: which adapters are trained, and over which weights.
+
+Only the standard library is imported here, because settings are part of the command line.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from util.command_line import setting
+
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# The linear layers of the tower and the merger, as the ends of their names, which nothing else has.
+VISION_TARGETS = {"vision": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"], "merger": ["merger.mlp.0", "merger.mlp.2"]}
+
+
+@dataclass
+class LoraSettings:
+    """Adapters in place of the weights."""
+
+    lora_rank: int = setting(
+        0,
+        "train adapters of this rank and no weight of the model (LoRA); 0: train the weights",
+        group="adapters",
+        least=0,
+    )
+    lora_alpha: int = setting(
+        16, "what adapters add is multiplied by lora_alpha / lora_rank", group="adapters", least=1
+    )
+    lora_dropout: float = setting(
+        0.0, "share of an adapter's inputs that is set to zero while training", group="adapters", least=0, below=1
+    )
+    lora_targets: list[Target] = setting(
+        list(Target.__args__), "linear layers of the language model that get adapters", group="adapters"
+    )
+    lora_vision: bool = setting(
+        False, "adapters in the linear layers of the vision tower and the merger, too", group="adapters"
+    )
+    lora_dora: bool = setting(False, "DoRA: adapt direction and length of the weights apart", group="adapters")
+    quantize: Literal["none", "nf4"] = setting(
+        "none", "nf4: QLoRA, the language model in 4 bits under the adapters", group="adapters"
+    )
+
+
+def invalid_adapter_settings(config) -> list[str]:
+    """A message for each combination of adapter settings of a Config that cannot be."""
+    if not config.lora_rank:
+        given = [name for name in ("lora_vision", "lora_dora") if getattr(config, name)]
+        if config.quantize != "none":
+            given.append("quantize nf4")
+        return [f"--{name} needs --lora_rank" for name in given]
+    found = []
+    adapted = targets(config)
+    if not any(adapted.values()):
+        found.append("--lora_rank: no layer is left to get adapters; see --lora_targets, --lora_vision and --freeze")
+    for part in ("vision", "merger"):
+        if getattr(config, f"{part}_learning_rate") is not None and not adapted[part]:
+            found.append(f"--{part}_learning_rate is given, but no adapter is there: see --lora_vision and --freeze")
+    if config.quantize == "nf4" and config.dtype == "float64":
+        found.append("--quantize nf4 computes in bfloat16 or float32, not in float64")
+    return found
+
+
+def targets(config) -> dict[str, list[str]]:
+    """The linear layers that get adapters, by part, as the ends of their names."""
+    chosen = {
+        "vision": VISION_TARGETS["vision"] if config.lora_vision else [],
+        "merger": VISION_TARGETS["merger"] if config.lora_vision else [],
+        "language_model": list(dict.fromkeys(config.lora_targets)),
+    }
+    return {part: [] if part in config.freeze else names for part, names in chosen.items()}
+
+
+def untrained_parts(config) -> list[str]:
+    """The parts in which nothing is trained, neither weights nor adapters."""
+    return [part for part, names in targets(config).items() if not names] if config.lora_rank else list(config.freeze)

@@ -1,0 +1,148 @@
+"""Room on the disk: what a run will write, told before it starts; and a last save that is tried until it is there."""
+
+import errno
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from util.command_line import UserError
+from util.config import Config
+from util.parallel import ranks
+from util.tensors import PARTS
+
+GB = 1e9
+RETRY_SECONDS = 10
+
+
+def gigabytes(size: float) -> str:
+    """`26.5 GB`, `3.1 MB`: as file managers and `df -H` count."""
+    return f"{size / GB:,.1f} GB" if size >= 0.1 * GB else f"{size / 1e6:,.1f} MB"
+
+
+def free_bytes(folder: Path) -> int:
+    """What this user can still write where `folder` is or will be."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+# ---- before the first step ------------------------------------------------------------------------------------------
+
+
+def model_bytes(counts: dict, config: Config, dtype: torch.dtype) -> int:
+    """Of the model that a run leaves; of adapters theirs alone, which are saved as they are trained."""
+    if config.lora_rank:
+        return sum(counts["adapters"].values()) * wide_bytes(dtype)
+    return parameters_of(counts) * dtype.itemsize
+
+
+def checkpoint_bytes(counts: dict, config: Config, dtype: torch.dtype) -> int:
+    """Of one checkpoint: the weights in the precision that is trained, and two moments of what is trained."""
+    if config.lora_rank:
+        saved = trained = sum(counts["adapters"].values())
+    else:
+        saved = parameters_of(counts)
+        trained = sum(counts[part] for part in PARTS if part not in config.freeze)
+    moments = 2 if config.optimizer == "adamw_8bit" else 2 * wide_bytes(dtype)
+    return saved * wide_bytes(dtype) + trained * moments
+
+
+def parameters_of(counts: dict) -> int:
+    return sum(counts[part] for part in PARTS)
+
+
+def wide_bytes(dtype: torch.dtype) -> int:
+    """Bytes of a weight as it is trained: fp32, or fp64 on request."""
+    return max(4, dtype.itemsize)
+
+
+def needs(counts: dict, config: Config, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Bytes of the final model, of one checkpoint, and how many checkpoints may lie there at a time.
+
+    These are the newest that are kept, the one with the lowest evaluation loss, and the one that is being written.
+    """
+    most = 0
+    if str(config.save_every) != "0":
+        most = config.keep + (1 if config.eval_data else 0) + 1
+    return model_bytes(counts, config, dtype), checkpoint_bytes(counts, config, dtype), most
+
+
+def describe(folder: Path, counts: dict, config: Config, dtype: torch.dtype) -> str:
+    """A line of the plan: what will be written, and what is free."""
+    model, checkpoint, most = needs(counts, config, dtype)
+    parts = f"model {gigabytes(model)}"
+    if most:
+        parts += f", and up to {most} checkpoints of {gigabytes(checkpoint)}"
+    needed, free = model + most * checkpoint, free_bytes(folder)
+    text = f"{gigabytes(needed)} to write: {parts}; {gigabytes(free)} are free"
+    if needed > free:
+        text += ": TOO LITTLE for all of them, the last ones will not be saved (fewer with --keep)"
+    return text
+
+
+def check(folder: Path, counts: dict, config: Config, dtype: torch.dtype) -> None:
+    """Raise UserError where not even the final model fits, or with --save_every not one checkpoint beside it."""
+    model, checkpoint, most = needs(counts, config, dtype)
+    least, free = model + (checkpoint if most else 0), free_bytes(folder)
+    if least > free and config.check_disk:
+        what = f"the model ({gigabytes(model)})" + (f" and one checkpoint ({gigabytes(checkpoint)})" if most else "")
+        raise UserError(
+            f"--output_dir {folder}: {what} will not fit, {gigabytes(free)} are free. Make room or name a folder on "
+            "another disk; --no-check_disk goes ahead all the same"
+        )
+
+
+# ---- when it fails all the same -------------------------------------------------------------------------------------
+
+
+def failure(error: BaseException, folder: Path, needed: int) -> str:
+    """Why something of `needed` bytes could not be written into `folder`, in one line."""
+    free = free_bytes(folder)
+    found = os_error(error)
+    if found is not None and found.errno != errno.ENOSPC:
+        text = os.strerror(found.errno)
+    elif found is not None or free < needed:  # torch's own writer only says that it failed
+        text = "the disk is full"
+    else:
+        text = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return f"{text}: {gigabytes(needed)} are to be written to {folder}, {gigabytes(free)} are free there"
+
+
+def os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error that caused this one, if any; safetensors passes on its number as text alone."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(found[1])
+            return OSError(number, os.strerror(number))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def until_saved(
+    save: Callable[[], str], say: Callable[[str], None], while_waiting: Callable[[], None] = lambda: None
+) -> None:
+    """Call `save`, which returns "" or why it failed, until it succeeds: it is the last thing that keeps a run's work.
+
+    Of several ranks all must call; one that failed makes all try again. `while_waiting` is called before each wait.
+    """
+    told = None
+    while True:
+        failed = [problem for problem in ranks.gather(save()) if problem]
+        if not failed:
+            break
+        if failed[0] != told:
+            told = failed[0]
+            say(f"NOT SAVED YET: {told}. Nothing is lost while this process lives: it tries again every "
+                f"{RETRY_SECONDS} s")  # fmt: skip
+        while_waiting()
+        time.sleep(RETRY_SECONDS)
+    if told:
+        say("saved at last")

@@ -1,0 +1,76 @@
+"""Counting the work of a step: exact floating-point operations from the model's config, recompute not counted."""
+
+import re
+from collections.abc import Iterable
+
+import torch
+
+from util.adapters import lora
+from util.adapters.settings import untrained_parts
+from util.config import Config
+from util.cost.sizes import Columns
+from util.dataset import Size
+
+# Dense bf16 peak by NVIDIA's datasheets, TFLOP/s, by names as torch.cuda.get_device_name gives them: the first pattern
+# that is found counts. Cards of one name in another form (PCIe, NVL) have other peaks, and a part of a card (MIG) has
+# none of its own. What is not certain is left out: an mfu that is wrong is worse than none.
+PEAK_TFLOPS = {
+    r"\bMIG\b": None,
+    r"\bH[18]00 PCIe\b": 756,
+    r"\bH[12]00 NVL\b": 835,
+    r"\bH100 .*HBM3\b": 989,  # SXM
+    r"\b(H200|GH200)\b": 989,
+    r"\bH800$": 989,
+    r"\bB200\b": 2250,
+    r"\bGB200\b": 2500,
+    r"\bA[18]00\b": 312,  # SXM and PCIe alike
+    r"\bL40S\b": 362,
+}
+
+
+def forward_flops(config, size: Size | Columns) -> dict[str, float]:
+    """Floating-point operations of one sample's forward pass, by part (a multiply-add counts two); of the columns of
+    many sizes an array of those of each."""
+    text, tower = config.text_config, config.vision_config
+    width, layers = text.hidden_size, text.num_hidden_layers
+    key_value = width // text.num_attention_heads * text.num_key_value_heads
+    layer_weights = 2 * width * width + 2 * width * key_value + 3 * width * text.intermediate_size
+    language = 2 * layer_weights * layers * size.tokens
+    language += 2 * width * layers * size.tokens**2  # causal: half of 4 s^2 D
+    language += 2 * width * text.vocab_size * size.supervised
+    patch_weights = 3 * tower.temporal_patch_size * tower.patch_size**2 * tower.embed_dim
+    block_weights = (4 + 2 * tower.mlp_ratio) * tower.embed_dim**2
+    vision = 2 * (patch_weights + block_weights * tower.depth) * size.patches
+    vision += 4 * tower.embed_dim * tower.depth * size.squares
+    merged = tower.embed_dim * tower.spatial_merge_size**2
+    merger = 2 * (merged * merged + merged * width) * (size.patches / tower.spatial_merge_size**2)
+    return {"vision": vision, "merger": merger, "language_model": language}
+
+
+def training_flops(model_config, sizes: Iterable[Size | Columns], config: Config) -> float:
+    """Forward and backward. A trained part counts 3 times its forward pass; a frozen one once, or twice where
+    something before it trains, or adapters within it, and gradients pass through. The adapters count 3 times."""
+    trains_before, untrained, factors = False, untrained_parts(config), {}
+    for part in ("vision", "merger", "language_model"):
+        trains_before |= part not in untrained
+        factors[part] = 1
+        if trains_before:
+            factors[part] = 3 if part not in untrained and not config.lora_rank else 2
+    adapters = lora.count_adapters(model_config, config) if config.lora_rank else {}
+    merge = model_config.vision_config.spatial_merge_size**2
+    total = 0.0
+    for size in sizes:
+        forward = forward_flops(model_config, size)
+        total = total + sum(factor * forward[part] for part, factor in factors.items())
+        of_part = {"vision": size.patches, "merger": size.patches / merge, "language_model": size.tokens}
+        total = total + sum(6 * number * of_part[part] for part, number in adapters.items())
+    return total
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    tflops = next((peak for pattern, peak in PEAK_TFLOPS.items() if re.search(pattern, name)), None)
+    return tflops and tflops * 1e12

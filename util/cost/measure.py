@@ -1,0 +1,360 @@
+"""What every sample costs, known before training from file headers alone; what cannot be trained on is found here.
+
+The same numbers as `Samples.size`, several times as fast: the chat template is run once for each structure of a
+conversation (roles and kinds of content) and the texts are then put into its places.
+"""
+
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from util import conversation, vision
+from util.command_line import MOST_TOLD
+from util.cost.kept_sizes import KeptSizes, media_files, state_of
+from util.cost.sizes import TOO_LONG, Finding, Problem, Sizes, Table
+from util.data import bad_samples
+from util.data.lines import DataError, stop_on
+from util.data.loader import Loader
+from util.data.media import MediaReader
+from util.data.settings import SampleSettings
+from util.dataset import Example, Samples, Size
+from util.parallel import ranks
+
+CHUNK = 32  # samples that a worker looks at before it answers
+WORTH_WORKERS = 1.0  # seconds of work from which on starting worker processes pays
+MOST_WORKERS = 16
+MOST_STRUCTURES = 4096  # of conversations, remembered at a time
+MOST_KEYS = 8  # told by name
+CUT = "end before their time, as their files are cut: what is there is trained on"
+SLOT = re.compile(" \n\ue001aZ<&' ([0-9]+)\ue001\n ")  # a text's place; a template that edits texts would change it
+
+
+def describe_unused(unused: Counter) -> str:
+    """`not used: id (31), source (31)`: keys of samples, messages and items that say nothing to training."""
+    shown = [f"{key} ({number:,})" for key, number in unused.most_common(MOST_KEYS)]
+    more = [f"and {len(unused) - MOST_KEYS:,} more"] if len(unused) > MOST_KEYS else []
+    return f"not used: {', '.join([*shown, *more])}"
+
+
+def measure(
+    samples: Samples,
+    max_tokens: int,
+    settings: SampleSettings | None = None,
+    num_workers: int | None = 0,
+    keep_in: Path | None = None,
+) -> Sizes:
+    """The size of every sample, and what `settings` say of the bad and the long ones done to `samples`.
+
+    DataError names those that break a rule, cannot be read or exceed `max_tokens`; none is left out silently: they are
+    printed. `num_workers`: processes that read headers, where it takes long enough; None: as many as there are CPUs.
+    `keep_in`: a folder of sizes that were found before, and of those that are found now.
+    """
+    settings = settings or SampleSettings()
+    sizes = find_sizes(samples, max_tokens, settings.on_long_sample, num_workers, keep_in)
+    skip = settings.on_bad_sample == "skip"
+    skip_long = {"stop": False, "skip": True, "shrink": skip}[settings.on_long_sample]
+    left_out = sizes.left_out
+    refused = [reason for reason in left_out if not (skip_long if reason == "too long" else skip)]
+    stop_on(sizes.problems(refused), sum(left_out[reason] for reason in refused))
+    if left_out:
+        told = sizes.problems(left_out)
+        if not len(sizes.usable):
+            raise DataError(f"no sample is left: {bad_samples.describe(left_out)}; the first: {told[0]}")
+        samples.examples.left_out = frozenset(np.flatnonzero(~sizes.is_usable).tolist())
+        if ranks.is_first():
+            print(f"left out: {bad_samples.describe(left_out)}")
+            for problem in told:
+                print(f"  {problem}")
+            if (more := left_out.total() - MOST_TOLD) > 0:
+                print(f"  ... and {more:,} more; python -m util check lists them all")
+    budget_of = cache(lambda cap: replace(samples.budget, cap_pixels=cap))  # few caps, perhaps of many samples
+    caps = sizes.table.numbers["cap"][sizes.shrunk]
+    samples.shrunk = {index: budget_of(cap) for index, cap in zip(sizes.shrunk.tolist(), caps.tolist(), strict=True)}
+    return sizes
+
+
+def find_sizes(
+    samples: Samples, max_tokens: int, on_long_sample: str, num_workers: int | None, keep_in: Path | None
+) -> Sizes:
+    """The sizes of all samples: those that the first rank finds kept from before; the others are looked at.
+
+    Of several ranks each looks at its share and all get all: a file that only some of them can read is the same to
+    every one.
+    """
+    kept = KeptSizes(keep_in, samples, max_tokens, on_long_sample) if keep_in and ranks.is_first() else None
+    known, before = kept.find() if kept else (np.zeros(0, dtype=np.int64), Table.of([])[0])
+    known, before_on_all = ranks.from_first((known, before.without("files")))
+    unknown = np.setdiff1d(np.arange(len(samples)), known, assume_unique=True)
+    rank, count = ranks.rank_and_size()
+    own = unknown[rank::count]
+
+    found, told = Table.of(findings_of(Chunks(samples, own, max_tokens, on_long_sample), num_workers))
+    told = [problem._replace(sample=int(own[problem.sample])) for problem in told]
+    shares = ranks.gather((found.without("files"), told))
+    tables, told_by_rank = zip(*shares, strict=True)
+    order = np.argsort(np.concatenate([known, *(unknown[share::count] for share in range(count))]), kind="stable")
+    table = Table.joined([before_on_all, *tables]).take(order)
+    if keep_in:
+        found_by_rank = ranks.gather_on_first(found)
+        if kept and len(unknown):
+            keep(kept, Table.joined([before, *found_by_rank]).take(order), unknown)
+
+    long_before = known[before_on_all.numbers["reason"] == TOO_LONG][:MOST_TOLD].tolist()
+    texts = [too_long(samples.examples.where(i), int(table.numbers["tokens"][i]), max_tokens) for i in long_before]
+    told = [Problem(index, "too long", text) for index, text in zip(long_before, texts, strict=True)]
+    return Sizes(table, told + list(chain.from_iterable(told_by_rank)))
+
+
+def keep(kept: KeptSizes, table: Table, changed: np.ndarray) -> None:
+    """Keep what was found for the next start, which does without where that is not possible."""
+    try:
+        kept.keep(table, changed)
+    except OSError as error:
+        print(f"sizes of samples are not kept in {kept.folder} ({error.strerror}): the next start reads headers again")
+
+
+def look(
+    samples: Samples, max_tokens: int, on_long_sample: str, num_workers: int | None = 0, note: Callable | None = None
+) -> list[Finding]:
+    """One finding for each sample, in order. `note`: called with each Example that can be read; its answer is kept."""
+    chunks = Chunks(samples, np.arange(len(samples)), max_tokens, on_long_sample, note)
+    return list(findings_of(chunks, num_workers))
+
+
+def findings_of(chunks: "Chunks", num_workers: int | None) -> Iterator[Finding]:
+    """The findings of all samples of `chunks`, in order."""
+    bar = {"desc": "reading headers", "unit": " samples", "leave": False, "delay": 1, "disable": not ranks.is_first()}
+    with tqdm(total=len(chunks.indices), **bar) as progress:
+        for chunk in in_order(chunks, num_workers):
+            yield from chunk
+            progress.update(len(chunk))
+
+
+def in_order(chunks: "Chunks", num_workers: int | None) -> Iterator[list[Finding]]:
+    """The findings of all chunks. The first is looked at here: where the others take long, processes share them."""
+    if not len(chunks):
+        return
+    began = time.perf_counter()
+    yield chunks[0]
+    expected = (time.perf_counter() - began) * (len(chunks) - 1)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = min(MOST_WORKERS, usable_cpus() // local_ranks) if num_workers is None else num_workers
+    workers = min(workers if workers > 1 and expected > WORTH_WORKERS else 0, len(chunks) - 1)
+    yield from Loader(
+        chunks, sampler=range(1, len(chunks)), batch_size=None, num_workers=workers, collate_fn=as_is,
+        generator=torch.Generator(),  # of its own: it draws a seed, and training's must not move
+    )  # fmt: skip
+
+
+class Chunks:
+    """Findings by number of a chunk of samples: what a worker does. It may be sent to workers before its first use."""
+
+    def __init__(
+        self, samples: Samples, indices: np.ndarray, max_tokens: int, on_long_sample: str, note: Callable | None = None
+    ) -> None:
+        self.samples, self.indices, self.max_tokens = samples, indices, max_tokens
+        self.on_long_sample, self.note = on_long_sample, note
+        self.quick = QuickSize(samples)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / CHUNK)
+
+    def __getitem__(self, number: int) -> list[Finding]:
+        return [self.one(index) for index in self.indices[number * CHUNK : (number + 1) * CHUNK].tolist()]
+
+    def one(self, index: int) -> Finding:
+        """What can be known of a sample without decoding a pixel."""
+        try:
+            example = self.samples.examples[index]
+            files = media_files(example, self.samples.examples.folder(index))
+            state = state_of(files)  # before they are read: what changes meanwhile is read again at the next start
+            example = self.samples.with_boxes(example)
+            finding = self.sized(example, self.quick(example))
+            note = self.note(example) if self.note else None
+            return replace(finding, files=files, state=state, unused=example.unused, note=note)
+        except DataError as error:
+            return Finding(problem=str(error), reason=error.reason)
+
+    def sized(self, example: Example, size: Size) -> Finding:
+        """The finding for a sample that can be read. Raises DataError where it cannot be shrunk."""
+        if size.tokens <= self.max_tokens:
+            return Finding(size)
+        if self.on_long_sample == "shrink":
+            budget, smaller = shrink(self.samples, example, size, self.max_tokens)
+            return Finding(smaller, budget=budget, tokens_before=size.tokens)
+        problem = too_long(example.where, size.tokens, self.max_tokens)
+        return Finding(problem=problem, reason="too long", refused=size)
+
+
+def too_long(where: str, tokens: int, max_tokens: int) -> str:
+    return (
+        f"{where}: {tokens:,} tokens, above --max_tokens {max_tokens:,}; "
+        "raise it, or lower --max_pixels or --video_max_tokens"
+    )
+
+
+def as_is(value):
+    return value
+
+
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- samples that are too long --------------------------------------------------------------------------------------
+
+
+def shrink(samples: Samples, example: Example, size: Size, max_tokens: int) -> tuple[vision.Budget, Size]:
+    """The budget, and the size with it, with which a sample that is too long fits `max_tokens`.
+
+    No image or frame gets more pixels than a cap, the largest with which the sample fits: small ones stay as they are,
+    no frame is left out, and no visual token is cut. Keys of the items and --min_pixels give way. DataError where not
+    even one token for each image and pair of frames fits.
+    """
+    # without the cache: it would answer for the size that is not wanted
+    plain = Samples(samples.examples, samples.processor, samples.budget, MediaReader(samples.reader.settings))
+    grids_of = plain._media(example, read_header)
+    text = size.tokens - sum(grid.tokens for grid in size.grids)
+
+    def with_cap(tokens: int) -> tuple[vision.Budget, list[vision.Grid]]:
+        budget = replace(samples.budget, cap_pixels=tokens * vision.TOKEN_PIXELS)
+        return budget, [grid_of(budget) for grid_of in grids_of]
+
+    def total(grids: list[vision.Grid]) -> int:
+        return text + sum(grid.tokens for grid in grids)
+
+    low, high = 1, max((grid.tokens // grid.t for grid in size.grids), default=1)
+    if (least := total(with_cap(low)[1])) > max_tokens:
+        raise DataError(
+            f"{example.where}: {size.tokens:,} tokens, above --max_tokens {max_tokens:,}, and still {least:,} with one "
+            "token for each image and pair of frames; raise --max_tokens, or take frames or text out",
+            "too long",
+        )
+    while high - low > 1:  # `low` fits
+        middle = (low + high) // 2
+        low, high = (middle, high) if total(with_cap(middle)[1]) <= max_tokens else (low, middle)
+    budget, grids = with_cap(low)
+    return budget, Size(total(grids), size.supervised, grids)
+
+
+def read_header(item: dict, budget: vision.Budget) -> Callable[[vision.Budget], vision.Grid]:
+    """A function budget -> the grid `vision.load` will give, the file's header read once, now."""
+    if item["type"] == "image":
+        image = vision.open_image(item["image"])
+        height, width = image.height, image.width
+
+        def grid_of(budget: vision.Budget) -> vision.Grid:
+            rows, columns = vision.named(vision.image_size, item, height, width, budget)
+            return vision.Grid(1, rows // vision.PATCH, columns // vision.PATCH)
+
+        return grid_of
+    with vision.open_video(item) as video:
+        header = VideoHeader(len(video), video.height, video.width, video.average_fps, video.missing)
+
+    def grid_of(budget: vision.Budget) -> vision.Grid:
+        indices, (height, width), capped = vision.plan_video(item, header, budget)
+        return vision.video_grid(header, indices, height, width, capped)
+
+    return grid_of
+
+
+@dataclass
+class VideoHeader:
+    """What `vision.plan_video` asks of a video."""
+
+    frames: int
+    height: int
+    width: int
+    average_fps: float
+    missing: str  # at its end, as VideoReader says
+
+    def __len__(self) -> int:
+        return self.frames
+
+
+# ---- the same sizes, faster -----------------------------------------------------------------------------------------
+
+
+class QuickSize:
+    """`Samples.size` of an example, its conversation not rendered where one of the same structure was."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+        self.structures: dict[tuple, list | None] = {}
+        self.tokenizer = samples.processor.tokenizer
+        self.tokenizer("", add_special_tokens=False)  # leaves the tokenizer's engine without padding and truncation
+        self.count = lru_cache(2**14)(self._count)
+
+    def __getstate__(self) -> dict:
+        return {"samples": self.samples}  # a spawned worker begins anew
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+    def __call__(self, example: Example) -> Size:
+        """Raises DataError as `Samples.size` does."""
+        counted = self.text_tokens(example)
+        grids = self.samples._media(example, vision.read_grid)
+        if counted is None:
+            encoded = self.samples._encode(example)
+            counted = len(encoded.input_ids), sum(encoded.supervised)
+        return Size(counted[0] + sum(grid.tokens - 1 for grid in grids), counted[1], grids)
+
+    def text_tokens(self, example: Example) -> tuple[int, int] | None:
+        """Tokens, one for each medium, and how many of them are supervised; None where only rendering can tell."""
+        key = tuple(
+            (message["role"], *[(item["type"], *sorted(item)) for item in message["content"]])
+            for message in example.messages
+        )
+        if key not in self.structures:
+            if len(self.structures) == MOST_STRUCTURES:
+                self.structures.clear()
+            self.structures[key] = find_structure(example, self.samples.processor)
+        structure = self.structures[key]
+        texts = [item["text"] for message in example.messages for item in message["content"] if "text" in item]
+        if structure is None or not all(texts):  # a template may leave out what is empty
+            return None
+        tokens = supervised = 0
+        for parts, is_supervised in structure:
+            count = self.count("".join([texts[part] if isinstance(part, int) else part for part in parts]))
+            tokens += count
+            supervised += count * is_supervised
+        return tokens, supervised
+
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
+
+
+def find_structure(example: Example, processor) -> list[tuple[list[str | int], bool]] | None:
+    """The pieces of a conversation, each a list of literal text and of numbers that stand for the conversation's texts,
+    and whether it is supervised. None where the template does more than to put every text, as it is, in its place."""
+    slots: list[str] = []
+
+    def marked(item: dict) -> dict:
+        item = {**item, item["type"]: "\ue001"} if item["type"] != "text" else dict(item)
+        if "text" in item:
+            item["text"] = f" \n\ue001aZ<&' {len(slots)}\ue001\n "
+            slots.append(item["text"])
+        return item
+
+    messages = [{**m, "content": [marked(item) for item in m["content"]]} for m in example.messages]
+    structure, order = [], []
+    for piece in conversation.render(messages, processor):
+        literals_and_slots = SLOT.split(piece.text)
+        parts = [int(part) if number % 2 else part for number, part in enumerate(literals_and_slots)]
+        if any("\ue001" in part for part in literals_and_slots):
+            return None
+        order += parts[1::2]
+        structure.append((parts, piece.supervised))
+    return structure if order == list(range(len(slots))) else None

@@ -1,0 +1,173 @@
+"""The memory a run will need, part by part, before any weight is loaded."""
+
+import dataclasses
+import itertools
+import os
+import re
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from util.adapters import lora
+from util.adapters.settings import untrained_parts
+from util.command_line import UserError
+from util.config import Config
+from util.loss import LOGIT_ROWS
+from util.model import layers
+from util.parallel import ranks
+from util.steps import Load, Survey
+from util.tensors import PARTS, part_of
+
+GIB = 2**30
+
+
+def count_parameters(model_config, config: Config) -> dict:
+    """Parameters by part, from the model's config alone; of adapters, under "adapters", too."""
+    with torch.device("meta"):
+        model = Qwen2VLForConditionalGeneration(model_config)
+    counts = {"vision": 0, "merger": 0, "language_model": 0, "adapters": lora.count_adapters(model_config, config)}
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    per_layer = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers(model)]
+    counts["largest_layer"], counts["all_layers"] = max(per_layer), sum(per_layer)
+    return counts
+
+
+def forecast(
+    model_config, counts: dict, config: Config, dtype: torch.dtype, micro_batches: Sequence[Load], shards=1
+) -> dict[str, float]:
+    """Bytes by part: a dict whose values add up to the peak within a training step.
+
+    Activations are what each layer of transformers' modules keeps for its backward pass, for the one of `micro_batches`
+    that needs most. `shards` devices share weights, gradients and moments; less than full sharding keeps copies whole.
+    """
+    total = sum(counts[part] for part in PARTS)
+    trained = sum(counts[part] for part in PARTS if part not in config.freeze)
+    width = 8 if dtype == torch.float64 else 4
+    weights = width * total
+    if config.lora_rank:
+        adapters = trained = sum(lora.count_adapters(model_config, config).values())  # `counts` are another config's
+        weights = lora.frozen_bytes(model_config, config, total, dtype.itemsize) + width * adapters
+    parts = {
+        "weights": weights / (shards if config.quantize == "none" else 1),
+        "gradients": width * trained / shards,
+        "moments": trained * (2 if config.optimizer == "adamw_8bit" else 2 * width) / shards,
+    }
+    if config.quantize != "none":  # a weight of 4 bits is written out while it works
+        text = model_config.text_config
+        parts["copies at work"] = dtype.itemsize * text.hidden_size * text.intermediate_size
+    elif (shards > 1 or ranks.are_several()) and config.sharding != "full":
+        parts["whole weights"] = dtype.itemsize * total
+        parts["whole gradients"] = width * trained if config.sharding == "optimizer" else 0
+    elif shards > 1 or (dtype == torch.bfloat16 and not config.lora_rank):
+        # the root's copies stay for the whole step, a layer's while it or its neighbour works
+        parts["copies at work"] = dtype.itemsize * (total - counts["all_layers"] + 2 * counts["largest_layer"])
+    needs = [activations(model_config, config, dtype, load) for load in micro_batches]
+    parts["activations"], parts["logits"], parts["working memory"] = max(needs, key=sum, default=(0, 0, 0))
+    return parts
+
+
+def activations(model_config, config: Config, dtype: torch.dtype, load: Load) -> tuple[float, float, float]:
+    """Bytes of activations and of logits that one packed micro-batch keeps for its backward pass; and of the gradients
+    of activations that its largest layer holds during it, which is where memory peaks."""
+    text, tower = model_config.text_config, model_config.vision_config
+    compute, wide = dtype.itemsize, max(4, dtype.itemsize)
+    tokens, patches, supervised = map(int, load)
+    supervised = min(supervised, LOGIT_ROWS)
+    width, inner = text.hidden_size, text.intermediate_size
+    key_value = width // text.num_attention_heads * text.num_key_value_heads
+    # two RMSNorms (an fp32 copy of the input and the normalised one), q, k, v and the attention's output, the MLP
+    norms = 2 * (width * (wide if dtype != torch.float32 else 0) + 2 * compute * width)
+    layer = norms + compute * (4 * width + 3 * key_value + 4 * inner)
+    # two LayerNorms and residuals, q, k, v before and after the rotation, the output, the MLP and its sigmoid
+    block = compute * tower.embed_dim * (10 + 3 * tower.mlp_ratio)
+    depth, blocks = text.num_hidden_layers, tower.depth
+    blocks_kept = 0 if "vision" in untrained_parts(config) else blocks  # a frozen tower keeps nothing
+    patch = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+    # memory peaks at the MLP's product: the gradients of it, its factors and the residual, less what is freed by then
+    working = compute * tokens * (2 * inner + 4 * width)
+    if config.activation_checkpointing == "full":  # each layer's input, and all of the one that is being recomputed
+        kept = compute * (width * depth * tokens + tower.embed_dim * blocks_kept * patches)
+        block_working = compute * patches * tower.embed_dim * (tower.mlp_ratio + 1)
+        recomputed = [(layer * tokens, working), (block * patches, block_working)][: 2 if blocks_kept else 1]
+        most, working = max(recomputed, key=sum)
+        kept += most
+    else:
+        kept = layer * depth * tokens + block * blocks_kept * patches
+    kept += compute * patch * patches if blocks_kept else 0  # what the patch embedding has read
+    return kept, supervised * text.vocab_size * (compute + 2 * wide), working
+
+
+def check(
+    model_config, config: Config, dtype: torch.dtype, device: torch.device, survey: Survey, parts: dict, shards: int = 1
+) -> None:
+    """Raise UserError where the forecast does not fit the device, naming the settings with which it would."""
+    needed, free = sum(parts.values()), free_bytes(device)
+    if needed <= free or not config.check_memory:
+        return
+    counts = count_parameters(model_config, config)
+    ways = []
+    for changes, changed in remedies(config, device):
+        # one sample at a time, the longest there is, is the least a step can be
+        for note, batches in (([], survey.heaviest), (["--micro_batch_size 1"], survey.heaviest_samples)):
+            total = sum(forecast(model_config, counts, changed, dtype, batches, shards).values())
+            if total <= free:
+                flags = [f"--{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in changes.items()]
+                ways.append(f"  {' '.join(flags + note)}: {total / GIB:.1f} GiB")
+                break
+    remedy = "No setting fits; use a smaller model, or several GPUs (./finetune_distributed.sh)"
+    if ways:
+        remedy = "Settings that fit:\n" + "\n".join(ways[:4])
+    raise UserError(
+        f"not enough memory on {device}: the run needs {needed / GIB:.1f} GiB ({describe(parts)}), "
+        f"{free / GIB:.1f} GiB are free.\n{remedy}\nSmaller images help too (--max_pixels). "
+        "--no-check_memory goes ahead all the same."
+    )
+
+
+def remedies(config: Config, device: torch.device) -> Iterator[tuple[dict, Config]]:
+    """Changes that need less memory, and the settings with them: what leaves the mathematics alone comes first, then
+    the optimizer, then training less of the model, then adapters."""
+    parts = ({}, {"freeze": ["vision"]}, {"freeze": ["language_model"]})
+    adapters = ({"quantize": "nf4"},) if config.lora_rank else ({"lora_rank": 16}, {"lora_rank": 16, "quantize": "nf4"})
+    optimizers = ("adamw", "adamw_8bit") if device.type == "cuda" else ("adamw",)
+    choices = [*itertools.product(parts, optimizers), *itertools.product(adapters, ("adamw",))]
+    for (part, optimizer), checkpointing in itertools.product(choices, ("none", "full")):
+        changes = {**part, "optimizer": optimizer, "activation_checkpointing": checkpointing}
+        changes = {name: value for name, value in changes.items() if value != getattr(config, name)}
+        unused = {f"{part}_learning_rate": None for part in changes.get("freeze", []) if part != "language_model"}
+        try:
+            yield changes, dataclasses.replace(config, **changes, **unused)
+        except UserError:  # the other settings do not go with it
+            continue
+
+
+def describe(parts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process can still allocate on the device; processes on one CPU machine share what is free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except OSError:  # not Linux: all there is
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has held: on a GPU by torch's count, on a CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Where the kernel keeps it by program, as ru_maxrss may be the peak of the larger process that started this one.
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,232 @@
+"""The sizes of many samples as columns of numbers: a million take tens of megabytes, where objects take gigabytes."""
+
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from util import vision
+from util.command_line import MOST_TOLD
+from util.data.bad_samples import REASONS
+from util.dataset import Size
+
+FINE = 0  # in the column "reason": the sample is trained on; else 1 + the place of its reason in REASONS
+TOO_LONG = 1 + REASONS.index("too long")
+GRID_COLUMNS = 5  # t, h, w, whether it was capped, whether its file is cut
+NUMBERS = {"tokens": np.int32, "supervised": np.int32, "reason": np.uint8, "cap": np.int64, "before": np.int32,
+           "state": np.int64}  # fmt: skip
+MOST_NAMED = 100  # left-out samples that a checkpoint lists one by one, so that another one can be named
+
+
+@dataclass
+class Finding:
+    """What a look at one sample gave."""
+
+    size: Size | None = None  # None: it cannot be trained on
+    problem: str = ""  # file, sample, message, rule, fix
+    reason: str = ""  # one of bad_samples.REASONS
+    budget: vision.Budget | None = None  # of a sample that is shrunk
+    tokens_before: int = 0  # of a sample that is shrunk
+    refused: Size | None = None  # of a sample that is too long
+    files: bytes = b""  # its local media (kept_sizes.media_files)
+    state: int = 0  # and what they were like (kept_sizes.state_of)
+    note: object = None  # what `look` was asked to bring along
+    unused: frozenset[str] = frozenset()  # keys of the sample that say nothing to training
+
+
+class Problem(NamedTuple):
+    """Why a sample is left out or refused."""
+
+    sample: int
+    reason: str
+    text: str
+
+
+class Table:
+    """Columns over n samples. `numbers`: (n,) arrays; `lists`: of each sample any number of rows of a flat array, as
+    (ends (n,), flat)."""
+
+    def __init__(self, numbers: dict[str, np.ndarray], lists: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        self.numbers, self.lists = numbers, lists
+
+    @classmethod
+    def of(cls, findings: Iterable[Finding]) -> tuple["Table", list[Problem]]:
+        """The columns of findings, and the first problems of each reason, by number among the findings.
+
+        The findings may come from a generator: none of them is kept.
+        """
+        rows, grid_ends, grids, file_ends, files = array("q"), array("q"), array("i"), array("q"), bytearray()
+        unused_ends, unused = array("q"), bytearray()
+        told: list[Problem] = []
+        counts: Counter = Counter()
+        for number, finding in enumerate(findings):
+            size = finding.size or finding.refused or Size(0, 0, [])
+            reason = 1 + REASONS.index(finding.reason) if finding.reason else FINE
+            cap = finding.budget.cap_pixels if finding.budget else 0
+            rows.extend((size.tokens, size.supervised, reason, cap, finding.tokens_before, finding.state))
+            for grid in size.grids:
+                grids.extend((*grid, grid.cut))
+            grid_ends.append(len(grids) // GRID_COLUMNS)
+            files += finding.files
+            file_ends.append(len(files))
+            unused += "".join([f"{key}\n" for key in finding.unused]).encode()
+            unused_ends.append(len(unused))
+            if finding.reason:
+                counts[finding.reason] += 1
+                if counts[finding.reason] <= MOST_TOLD:
+                    told.append(Problem(number, finding.reason, finding.problem))
+        columns = np.array(rows, dtype=np.int64).reshape(-1, len(NUMBERS)).T
+        numbers = {name: column.astype(dtype) for (name, dtype), column in zip(NUMBERS.items(), columns, strict=True)}
+        lists = {
+            "grids": (np.array(grid_ends, dtype=np.int64), np.array(grids, dtype=np.int32).reshape(-1, GRID_COLUMNS)),
+            "files": (np.array(file_ends, dtype=np.int64), np.frombuffer(bytes(files), dtype=np.uint8)),
+            "unused": (np.array(unused_ends, dtype=np.int64), np.frombuffer(bytes(unused), dtype=np.uint8)),
+        }
+        return cls(numbers, lists), told
+
+    def __len__(self) -> int:
+        return len(self.numbers["tokens"])
+
+    def take(self, rows: np.ndarray) -> "Table":
+        """The table of these rows, in this order."""
+        if np.array_equal(rows, np.arange(len(self))):
+            return self
+        numbers = {name: column[rows] for name, column in self.numbers.items()}
+        return Table(numbers, {name: take_lists(*column, rows) for name, column in self.lists.items()})
+
+    @staticmethod
+    def joined(tables: Sequence["Table"]) -> "Table":
+        """One table after the other."""
+        tables = [table for table in tables if len(table)] or tables[:1]
+        if len(tables) == 1:
+            return tables[0]
+        numbers = {name: np.concatenate([t.numbers[name] for t in tables]) for name in tables[0].numbers}
+        lists = {}
+        for name in tables[0].lists:
+            flats = [table.lists[name][1] for table in tables]
+            begins = np.cumsum([0, *map(len, flats)])[:-1]
+            ends = [table.lists[name][0] + begin for table, begin in zip(tables, begins, strict=True)]
+            lists[name] = np.concatenate(ends), np.concatenate(flats)
+        return Table(numbers, lists)
+
+    def without(self, name: str) -> "Table":
+        """The same table without one of its lists."""
+        return Table(self.numbers, {other: column for other, column in self.lists.items() if other != name})
+
+
+def take_lists(ends: np.ndarray, flat: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lists of these rows, as (ends, flat)."""
+    begins = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+    lengths = (ends - begins)[rows]
+    new_ends = np.cumsum(lengths)
+    # a place in the new flat array, less where its list begins there, plus where it began in the old one
+    places = np.arange(new_ends[-1] if len(rows) else 0) + np.repeat(begins[rows] - (new_ends - lengths), lengths)
+    return new_ends, flat[places]
+
+
+class Columns(NamedTuple):
+    """Of every sample what its cost is computed from, as a Size has it of one: (n,) float64 each."""
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+    patches: np.ndarray
+    squares: np.ndarray
+
+
+@dataclass(eq=False)
+class Sizes(Sequence):
+    """Of each sample its Size, or None where it is left out, made when it is asked for from columns of numbers."""
+
+    table: Table
+    told: list[Problem] = field(default_factory=list)  # the first of each reason
+
+    def __post_init__(self) -> None:
+        self.is_usable = self.table.numbers["reason"] == FINE
+        self.tokens, self.supervised = self.table.numbers["tokens"], self.table.numbers["supervised"]  # (n,)
+        self.grid_ends, self.grids = self.table.lists["grids"]  # (n,), (G, GRID_COLUMNS)
+        self.patches = self._sums(self.grids[:, :3].prod(axis=1, dtype=np.int64))  # (n,)
+
+    @classmethod
+    def of(cls, findings: Iterable[Finding]) -> "Sizes":
+        return cls(*Table.of(findings))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> Size | None:
+        index = range(len(self))[index]
+        if not self.is_usable[index]:
+            return None
+        begin = self.grid_ends[index - 1] if index else 0
+        rows = self.grids[begin : self.grid_ends[index]].tolist()
+        grids = [(vision.CutGrid if cut else vision.Grid)(t, h, w, bool(capped)) for t, h, w, capped, cut in rows]
+        return Size(int(self.tokens[index]), int(self.supervised[index]), grids)
+
+    @property
+    def usable(self) -> np.ndarray:
+        """The samples to train on, in the order of the files."""
+        return np.flatnonzero(self.is_usable)
+
+    @property
+    def usable_grids(self) -> np.ndarray:
+        """Of all images and videos to train on, (G, GRID_COLUMNS)."""
+        return self.grids[np.repeat(self.is_usable, np.diff(self.grid_ends, prepend=0))]
+
+    @property
+    def left_out(self) -> Counter:
+        """How many samples are left out, by reason."""
+        codes, first, counts = np.unique(self.table.numbers["reason"], return_index=True, return_counts=True)
+        by_place = np.argsort(first)  # of equally many the reason comes first that is met first
+        pairs = zip(codes[by_place].tolist(), counts[by_place].tolist(), strict=True)
+        return Counter({REASONS[code - 1]: count for code, count in pairs if code != FINE})
+
+    @property
+    def cut_videos(self) -> int:
+        """How many videos to train on end before their time, as their files are cut."""
+        return int(self.usable_grids[:, 4].sum())
+
+    @property
+    def unused(self) -> Counter:
+        """In how many samples each key stands that says nothing to training."""
+        names = self.table.lists["unused"][1].tobytes().decode().split("\n")
+        return Counter(filter(None, names))
+
+    @property
+    def shrunk(self) -> np.ndarray:
+        """The samples that are shrunk, in the order of the files."""
+        return np.flatnonzero(self.table.numbers["cap"])
+
+    def problems(self, reasons: Container[str]) -> list[str]:
+        """The first problems of some reasons, in the order of the files; at most `MOST_TOLD`."""
+        found = sorted(problem for problem in self.told if problem.reason in reasons)
+        return [problem.text for problem in found[:MOST_TOLD]]
+
+    def columns(self) -> Columns:
+        times, pixels = self.grids[:, 0].astype(float), self.grids[:, 1].astype(float) * self.grids[:, 2]
+        squares = self._sums(times * pixels**2)
+        return Columns(self.tokens.astype(float), self.supervised.astype(float), self.patches.astype(float), squares)
+
+    def _sums(self, of_grids: np.ndarray) -> np.ndarray:
+        """The sum over each sample's grids (n,) of a number of each grid (G,)."""
+        counts = np.diff(self.grid_ends, prepend=0)
+        owners = np.repeat(np.arange(len(self)), counts)
+        return np.bincount(owners, weights=of_grids, minlength=len(self)).astype(of_grids.dtype)
+
+    def mark(self) -> dict:
+        """What of the data a run takes and leaves out, in few numbers, for its checkpoints: resumed with other ones it
+        would compute something else."""
+        left_out, shrunk, numbers = np.flatnonzero(~self.is_usable), self.shrunk, self.table.numbers
+        return {
+            "left_out": {"count": len(left_out), "checksum": zlib.crc32(left_out.astype("<i8").tobytes()),
+                         "first": left_out[:MOST_NAMED].tolist()},
+            "shrunk": {"count": len(shrunk), "checksum": checksum_of(shrunk, numbers["cap"][shrunk])},
+            "sizes": checksum_of(*(numbers[name][self.is_usable] for name in ("tokens", "supervised"))),
+        }  # fmt: skip
+
+
+def checksum_of(*columns: np.ndarray) -> int:
+    return zlib.crc32(b"".join([column.astype("<i8").tobytes() for column in columns]))

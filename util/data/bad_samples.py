@@ -1,0 +1,101 @@
+"""Samples that cannot be trained on: how they are left out, counted and told."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from util.command_line import MOST_TOLD
+from util.data.lines import DataError
+
+REASONS = ("bad conversation", "not valid JSON", "no such file", "not fetched", "not readable", "too long")
+
+
+@dataclass
+class Skipped:
+    """What a data worker hands over in place of a sample that it could not read."""
+
+    message: str  # names file, sample, rule and fix
+    reason: str  # one of REASONS
+
+
+class Lenient:
+    """Samples by index, as a DataLoader asks for them; one that cannot be read is an error or, with "skip", a Skipped.
+
+    Each is said on the error stream (the first 20 of each process): no sample leaves its batch without its name told.
+    """
+
+    def __init__(self, samples, on_bad_sample: str) -> None:
+        self.samples, self.on_bad_sample, self.said = samples, on_bad_sample, 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        """A dataset.Sample or a Skipped; raises DataError."""
+        try:
+            return self.samples[index]
+        except DataError as error:
+            if self.on_bad_sample == "stop":
+                raise
+            self.said += 1
+            if self.said <= MOST_TOLD:
+                more = " (of further ones this process only keeps count)" if self.said == MOST_TOLD else ""
+                print(f"\nskipped: {error}{more}", file=sys.stderr, flush=True)
+            return Skipped(str(error), error.reason)
+
+
+def begin(loader) -> Iterator:
+    """The batches of a DataLoader, the first of them made before this returns: if it is refused, then here and now."""
+    batches = iter(loader)
+    waiting = list(islice(batches, 1))
+
+    def made() -> Iterator:
+        while waiting:
+            yield waiting.pop()
+        yield from batches
+
+    return made()
+
+
+def apart(samples: list) -> tuple[list, list[Skipped]]:
+    """The samples of a batch that are there, and what stands for the others."""
+    return [s for s in samples if not isinstance(s, Skipped)], [s for s in samples if isinstance(s, Skipped)]
+
+
+def count(skipped: list[Skipped]) -> dict[str, int]:
+    """Whole numbers for the log: all that were skipped, and by reason. The same keys always, so that ranks can sum."""
+    reasons = Counter(sample.reason for sample in skipped)
+    by_reason = {key_of(reason): reasons[reason] for reason in REASONS if reason != "too long"}
+    return {"skipped": len(skipped), **by_reason, "unread": 0}  # unread: of guard.Unread
+
+
+def key_of(reason: str) -> str:
+    """The key of a reason in metrics.jsonl: `skipped_no_such_file`."""
+    return f"skipped_{reason.lower().replace(' ', '_')}"
+
+
+def describe(reasons: Counter) -> str:
+    """`2 no such file, 1 too long`, the most frequent first."""
+    return ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common() if number)
+
+
+class Tally:
+    """What was skipped in the steps of a run: `Run` shows it in each step's line and says it at the end."""
+
+    def __init__(self) -> None:
+        self.reasons: Counter = Counter()
+
+    def take(self, values: dict) -> dict:
+        """The values of a step's line without the counts that are 0; the others are added up."""
+        for reason in REASONS:
+            self.reasons[reason] += values.get(key_of(reason), 0)
+        return {key: value for key, value in values.items() if value or not key.startswith("skipped")}
+
+    def summary(self, at_start: Counter | None = None) -> str:
+        """A line for the end of a run, or "". `at_start`: samples left out of every epoch, by reason."""
+        parts = [f"{describe(at_start)} from the start"] if at_start else []
+        if any(self.reasons.values()):
+            parts.append(f"{describe(self.reasons)} while training, counted each time")
+        return f"samples left out: {'; '.join(parts)}" if parts else ""

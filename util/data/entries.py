@@ -1,0 +1,240 @@
+"""One entry of a data file -> checked messages in one form, or the one line that says what is wrong and what mends it.
+
+The same for training (util/dataset.py) and for `python -m util convert`, whose every sample goes through here before
+it is written: what convert writes, training takes. Only light modules are imported, so that convert starts at once.
+"""
+
+import os
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from util import conversation
+from util.data import boxes, fetch, keys, tools
+from util.data.lines import MOST_TEXT, DataError
+
+ROLES = ("system", "user", "assistant")
+KINDS = ("image", "video")
+# LLaVA sets a marker apart by a newline. Qwen2-VL's chat template has none between a picture and its text, and Qwen's
+# own fine-tuning code strips it: the newline beside a marker goes, so that training sees what inference sees.
+MARKER = re.compile(r"\n?<(image|video)>\n?")
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]{200}")
+
+
+def check_messages(
+    entry: object, forbidden: Collection[str], folder: Path | None, unused: set[str] | None = None
+) -> list[dict]:
+    """The messages of one entry in one form (content a list of items, media paths resolved), or DataError.
+
+    `forbidden`: what no text may hold. `folder`: of the data file; None: media are not looked for. `unused`: takes the
+    names of keys that say nothing to training.
+    """
+    messages = entry.get("messages") if isinstance(entry, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise DataError(": a sample is {'messages': [...]} with at least one message")
+    unused = set() if unused is None else unused
+    check_keys_of(entry, unused)
+    checked = []
+    for where, message in tools.turns(entry):
+        before = checked[-1]["role"] if checked else None
+        check_turn(message, before, where)
+        role = message["role"]
+        items = check_content(message["content"], role, folder, where, unused)
+        items = boxes.choose_images(items, checked, where)
+        text = "\n".join([conversation.text_of(items), *boxes.labels_of(items)])
+        check_text(text, forbidden, where)
+        if role == "assistant" and not text.strip() and not any(item["type"] == "box" for item in items):
+            raise DataError(
+                f"{where}an empty assistant message, so nothing to learn; write the answer, or take it out with its "
+                "question"
+            )
+        checked.append({"role": role, "content": items})
+    if checked[-1]["role"] != "assistant":
+        raise DataError(f": ends with a {checked[-1]['role']} message, so nothing is supervised; add the answer")
+    if (length := sum(len(conversation.text_of(message["content"])) for message in checked)) > MOST_TEXT:
+        raise DataError(f": {length:,} characters of text, above {MOST_TEXT:,}; make several samples of it", "too long")
+    if len(entry) > 1 and not any(item["type"] in KINDS for message in checked for item in message["content"]):
+        keys.check_no_media_beside(entry)
+    return checked
+
+
+def check_keys_of(entry: dict, unused: set[str]) -> None:
+    """DataError for a key of an entry or of its messages that would change what is trained."""
+    if not entry.keys() <= keys.ENTRY_KEYS:
+        unused.update(keys.check_entry(entry))
+    for number, message in enumerate(entry["messages"]):
+        if not isinstance(message, dict) or message.keys() <= keys.MESSAGE_KEYS:
+            continue
+        if message.get("role") in (*ROLES, "tool"):  # else it is refused for its role
+            unused.update(keys.check_message(message, f", message {number}: "))
+
+
+def check_turn(message: object, before: str | None, where: str) -> None:
+    """DataError for what is no message, or one whose role cannot follow the role `before`."""
+    if not isinstance(message, dict) or message.get("role") not in ROLES or "content" not in message:
+        raise DataError(f"{where}a message is {{'role': one of {', '.join(ROLES)}, 'content': ...}}")
+    role = message["role"]
+    if role == "system" and before is not None:
+        raise DataError(f"{where}a system message can only be the first one")
+    if role == "assistant" and before != "user":
+        raise DataError(f"{where}an assistant message must follow a user message, follows {before or 'nothing'}")
+    if role == "user" and before == "user":
+        raise DataError(f"{where}two user messages in a row; join them or put the answer between them")
+
+
+def check_content(content: object, role: str, folder: Path | None, where: str, unused: set[str]) -> list[dict]:
+    """The content of a message as checked items, each image and video at its place."""
+    items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise DataError(f"{where}content must be text or a list of items, is {type(content).__name__}")
+    items = [check_item(item, role, folder, where, unused) for item in items]
+    return items if role == "assistant" else place_at_tags(items, where)
+
+
+def check_text(text: str, forbidden: Collection[str], where: str) -> None:
+    """DataError for a message's text, its items joined, that would control the conversation or is no text."""
+    try:
+        text.encode()  # fails for halves of surrogate pairs alone, and many times faster than looking for them
+    except UnicodeEncodeError:
+        raise DataError(f"{where}text holds half of a surrogate pair, which is no character; repair the file") from None
+    if found := [token for token in forbidden if token in text]:
+        raise DataError(f"{where}text contains the control token {found[0]!r}; take it out")
+
+
+# ---- items ----------------------------------------------------------------------------------------------------------
+
+
+def check_item(item: dict, role: str, folder: Path | None, where: str, unused: set[str]) -> dict:
+    """One content item in its plain form, its media path resolved, or DataError."""
+    item, silent = keys.plain_item(item)
+    unused.update(silent)
+    kind = item.get("type", next((k for k in ("image", "video", "text") if k in item), None))
+    if kind == "box":
+        return boxes.check_item(item, where)
+    if kind not in ("image", "video", "text") or kind not in item:
+        raise DataError(f"{where}an item has a type image, video or text and its key, or type box; has {sorted(item)}")
+    item["type"] = kind
+    if kind == "text":
+        if not isinstance(item["text"], str):
+            raise DataError(f"{where}text must be a string, is {type(item['text']).__name__}")
+        if unknown := sorted(set(item) - {"type", "text"}):
+            raise DataError(f"{where}an item of type text has no key {unknown[0]!r}; give it an item of its own")
+        return item
+    if role != "user":
+        raise DataError(f"{where}only a user message can hold an image or a video; move the {kind} into one")
+    try:
+        check_keys(item)
+    except ValueError as error:
+        raise DataError(f"{where}{error}") from None
+    if folder is None:
+        return item
+    paths = item[kind] if isinstance(item[kind], list) else [item[kind]]
+    resolved = [resolve_path(path, folder, where) for path in paths]
+    return {**item, kind: resolved if isinstance(item[kind], list) else resolved[0]}
+
+
+def check_keys(item: dict) -> None:
+    """Refuse keys of an image or video item that are unknown or not numbers above 0."""
+    kind = item["type"]
+    numbers = keys.NUMBER_KEYS + (keys.VIDEO_KEYS if kind == "video" else ())
+    known = {"type", kind, *numbers}
+    if unknown := sorted(set(item) - known):
+        raise ValueError(f"unknown key {unknown[0]!r} in an item of type {kind}; known are {', '.join(sorted(known))}")
+    for key in set(item) & set(numbers):
+        value, zero_is_fine = item[key], key in ("video_start", "video_end")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e15 < value < 1e15:
+            raise ValueError(f"{key} must be a number, is {value!r:.40}")
+        if value < (0 if zero_is_fine else 1e-9):  # below, a product of two would be no number
+            raise ValueError(f"{key} must be {'at least' if zero_is_fine else 'above'} 0, is {value!r}")
+    if ("resized_height" in item) != ("resized_width" in item):
+        raise ValueError("resized_height and resized_width come together")
+    if kind == "image" and isinstance(item["image"], list):
+        raise ValueError("an image item holds one path; use several items for several images")
+    if kind == "video" and isinstance(item["video"], list):
+        if not item["video"]:
+            raise ValueError("a video given as a list of frames needs at least one frame")
+        if chosen := sorted(set(item) & set(keys.SAMPLING_KEYS)):
+            raise ValueError(f"{chosen[0]} has no use with a list of frames: every frame given is taken")
+
+
+def cut(pattern: re.Pattern, text: str) -> Iterator[tuple[str, str | None]]:
+    """The stretches of a text between matches, with None, and the matches, each with its first group."""
+    begin = 0
+    for found in pattern.finditer(text):
+        if found.start() > begin:
+            yield text[begin : found.start()], None
+        yield found[0], found[1]
+        begin = found.end()
+    if begin < len(text):
+        yield text[begin:], None
+
+
+def place_at_tags(items: list[dict], where: str) -> list[dict]:
+    """The items of a message, its images and videos where `<image>` and `<video>` stand in its text, in order.
+
+    Other formats write such tags; to this one they would be text, and the model would learn to read them. DataError
+    where a message has not as many tags of a kind as it has media.
+    """
+    text = conversation.text_of(items)
+    if "<image>" not in text and "<video>" not in text:
+        return items
+    waiting = {}
+    for kind in KINDS:
+        tags = sum(item.get("text", "").count(f"<{kind}>") for item in items)
+        media = [item for item in items if item["type"] == kind]
+        if tags and tags != len(media):
+            raise DataError(
+                f"{where}{tags} <{kind}> marker{'s' * (tags != 1)} for {len(media)} {kind}{'s' * (len(media) != 1)} of "
+                f"the message; put {{'type': '{kind}', '{kind}': PATH}} in place of each, or take it out"
+            )
+        if tags:
+            waiting[kind] = media
+    placed = []
+    for item in items:
+        if item["type"] == "text":
+            placed += [
+                {"type": "text", "text": part} if kind not in waiting else waiting[kind].pop(0)
+                for part, kind in cut(MARKER, item["text"])
+            ]
+        elif item["type"] not in waiting:
+            placed.append(item)
+    return placed
+
+
+# ---- media ----------------------------------------------------------------------------------------------------------
+
+
+def resolve_path(path: object, folder: Path, where: str) -> str:
+    """A media path as written if absolute or remote, else under the data file's folder, else under the current one."""
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise DataError(f"{where}a media path must be a non-empty string, is {path!r}")
+    if fetch.is_remote(path):
+        return path
+    path = fetch.local_path(path)
+    tried = [Path(path)] if os.path.isabs(path) else [folder / path, Path.cwd() / path]
+    for candidate in tried:
+        if os.path.isfile(candidate):  # unlike Path.is_file, False for a path too long or not allowed to be looked at
+            return str(candidate)
+    refuse_base64(path, where)
+    raise DataError(
+        f"{where}no such file {path!r} (tried {', '.join(map(str, dict.fromkeys(tried)))}){mistaken(path, tried)}",
+        "no such file",
+    )
+
+
+def refuse_base64(path: str, where: str) -> None:
+    """DataError for the bytes of a file, as text, where its path should be."""
+    if BASE64.match(path):
+        raise DataError(
+            f"{where}{len(path):,} characters of base64 ({path[:16]!r}...) where a path should be; write "
+            "'data:image/png;base64,' before them (jpeg, webp ... as it is)"
+        )
+
+
+def mistaken(path: str, tried: Collection) -> str:
+    """What a path that names no file may be mistaken for, and what to write, as the end of a message; or nothing."""
+    if any(os.path.isdir(candidate) for candidate in tried):
+        return "; it is a folder, and a video may be the list of its images, in their order: ['FOLDER/0.jpg', ...]"
+    if "\\" in path:
+        return f"; '\\' is the separator of Windows: write {path.replace(chr(92), '/')!r:.200}"
+    return ""

@@ -1,0 +1,171 @@
+"""Tools, tool calls and what they gave -> plain messages, so that agents' episodes train as any conversation does.
+
+Read are OpenAI's keys: `tools` beside `messages`, `tool_calls` in an assistant message, and messages of role `tool`,
+whose content may hold images (the next screenshot). Qwen2-VL's chat template knows none of them; written is what the
+templates of Qwen2.5 and Qwen-Agent (fncall_prompts/nous_fncall_prompt.py) write and what servers parse as "hermes": the
+tools at the end of the system message, `<tool_call>` with JSON in the assistant's turn, `<tool_response>` in a user's
+turn. All of it is plain text to the tokenizer. The assistant's turns, calls included, are supervised as ever; tools and
+what they gave are not.
+"""
+
+import json
+from collections.abc import Iterator
+from itertools import groupby
+
+from util.data.lines import DataError
+
+DEFAULT_SYSTEM = "You are a helpful assistant."  # what Qwen2-VL's chat template writes where there is no system message
+CALL = "<tool_call>\n", "\n</tool_call>"
+RESPONSE = "<tool_response>\n", "\n</tool_response>"
+# The words that models of the family were trained with and that servers send: every character of them counts.
+SYSTEM = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+A_TOOL = "'tools' is a list of {'type': 'function', 'function': {'name': ..., 'parameters': ...}}"
+A_CALL = "a tool call is {'type': 'function', 'function': {'name': ..., 'arguments': {...}}}"
+
+
+def turns(entry: dict) -> Iterator[tuple[str, dict]]:
+    """The messages of an entry as plain ones, each after the words that name it in an error: `, message 3: `.
+
+    Messages of tools in a row become one user message. What is wrong apart from tools is left for others to say.
+    DataError for tools, calls and answers that break a rule.
+    """
+    tools, messages = read_tools(entry.get("tools")), entry["messages"]
+    names = {tool["function"]["name"] for tool in tools}
+    system = SYSTEM.format(tools="\n".join(dumps(tool, ": ") for tool in tools)) if tools else ""
+    if tools and role_of(messages[0]) != "system":
+        yield ", tools: ", {"role": "system", "content": f"{DEFAULT_SYSTEM}\n\n{system}"}
+    before: dict = {}
+    for from_tools, group in groupby(enumerate(messages), lambda pair: role_of(pair[1]) == "tool"):
+        group = list(group)
+        if from_tools:
+            yield responses(group, before)
+            before = group[-1][1]
+            continue
+        for number, message in group:
+            where = f", message {number}: "
+            if role_of(before) == "tool" and role_of(message) == "user":
+                raise DataError(f"{where}a user message after a tool's, which is written as a user's turn itself; put "
+                                "its text and images into the content of the tool's message")  # fmt: skip
+            if number == 0 and tools and role_of(message) == "system":
+                message = with_text(message, f"\n\n{system}")
+            if role_of(message) == "assistant" and message.get("tool_calls"):
+                calls = "\n".join(read_call(call, names, where).join(CALL) for call in calls_of(message, where))
+                message = with_text(message, f"\n{calls}" if message.get("content") else calls)
+            elif isinstance(message, dict) and message.get("tool_calls"):
+                raise DataError(f"{where}only an assistant message can have tool_calls; move them into one")
+            yield where, message
+            before = messages[number]
+
+
+def role_of(message: object) -> object:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def with_text(message: dict, text: str) -> dict:
+    """A message with text after its content, which may be missing; one that is neither text nor a list stays."""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        return {**message, "content": [*content, {"type": "text", "text": text}]}
+    return {**message, "content": content + text if isinstance(content, str) else content}
+
+
+def read_tools(tools: object) -> list[dict]:
+    """The tools of an entry, each with a key `function`; bare functions and JSON text are read, too."""
+    if isinstance(tools, str):
+        tools = loads(tools, f": 'tools' is no JSON; {A_TOOL}") if tools.strip() else None
+    if tools is None:
+        return []
+    if not isinstance(tools, list):
+        raise DataError(f": 'tools' is {type(tools).__name__}; {A_TOOL}")
+    read = []
+    for number, tool in enumerate(tools):
+        if isinstance(tool, dict) and "function" not in tool and "name" in tool:
+            tool = {"type": "function", "function": tool}
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not is_name(function.get("name")):
+            raise DataError(f": tool {number} has no function with a name; {A_TOOL}")
+        dumps(tool, f": tool {number}: ")
+        read.append(tool)
+    return read
+
+
+def is_name(name: object) -> bool:
+    return isinstance(name, str) and bool(name.strip())
+
+
+def calls_of(message: dict, where: str) -> list:
+    if not isinstance(message["tool_calls"], list):
+        raise DataError(f"{where}tool_calls is {type(message['tool_calls']).__name__}, not a list; {A_CALL}")
+    return message["tool_calls"]
+
+
+def read_call(call: object, names: set[str], where: str) -> str:
+    """The JSON text of one call, its arguments given as a dictionary or as JSON text."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not is_name(function.get("name")):
+        raise DataError(f"{where}a call without a function's name; {A_CALL}")
+    name, arguments = function["name"], function.get("arguments")
+    if names and name not in names:
+        raise DataError(f"{where}calls {name!r}, which is not among the sample's tools ({', '.join(sorted(names))}); "
+                        "correct the name or add the tool")  # fmt: skip
+    if isinstance(arguments, str):
+        arguments = loads(arguments, f"{where}the arguments of {name!r} are no JSON; {A_CALL}") if arguments else {}
+    if not isinstance(arguments, dict):
+        raise DataError(f"{where}the arguments of {name!r} are {type(arguments).__name__}, not a dictionary; {A_CALL}")
+    text = dumps({"name": name, "arguments": arguments}, where)
+    if CALL[1].strip() in text:
+        raise DataError(f"{where}a call of {name!r} holds '</tool_call>', which would end it early; take it out")
+    return text
+
+
+def responses(group: list[tuple[int, dict]], before: dict) -> tuple[str, dict]:
+    """Messages of role `tool` in a row as one user message; `before` is the message that they follow."""
+    numbers, where = [number for number, _ in group], f", message {group[0][0]}: "
+    if role_of(before) != "assistant":
+        raise DataError(f"{where}a tool's message must follow the assistant message that calls the tool; add it")
+    if calls := before.get("tool_calls"):
+        if len(group) != len(calls):
+            raise DataError(f"{where}{len(group)} message(s) of tools for {len(calls)} call(s); each call has one")
+        ids = [call.get("id") for call in calls if isinstance(call, dict)]
+        given = [message.get("tool_call_id") for _, message in group]
+        if None not in ids and None not in given and ids != given:
+            raise DataError(f"{where}answers to {given}, but called were {ids}; put the answers in the calls' order, "
+                            "as the text for the model holds no ids")  # fmt: skip
+    parts: list[dict] = []
+    for number, message in group:
+        content = message.get("content")
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(items, list):
+            raise DataError(f", message {number}: content must be text or a list of items, is {type(items).__name__}")
+        begin = ("\n" if parts else "") + RESPONSE[0]
+        parts += [{"type": "text", "text": begin}, *items, {"type": "text", "text": RESPONSE[1]}]
+    several = f", messages {numbers[0]} to {numbers[-1]}: "
+    return (several if len(group) > 1 else where), {"role": "user", "content": parts}
+
+
+def loads(text: str, problem: str) -> object:
+    """JSON text, or the DataError of a problem."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise DataError(problem) from None
+
+
+def dumps(value: dict, where: str) -> str:
+    """JSON as Qwen's templates write it: on one line, other scripts as they are. DataError for NaN and infinity."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise DataError(f"{where}holds a number that JSON does not know (NaN or infinity); write null") from None

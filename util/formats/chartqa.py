@@ -1,0 +1,326 @@
+"""ChartQA (arXiv 2203.10244) in this project's format: `python -m util chartqa`.
+
+    python -m util chartqa                                    from the hub (pip install datasets)
+    python -m util chartqa --from "my/ChartQA Dataset"        from a folder in the published layout
+    python -m util chartqa --from drawn --count 3000          charts drawn on the spot, in that same layout
+    python -m util chartqa --share 0.1 --seed 1               a tenth of the human and of the augmented questions
+
+Writes train.jsonl, val.jsonl and test.jsonl into --output_dir, and test_plain.jsonl: the test without system message.
+Run it again to go on with a preparation or a download that was interrupted. Questions and labels stay as published
+(white space at their ends apart), because published scores compare with them; odd ones are counted and said.
+"""
+
+import argparse
+import os
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from util.command_line import MOST_TOLD, UserError, command_parser
+from util.data.lines import DataError
+from util.formats.chartqa_sources import HUB_NAME, KINDS, Folder, Hub, Row
+from util.formats.convert import counted, image_suffix, whole_file, write_by_content
+
+# Questions as published: 9,608 human and 23,111 augmented in all (arXiv 2203.10244).
+PUBLISHED = {
+    "train": {"human": 7398, "augmented": 20901},
+    "val": {"human": 960, "augmented": 960},
+    "test": {"human": 1250, "augmented": 1250},
+}
+SYSTEM_MESSAGE = "Answer the question about the chart with one word, one number or a short phrase."
+CONTROL = re.compile(r"<\|(?:endoftext|im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
+MOST_ASPECT = 200  # of an image's sides, as Qwen2-VL's smart_resize has it
+CHARTS = ("bars", "lines", "pies")  # that util/formats/draw_charts.py draws
+DRAWN_CHARTS = 3000  # for training; a tenth of it each for val and test
+
+
+# ---- one row --------------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """Where the samples' images are: a folder's own stay there, the hub's bytes become files named by their content,
+    each once. A file that is there is not written again."""
+
+    def __init__(self, output: Path) -> None:
+        self.folder = os.path.realpath(output)
+        self.store = output / "images"
+        self.checked: dict[str, str] = {}  # path: what is wrong with it, or ""
+        self.new = 0
+
+    def place(self, image: object, png: Path | None) -> str:
+        """The path of a row's image as the output files name it. Raises DataError, its message without the row."""
+        if isinstance(image, bytes):
+            suffix = image_suffix(image, ": ")
+            path, is_new = write_by_content(self.store, image, suffix)
+            self.new += is_new
+            name = f"images/{path.name}"
+        else:
+            if not isinstance(image, str) or not image or Path(image).name != image or "\0" in image:
+                raise DataError(f": imgname must be the name of a file in {png}, is {str(image)[:80]!r}; repair it")
+            path = png / image
+            name = str(path) if path.is_absolute() else os.path.relpath(os.path.realpath(path), self.folder)
+        if str(path) not in self.checked:
+            self.checked[str(path)] = problem_of(path)
+        if self.checked[str(path)]:
+            raise DataError(f": {self.checked[str(path)]}")
+        return name
+
+
+def problem_of(path: Path) -> str:
+    """What makes an image file useless, seen from its header; "" for nothing."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except FileNotFoundError:
+        return f"no such image {str(path)!r}; add the file, or take the row out"
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+        return f"{str(path)!r} is no image that can be read; get the file again"
+    if max(width, height) > MOST_ASPECT * min(width, height):
+        return f"{str(path)!r} is {width}x{height}, sides more than {MOST_ASPECT} to 1; take the row out"
+    return ""
+
+
+def text_of(value: object, name: str, notes: Counter) -> str:
+    """A query or a label as text. Raises DataError for what is none."""
+    if isinstance(value, list):  # the hub's labels are lists of one
+        if len(value) != 1:
+            raise DataError(f": {name} must be one text, is a list of {len(value)}; keep one")
+        value = value[0]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        notes[f"{name}s that were numbers, written as text"] += 1
+        value = str(value)
+    if not isinstance(value, str):
+        raise DataError(f": {name} must be text, is {type(value).__name__}; repair it")
+    text = value.strip()
+    if not text:
+        raise DataError(f": {name} is empty; write one, or take the row out")
+    if control := CONTROL.search(text):
+        raise DataError(f": {name} contains the control token {control[0]!r}; take it out")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f": {name} holds half of a surrogate pair, which is no character; repair it")
+    notes[f"{name}s with white space at their ends, taken off"] += text != value
+    notes[f"{name}s with a lost character (U+FFFD), kept"] += "\ufffd" in text
+    return text
+
+
+def sample_of(row: Row, images: Images, png: Path | None, system: str, notes: Counter) -> dict:
+    """A row as a sample of this project. Raises DataError that names the row."""
+    try:
+        query, label = text_of(row.query, "question", notes), text_of(row.label, "label", notes)
+        path = images.place(row.image, png)
+    except DataError as error:
+        raise DataError(f"{row.where}{error}") from None
+    notes["labels that are a list in brackets, kept as one text"] += label.startswith("[") and label.endswith("]")
+    asked = [{"type": "image", "image": path}, {"type": "text", "text": query}]
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": label}]
+    return {"kind": row.kind, "messages": messages}
+
+
+# ---- all of it ------------------------------------------------------------------------------------------------------
+
+
+def sampled(kinds: list[str], share: float, seed: int, split: str) -> list[int]:
+    """The rows that a share takes, in their order: the same for the same seed, human and augmented in the ratio of
+    all, and each share's rows are among those of every larger share."""
+    chosen = []
+    for kind in KINDS:
+        rows = [index for index, other in enumerate(kinds) if other == kind]
+        random.Random(f"{seed} {split} {kind}").shuffle(rows)
+        chosen += rows[: max(round(share * len(rows)), min(1, len(rows)))]
+    return sorted(chosen)
+
+
+def compared(split: str, kinds: list[str]) -> str | None:
+    """What a split lacks of the published one, or has more."""
+    counts, differences = Counter(kinds), []
+    for kind, published in PUBLISHED[split].items():
+        if more := counts[kind] - published:
+            all_of_it = "" if counts[kind] else "all "
+            differences.append(f"{all_of_it}{abs(more):,} {kind} {'too many' if more > 0 else 'missing'}")
+    if not differences:
+        return None
+    return (
+        f"warning: {split} has {len(kinds):,} rows, published are {sum(PUBLISHED[split].values()):,}: "
+        f"{', '.join(differences)}; get the files again if this is to be compared with published scores"
+    )
+
+
+def described(kinds: Iterable[str]) -> str:
+    """`800 rows, 400 human and 400 augmented`."""
+    counts = Counter(kinds)
+    return f"{counted(sum(counts.values()), 'row')}, {' and '.join(f'{counts[kind]:,} {kind}' for kind in KINDS)}"
+
+
+def joined(samples: list[dict], seed: int) -> list[dict]:
+    """Samples about the same chart as one conversation of several turns, in the order of the charts' first questions;
+    the turns of each in random order, as a reading must not lean on the answers before it."""
+    charts: dict[str, list[dict]] = {}
+    for sample in samples:
+        charts.setdefault(sample["messages"][-2]["content"][0]["image"], []).append(sample)
+    conversations = []
+    for image, several in charts.items():
+        random.Random(f"{seed} {image}").shuffle(several)
+        messages = several[0]["messages"][:-2]
+        for number, sample in enumerate(several):
+            (shown, query), answer = sample["messages"][-2]["content"], sample["messages"][-1]
+            content = query["text"] if number else [shown, query]
+            messages += [{"role": "user", "content": content}, answer]
+        kinds = [kind for kind in KINDS if kind in {sample["kind"] for sample in several}]
+        conversations.append({"kind": " and ".join(kinds), "messages": messages})
+    return conversations
+
+
+def without_system(sample: dict) -> dict:
+    return {**sample, "messages": [message for message in sample["messages"] if message["role"] != "system"]}
+
+
+@dataclass
+class Tally:
+    """What was odd about the rows read, and which cannot be used."""
+
+    skip_bad: bool
+    notes: Counter = field(default_factory=Counter)  # what was odd: how often
+    problems: list[str] = field(default_factory=list)  # the first few
+    bad: int = 0
+
+    def refuse(self, error: DataError) -> None:
+        self.bad += 1
+        if self.skip_bad:
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+        elif len(self.problems) < MOST_TOLD:
+            self.problems.append(str(error))
+
+    def stop(self) -> None:
+        """Raise one DataError that names the rows which cannot be used, if there are any and none may be skipped."""
+        if self.problems:
+            more = [f"... and {self.bad - len(self.problems):,} more"] * (self.bad > len(self.problems))
+            last = f"{counted(self.bad, 'row')} cannot be used, so nothing is written; --skip_bad leaves such rows out"
+            raise DataError("\n".join([*self.problems, *more, last]))
+
+
+def read_split(opened: Folder | Hub, split: str, chosen: list[int], images: Images, system: str, tally: Tally) -> list:
+    """The samples of a split's chosen rows. A broken row goes to the tally."""
+    png = opened.root / split / "png" if isinstance(opened, Folder) else None
+    samples, seen = [], set()
+    for row in tqdm(opened.rows(split, chosen), split, len(chosen), unit=" rows", leave=False, disable=None):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            sample = sample_of(row, images, png, system, tally.notes)
+        except DataError as error:
+            tally.refuse(error)
+            continue
+        user, answer = sample["messages"][-2:]
+        same = (user["content"][0]["image"], user["content"][1]["text"], answer["content"])
+        tally.notes["rows that stand there twice, kept"] += same in seen
+        seen.add(same)
+        samples.append(sample)
+    return samples
+
+
+def prepare(
+    source: str,
+    output_dir: str,
+    splits: list[str],
+    share: float,
+    seed: int,
+    system_message: str,
+    join_questions: bool,
+    skip_bad: bool,
+    count: int,
+    scale: int,
+    charts: list[str],
+    hub_name: str,
+) -> str:
+    """Write the files of `splits` and give the summary. Raises UserError, and then no .jsonl file is written."""
+    output = Path(output_dir)
+    check_flags(splits, share, count, scale, output)
+    opened = open_source(source, output, seed, count, scale, charts, hub_name)
+    images, tally, lines, files = Images(output), Tally(skip_bad), [], {}
+    for split in splits:
+        kinds = opened.kinds(split)
+        if source != "drawn" and (warning := compared(split, kinds)):
+            print(warning, file=sys.stderr)
+        else:
+            lines.append(f"{split}: {described(kinds)}" + (", as published" if source != "drawn" else ""))
+        chosen = sampled(kinds, share, seed, split)
+        files[f"{split}.jsonl"] = read_split(opened, split, chosen, images, system_message, tally)
+    tally.stop()
+    if "test.jsonl" in files:
+        files["test_plain.jsonl"] = [without_system(sample) for sample in files["test.jsonl"]]
+    for name, samples in files.items():
+        if not samples:
+            raise UserError(f"{output / name}: no rows are left for it, so nothing is written")
+    for name, samples in files.items():
+        written = joined(samples, seed) if join_questions and name == "train.jsonl" else samples
+        with whole_file(output / name) as writer:
+            for sample in written:
+                writer.write(sample)
+        lines.append(f"wrote {output / name}: {described(sample['kind'] for sample in samples)}")
+        if len(written) < len(samples):
+            lines[-1] += f", in {counted(len(written), 'conversation')}"
+    lines += [f"{number:,} {note}" for note, number in tally.notes.items() if number]
+    lines += [f"{tally.bad:,} skipped"] * bool(tally.bad)
+    lines += [f"{counted(images.new, 'new image')} in {images.store}"] * bool(images.new)
+    return "\n".join([*lines, f"look at one: python -m util show {output / next(iter(files))}"])
+
+
+def check_flags(splits: list[str], share: float, count: int, scale: int, output: Path) -> None:
+    """Raise one UserError for every flag that cannot be."""
+    found = []
+    if not 0 < share <= 1:
+        found.append(f"--share {share}: must be above 0 and at most 1")
+    found += [f"--{name} {value}: must be at least {least}"
+              for name, value, least in (("count", count, 10), ("scale", scale, 1)) if value < least]  # fmt: skip
+    if len(set(splits)) < len(splits):
+        found.append(f"--splits {' '.join(splits)}: names one twice")
+    if output.exists() and not output.is_dir():
+        found.append(f"--output_dir {output}: is a file; name a folder")
+    if found:
+        raise UserError("\n".join(found))
+
+
+def open_source(source: str, output: Path, seed: int, count: int, scale: int, charts: list[str], hub_name: str):
+    """What `--from` names."""
+    if source == "hub":
+        return Hub(hub_name)
+    if source != "drawn":
+        return Folder(source)
+    from util.formats.draw_charts import draw
+
+    draw(output / "drawn", {"train": count, "val": count // 10, "test": count // 10}, seed, scale, tuple(charts))
+    return Folder(str(output / "drawn"))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = command_parser("chartqa", __doc__)
+    made.add_argument("--from", dest="source", default="hub", metavar="FROM",
+                        help="hub, a folder in the published layout, or drawn; default: hub")  # fmt: skip
+    made.add_argument("--output_dir", default="train_data/chartqa", help="where to write; default: %(default)s")
+    made.add_argument("--splits", nargs="+", choices=tuple(PUBLISHED), default=list(PUBLISHED), help="default: all")
+    made.add_argument("--share", type=float, default=1.0, help="of each split and kind; default: %(default)s")
+    made.add_argument("--seed", type=int, default=0, help="of the sample and of drawn charts; default: %(default)s")
+    made.add_argument("--system_message", default=SYSTEM_MESSAGE, help="default: %(default)r; '' for none")
+    made.add_argument("--no_system_message", dest="system_message", action="store_const", const="",
+                        help="the same as --system_message ''")  # fmt: skip
+    made.add_argument("--join_questions", action="store_true",
+                        help="train on all questions about a chart in one conversation: it is read once")  # fmt: skip
+    made.add_argument("--skip_bad", action="store_true", help="list rows that cannot be used and leave them out")
+    made.add_argument("--hub_name", default=HUB_NAME, help="another name, or a folder of its parquet files")
+    made.add_argument("--count", type=int, default=DRAWN_CHARTS, help="drawn charts to train on; default: %(default)s")
+    made.add_argument("--scale", type=int, default=1, help="of drawn charts, times 112x84; default: %(default)s")
+    made.add_argument("--charts", nargs="+", choices=CHARTS, default=[], help="which are drawn; default: all")
+    return made
+
+
+def main(arguments: list[str]) -> None:
+    print(prepare(**vars(parser().parse_args(arguments))))

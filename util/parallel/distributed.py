@@ -1,0 +1,267 @@
+"""Many processes, the same mathematics: start-up, sharding, and which rank trains which sample.
+
+Everything here is PyTorch's own: torchrun starts the processes, `fully_shard` (FSDP2) shards weights, gradients and
+moments over a DeviceMesh, and four settings of it are ZeRO 3, 2, 1 and plain data parallelism.
+"""
+
+import atexit
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from transformers import Qwen2VLForConditionalGeneration
+
+from util import model
+from util.adapters import lora
+from util.attention import Segments
+from util.collator import Batch, Collator, patch_positions
+from util.command_line import UserError
+from util.config import Config
+from util.cost.flops import training_flops
+from util.cost.sizes import Sizes
+from util.data.bad_samples import Skipped
+from util.dataset import Sample
+from util.log import Run
+from util.loss import PackedLoss
+from util.model import choose_device, choose_dtype, layers, load_trainable, prepare_layers, shard
+from util.parallel import ranks
+from util.steps import Dealing, Steps
+from util.tensors import part_of, run_parameters, trained_parameters
+from util.vision import PATCH, Grid
+
+
+@dataclass
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: dict[str, float]) -> dict[str, float]:
+        """The sums of numbers over all ranks; whole numbers stay whole."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return {key: type(value)(number) for (key, value), number in zip(values.items(), total.tolist(), strict=True)}
+
+
+def start(config: Config, timeout: float) -> World:
+    """Join the process group that torchrun set up. Without torchrun: a group of this process alone.
+
+    A collective that waits longer than `timeout` seconds fails; a little later, so that faults.Watch is first to tell.
+    """
+    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+        device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    else:
+        device = choose_device(config.device)
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda" and config.device not in ("auto", "cuda") and on_this_machine > 1:
+        raise UserError(
+            f"--device {config.device} names one GPU for the {on_this_machine} processes of this machine, each of "
+            "which needs its own: leave --device out, and choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout + 30), **alone)
+        atexit.register(dist.destroy_process_group)
+    world = World(dist.get_rank(), dist.get_world_size(), device)
+    if config.optimizer == "adamw_8bit" and world.size > 1:
+        raise UserError(
+            "--optimizer adamw_8bit: its moments are quantised in blocks, which cannot be handed to another number "
+            f"of processes; with {world.size} processes use --optimizer adamw, whose moments are sharded among them"
+        )
+    return world
+
+
+def stop() -> None:
+    """Wait for all ranks, so that none ends while another still needs it."""
+    dist.barrier()
+
+
+def first_rank_first(make: Callable, *arguments):
+    """Call on rank 0, then on the others: what the first one makes or downloads, the others find."""
+    if dist.get_rank() == 0:
+        made = make(*arguments)
+    dist.barrier()
+    return made if dist.get_rank() == 0 else make(*arguments)
+
+
+def from_first_rank(decide: Callable, *arguments):
+    """What rank 0 decides, on all ranks."""
+    return ranks.from_first(decide(*arguments) if ranks.is_first() else None)
+
+
+class SilentRun:
+    """The twin of log.Run on all ranks but the first: it knows the run directory and says and writes nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __getattr__(self, name: str):
+        return lambda *arguments: None
+
+
+def open_run(config: Config, resumed: Path | None, world: World):
+    """The run of rank 0, and its silent twin elsewhere: one directory, one clock, one log."""
+    run = Run(config, world.device, resumed) if world.is_first else None
+    directory = from_first_rank(lambda: str(run.directory))
+    return run or SilentRun(Path(directory))
+
+
+# ---- which rank trains which sample ---------------------------------------------------------------------------------
+
+
+def dealing(sizes: Sizes, config: Config, model_config, world: World) -> Dealing:
+    """By FLOPs. Each global batch holds the same samples on any number of ranks."""
+    return Dealing(training_flops(model_config, [sizes.columns()], config), world.rank, world.size)
+
+
+def refuse_idle_ranks(steps: Steps, config: Config, world: World) -> None:
+    """Raise UserError where a process would never have a sample: it would cost a GPU and give nothing."""
+    if not (idle := steps.survey.idle_ranks):
+        return
+    ways = [f"start at most {world.size - idle}"]
+    if config.global_batch_size < world.size <= steps.epoch_samples:
+        ways.insert(0, f"give at least --global_batch_size {world.size}")
+    raise UserError(
+        f"{idle} of the {world.size} processes would never have a sample: no step has more than {world.size - idle} "
+        f"(--global_batch_size {config.global_batch_size}, {steps.epoch_samples:,} samples an epoch); "
+        + ", or ".join(ways)
+    )
+
+
+class EvenCollator(Collator):
+    """A rank without a picture still runs every layer: gradients are summed layer by layer over all ranks, and who
+    leaves one out stops all. It gets four blank patches that no token sees and whose gradient is zero."""
+
+    def __call__(self, samples: list[Sample | Skipped]) -> Batch:
+        batch = super().__call__(samples)
+        if len(batch.vision_position_ids):
+            return batch
+        grid = Grid(1, 2, 2)
+        return replace(
+            batch,
+            image_patches=torch.zeros(grid.patches, 3 * PATCH**2, dtype=torch.uint8),
+            grid_thw=torch.tensor([grid[:3]]),
+            vision_position_ids=patch_positions(grid),
+            vision_segments=Segments.of([grid.patches]),
+        )
+
+
+# ---- sharding -------------------------------------------------------------------------------------------------------
+
+
+def shard_group(config: Config, world: World) -> int:
+    """How many ranks share one copy of the weights. Raises UserError where the ranks do not divide so."""
+    group = 1 if config.sharding == "none" else config.shard_group_size or world.size
+    if world.size % group:
+        raise UserError(f"--shard_group_size {group} does not divide the {world.size} processes")
+    return group
+
+
+def make_mesh(config: Config, world: World) -> DeviceMesh:
+    """(ranks,) to shard over all; (replicas, group) to shard inside groups of `--shard_group_size` ranks."""
+    group = shard_group(config, world)
+    if group == world.size:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    shape = (world.size // group, group)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def build_model(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
+    """As model.build_model, sharded."""
+    if world.size == 1:
+        return model.build_model(config, path, processor, world.device)
+    build = build_sharded if config.quantize == "none" else build_quantised
+    packed = build(config, path, model_config, processor, world)
+    torch.manual_seed(config.seed + world.rank)  # dropout draws anew on every rank
+    return packed.train()
+
+
+def build_sharded(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
+    """Rank 0 alone reads the weights; the others begin without memory for them."""
+    dtype = choose_dtype(config.dtype, world.device)
+    if world.is_first:
+        read = load_trainable(config, path, torch.device("cpu"))
+        whole = PackedLoss(prepare_layers(read, config, world.device), processor, dtype)
+    with torch.device("meta"):
+        bare = Qwen2VLForConditionalGeneration(model_config)
+        packed = PackedLoss(prepare_layers(bare, config, world.device), processor, dtype)
+    take_precision(packed, from_first_rank(lambda: precision_of(whole)))
+    shard(packed, dtype=dtype, **sharding_of(config, world))
+    for layer, following in pairwise(layers(packed.model)):
+        layer.set_modules_to_forward_prefetch([following])
+    packed.to_empty(device=world.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(packed, whole.state_dict() if world.is_first else {}, options=options)
+    for name, buffer in packed.named_buffers():  # constants that no checkpoint holds, such as the rotary frequencies
+        if world.is_first:
+            buffer.copy_(whole.get_buffer(name))
+        dist.broadcast(buffer, src=0)
+    return packed
+
+
+def precision_of(module: torch.nn.Module) -> dict[str, torch.dtype]:
+    """The dtype of every parameter and buffer, by name."""
+    return {name: tensor.dtype for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+
+
+def take_precision(bare: torch.nn.Module, precision: dict[str, torch.dtype]) -> None:
+    """Give a module without memory the precision that rank 0's has, tensor by tensor.
+
+    `module.to(dtype)` would cast the buffers too, and rotary frequencies in bf16 turn by whole radians too much or too
+    little in a long row.
+    """
+    for name, tensor in [*bare.named_parameters(), *bare.named_buffers()]:
+        tensor.data = tensor.data.to(precision[name])
+
+
+def build_quantised(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
+    """Weights of 4 bits cannot be sharded: every rank has read and keeps all of them, and its shard of the adapters."""
+    dtype = choose_dtype(config.dtype, world.device)
+    quantised = load_trainable(config, path, world.device)
+    packed = PackedLoss(prepare_layers(quantised, config, world.device), processor, dtype).to(world.device)
+    for parameter in trained_parameters(packed).values():
+        dist.broadcast(parameter.data, src=0)
+    shard(packed, dtype=dtype, kept_whole=lora.frozen_parameters(packed), **sharding_of(config, world))
+    return packed
+
+
+def sharding_of(config: Config, world: World) -> dict:
+    """Over which ranks, and whether a layer's weights are freed between its passes: so does ZeRO-3 alone."""
+    return {"mesh": make_mesh(config, world), "reshard_after_forward": config.sharding == "full"}
+
+
+def drop_blank_gradients(packed: PackedLoss, visual_tokens: int) -> None:
+    """In a step without a picture on any rank the tower has zeros for gradients, from blank patches. On one device
+    it has none, and AdamW leaves alone what has none, but goes on with its momentum where there are zeros."""
+    if not visual_tokens:
+        for name, parameter in run_parameters(packed).items():
+            if part_of(name) != "language_model":
+                parameter.grad = None
+
+
+def before_backward(packed: FSDPModule, config: Config, is_last: bool) -> None:
+    """ZeRO-1 and replicas add up their gradients once a step, in its last backward pass."""
+    if dist.get_world_size() == 1:
+        return
+    if config.sharding == "optimizer":
+        packed.set_requires_gradient_sync(is_last)
+        packed.set_reshard_after_backward(is_last)
+    elif config.sharding == "none" or config.shard_group_size:
+        packed.set_requires_all_reduce(is_last)

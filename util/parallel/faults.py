@@ -1,0 +1,202 @@
+"""Faults of a job of many processes: a restart goes on with the same run, a slow rank is named, a job that hangs ends
+and says which samples each rank was on.
+"""
+
+import json
+import os
+import socket
+import statistics
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from util import run_folder
+from util.command_line import record_failure
+from util.config import Config
+from util.loss import PackedLoss
+from util.model import layers
+
+EVERY = 20  # steps between two comparisons of the ranks
+MEASURED = 5  # of these, the last steps are measured
+SLOW = 1.5  # a rank is slow that takes this much longer than the median for the same work
+STARVED = 0.2  # a rank is starved that waits for its data for this share of a step longer than the median
+
+
+def collective_timeout() -> float:
+    """Seconds without progress after which a job ends (environment variable COLLECTIVE_TIMEOUT)."""
+    return float(os.environ.get("COLLECTIVE_TIMEOUT", 1800))
+
+
+def continue_after_restart(config: Config) -> Config:
+    """The settings of the first rank, for all: what a command line leaves out may come from a run's files.
+
+    When torchrun starts the processes again: those that go on with the run this job began, at its newest checkpoint.
+    It is known by the process that started it, torchrun, which outlives the restart.
+    """
+    box = [config]
+    if dist.get_rank() == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        runs = [Path(config.output_dir).resolve()] if config.output_dir else sorted(run_folder.RUNS.glob("2*"))
+        for run in reversed(runs):
+            if launched_by(run) == launcher():
+                resume = "auto" if run_folder.complete_checkpoints(run) or config.resume == "none" else config.resume
+                box = [replace(config, output_dir=str(run), resume=resume)]
+                break
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def launcher() -> list:
+    """What started this process: machine and process number."""
+    return [socket.gethostname(), os.getppid()]
+
+
+def launched_by(run: Path) -> list | None:
+    try:
+        return run_folder.read_settings(run)["launched_by"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+class Watch:
+    """Where every rank is, and how fast.
+
+    Every rank tells the job's store (torchrun's, which outlives any rank) which samples it is at. A thread ends the
+    job when its rank has not moved for `collective_timeout()` seconds: that is the case on all of them once one does
+    not come. Every 20 steps the ranks compare how long their layers computed per unit of work: what each rank spent in
+    its own layers' forward pass, waiting for others left out.
+    """
+
+    def __init__(self, world, model: PackedLoss, run, saver, last_step: int) -> None:
+        self.world, self.run, self.last_step = world, run, last_step
+        self.number, self.measuring = 0, False
+        self.work = self.data_seconds = self.step_seconds = 0.0
+        self.marks: list = []  # begin, end, begin, end ... of layers: seconds, or events on a GPU
+        self.began = self.moved = time.monotonic()
+        self.finished = threading.Event()
+        if world.size == 1:
+            return
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
+        )
+        self.store = dist.PrefixStore(f"watch_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self._tell("starting", [])
+        saver.while_waiting = lambda: self._tell("waiting for room on the disk", [])
+        model.register_forward_pre_hook(lambda module, args: self._tell("training on", args[0].where), prepend=True)
+        for layer in layers(model.model):  # inside the hooks of fully_shard, so that no collective is timed
+            layer.register_forward_pre_hook(self._enter)
+            layer.register_forward_hook(self._leave, prepend=True)
+        threading.Thread(target=self._guard, daemon=True).start()
+
+    def begin(self, number: int, samples: list[str]) -> None:
+        """A step begins; its samples of this rank are being fetched."""
+        self.number, self.began = number, time.monotonic()
+        self.measuring = self.world.size > 1 and (number - 1) % EVERY >= EVERY - MEASURED
+        if self.world.size > 1:
+            self._tell("fetching", samples)
+
+    def end(self, work: float, data_seconds: float) -> None:
+        """A step is done: this rank's share was `work` FLOPs, and it waited `data_seconds` for its data."""
+        if self.measuring:
+            self.work += work
+            self.data_seconds += data_seconds
+            self.step_seconds += time.monotonic() - self.began
+            if self.number % EVERY == 0:
+                self._compare()
+        self.measuring = False
+        if self.number == self.last_step:
+            self.finished.set()
+
+    # ---- slow ranks ----
+
+    @torch.compiler.disable
+    def _enter(self, module, args) -> None:
+        if self.measuring:
+            self._mark()
+
+    @torch.compiler.disable
+    def _leave(self, module, args, output) -> None:
+        if self.measuring:
+            self._mark()
+
+    def _mark(self) -> None:
+        """Begin or end of a layer's forward pass, on the clock of the device."""
+        if self.world.device.type == "cuda":
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self.marks.append(mark)
+
+    def _compare(self) -> None:
+        """Gather the times of all ranks; the first names those that are slow."""
+        pairs = list(zip(self.marks[::2], self.marks[1::2], strict=True))
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+            seconds = sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
+        else:
+            seconds = sum(end - begin for begin, end in pairs)
+        mine = torch.tensor([seconds, self.work, self.data_seconds], dtype=torch.float64)
+        everyone = [torch.zeros_like(mine) for _ in range(self.world.size)]
+        dist.all_gather(everyone, mine)
+        computing, work, waiting = torch.stack(everyone).T.tolist()
+        self.run.write({
+            "step": self.number,
+            "compute_seconds_by_rank": [round(value, 4) for value in computing],
+            "data_seconds_by_rank": [round(value, 4) for value in waiting],
+        })  # fmt: skip
+        for text in name_slow_ranks(computing, work, waiting, self.step_seconds):
+            self.run.say(f"step {self.number}: {text}")
+        self.work = self.data_seconds = self.step_seconds = 0.0
+        self.marks.clear()
+
+    # ---- jobs that hang ----
+
+    def _tell(self, doing: str, samples: list[str]) -> None:
+        self.moved = time.monotonic()
+        named = "; ".join(samples[:4]) + (f" and {len(samples) - 4} more" if len(samples) > 4 else "")
+        place = f"{socket.gethostname()}, step {self.number}, {doing} {named or 'no sample'}"
+        self.store.set(str(self.world.rank), json.dumps([time.time(), place]))
+
+    def _guard(self) -> None:
+        while not self.finished.wait(1.0):
+            if time.monotonic() - self.moved > collective_timeout():
+                self._end_job()
+
+    def _end_job(self) -> None:
+        if self.store.add("told", 1) > 1:  # another rank was first and tells; torchrun then ends this one
+            time.sleep(20)
+            os._exit(1)
+        lines = [f"no progress for {collective_timeout():.0f} s (COLLECTIVE_TIMEOUT). Where every rank is:"]
+        for rank in range(self.world.size):
+            if not self.store.check([str(rank)]):  # `get` would wait for it, and the table would be lost
+                lines.append(f"  rank {rank} (has not begun to train)")
+                continue
+            since, place = json.loads(self.store.get(str(rank)))
+            lines.append(f"  rank {rank} ({place}) for {time.time() - since:.0f} s")
+        lines.append("The rank that is at an earlier place than the others, or fetches, holds them all up.")
+        record_failure("\n".join(lines))
+        os._exit(1)
+
+
+def name_slow_ranks(computing: list[float], work: list[float], waiting: list[float], step_seconds: float) -> list[str]:
+    """A line for each rank that computes slowly for its work or waits long for its data, against the median rank.
+
+    computing and waiting: seconds by rank; work: FLOPs by rank; step_seconds: what the measured steps took together.
+    """
+    rates = {rank: seconds / flops for rank, (seconds, flops) in enumerate(zip(computing, work, strict=True)) if flops}
+    lines = []
+    if rates:
+        usual = statistics.median_low(rates.values())
+        for rank, rate in rates.items():
+            if rate > SLOW * usual:
+                own, others = computing[rank], usual * work[rank]
+                lines.append(f"rank {rank} is slow: {own:.2f} s of computing for what takes the others {others:.2f} s")
+    usual = statistics.median_low(waiting)
+    for rank, seconds in enumerate(waiting):
+        if seconds - usual > STARVED * step_seconds:
+            lines.append(f"rank {rank} waits for its data: {seconds:.2f} s, the others {usual:.2f} s (--num_workers)")
+    return lines

@@ -1,0 +1,130 @@
+"""A checkpoint as a model that plain transformers opens:
+
+    python -m util export train_output/my_run/checkpoints/step_000100 my_model
+
+Reads checkpoints of any number of ranks and any sharding, without a GPU.
+"""
+
+import argparse
+import atexit
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed.checkpoint as dcp
+from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
+
+from util.adapters import lora
+from util.checkpoint import TensorReader, verify
+from util.command_line import UserError, command_parser
+from util.model import choose_dtype, load_config, load_processor, set_budget
+from util.publish.save_model import write_published
+from util.run_folder import SETTINGS, read_settings
+from util.tensors import trained_parameters
+from util.vision import Budget
+
+PREFIX = "model.model."  # of a weight in a checkpoint: `model.` of all weights, and where PackedLoss keeps its model
+MOST_BYTES = 2**31  # read at a time, in the precision of training; what is kept has that of compute
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    return (Path(path) / "state.json").is_file() and (Path(path) / ".metadata").is_file()
+
+
+def export(checkpoint: Path, out: Path) -> None:
+    """Write what the run would have saved as its final model or adapter, had it ended here, into a new folder.
+
+    With it goes the run's training_config.json, by which the test scripts know the base model and the pixel budget.
+    UserError: no checkpoint, a damaged one, one of another model, or `out` is in use.
+    """
+    checkpoint = checkpoint.resolve()
+    settings = settings_of(checkpoint)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists already; name a folder that does not")
+    try:
+        verify(checkpoint)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{checkpoint}: damaged ({error}); export another checkpoint of that run") from None
+    model = empty_model(settings["model"])
+    dtype = choose_dtype(settings["dtype"], torch.device("cpu"))
+    if settings.get("lora_rank"):  # the checkpoint holds the adapters alone, and they stay in the precision of training
+        lora.add_adapters(model, SimpleNamespace(**settings))
+        dtype = torch.promote_types(dtype, torch.float32)
+    weights = read_weights(checkpoint, dtype)
+    wanted = {name: tuple(parameter.shape) for name, parameter in trained_parameters(model).items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if different := sorted(set(wanted.items()) ^ set(found.items())):
+        name, shape = different[0]
+        raise UserError(f"{checkpoint}: these are not the weights of {settings['model']}, which it says it was trained "
+                        f"from: {name} {shape} is in one of the two only")  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(checkpoint.parent.parent / SETTINGS, out / SETTINGS)
+    processor = load_processor(settings["model"])
+    set_budget(processor, Budget.of(settings))
+    write_published(model, weights, processor, out)
+
+
+def settings_of(checkpoint: Path) -> dict:
+    """The settings of the run that a checkpoint lies in. Raises UserError where none are there."""
+    if not is_checkpoint(checkpoint):
+        raise UserError(f"{checkpoint}: no checkpoint there (it is a folder checkpoints/step_... of a run)")
+    run = checkpoint.resolve().parent.parent
+    with suppress(OSError, ValueError):
+        if settings := read_settings(run):
+            return settings
+    raise UserError(f"{checkpoint}: {run / SETTINGS} is not there or not readable; it says what model this is")
+
+
+def empty_model(path: str) -> Qwen2VLForConditionalGeneration:
+    """The model of a checkpoint directory or hub name as training has it, but without memory for weights."""
+    config = load_config(path)
+    with torch.device("meta"):
+        model = Qwen2VLForConditionalGeneration(config)
+    model.config.use_cache = False
+    with suppress(OSError):  # it may have none
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
+
+
+def read_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint by the names of the model's parameters, whole, in `dtype`, in CPU memory."""
+    reader, weights = TensorReader(checkpoint), {}
+    saved = reader.read_metadata().state_dict_metadata
+    group, size = {}, 0
+    names = [key for key in saved if key.startswith(PREFIX)]
+    for key in names:
+        tensor = torch.empty(saved[key].size, dtype=saved[key].properties.dtype)
+        group, size = {**group, key: tensor}, size + tensor.nbytes
+        if size >= MOST_BYTES or key == names[-1]:
+            dcp.load(group, storage_reader=reader, no_dist=True)
+            weights |= {name.removeprefix(PREFIX): tensor.to(dtype) for name, tensor in group.items()}
+            group, size = {}, 0
+    return weights
+
+
+def exported(path: str) -> str:
+    """The folder of a model for a path that may be a checkpoint's, exported then until this process ends."""
+    if not is_checkpoint(path):
+        return path
+    run = Path(path).resolve().parent.parent
+    folder = Path(tempfile.mkdtemp(prefix=".exported_", dir=run))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    out = folder / Path(path).resolve().name  # by which it is called
+    export(Path(path), out)
+    return str(out)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = command_parser("export", __doc__)
+    made.add_argument("checkpoint", type=Path, help="a checkpoint: train_output/RUN/checkpoints/step_...")
+    made.add_argument("out", type=Path, help="folder to write; must not exist")
+    return made
+
+
+def main(arguments: list[str]) -> None:
+    given = parser().parse_args(arguments)
+    export(given.checkpoint, given.out)
+    print(f"{given.out}: as a finished run leaves it; try it: python test_on_trained_model.py {given.out}")

@@ -1,0 +1,83 @@
+"""The model that a run leaves, in the published format: plain transformers opens it, and peft the adapters."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from util import vision
+from util.adapters import lora
+from util.cost import disk
+from util.loss import PackedLoss
+from util.model import set_budget
+from util.parallel import ranks
+from util.tensors import trained_parameters
+
+UNFINISHED = ".unfinished_model"
+
+
+def save_model(
+    packed: PackedLoss, processor, budget: vision.Budget, directory: Path, say: Callable[[str], None] = print
+) -> None:
+    """Write a model in training in the published format, as `write_published` does; of one with adapters these alone.
+
+    bf16 compute saves bf16 weights, as the official checkpoints are. Of several ranks the first writes, and all take
+    part: sharded weights are gathered one at a time. Where writing fails (a full disk, a server that is away), it is
+    tried again as long as the process lives, as nothing else may hold what was trained.
+    """
+    model = packed.model
+    weights = {}
+    for name, tensor in trained_parameters(packed).items():  # a tied head is not named twice
+        name = name.removeprefix("model.")  # as transformers and peft know it
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        dtype = tensor.dtype if lora.has_adapters(model) else packed.dtype
+        weights[name] = tensor.detach().to("cpu", dtype) if ranks.is_first() else None
+
+    def write() -> str:
+        """ "" or why it failed."""
+        if not ranks.is_first():
+            return ""
+        try:
+            write_published(model, weights, processor, directory)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
+            return disk.failure(error, directory, sum(tensor.nbytes for tensor in weights.values()))
+        return ""
+
+    set_budget(processor, budget)
+    disk.until_saved(write, say)
+
+
+def write_published(model: nn.Module, weights: dict[str, torch.Tensor], processor, directory: Path) -> None:
+    """Write weights, config and processor in the published format, which plain transformers opens; adapters in peft's.
+
+    Of `model` only the config and the names are used; `weights` are by its parameters' names, all in one precision.
+    The config comes last: where it is, all is.
+    """
+    unfinished = directory / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)  # the folder may have been removed during the run
+    if lora.has_adapters(model):
+        lora.write_adapters(model, weights, unfinished)
+    else:
+        model.save_pretrained(unfinished, state_dict=weights)
+        for config in (model.config, model.config.text_config, model.config.vision_config):
+            config.dtype = next(iter(weights.values())).dtype  # save_pretrained names that of the model in training
+        model.config.save_pretrained(unfinished)
+    processor.save_pretrained(unfinished)
+    # transformers before 5, vLLM and others read these two instead of processor_config.json and chat_template.jinja
+    image = json.loads(processor.image_processor.to_json_string())
+    size = image["size"]
+    older = {**image, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    older["processor_class"] = "Qwen2VLProcessor"
+    (unfinished / "preprocessor_config.json").write_text(json.dumps(older, indent=2) + "\n")
+    template = {"chat_template": processor.chat_template}
+    (unfinished / "chat_template.json").write_text(json.dumps(template, indent=2, ensure_ascii=False) + "\n")
+    # the config comes last: where it is, all is
+    for file in sorted(unfinished.iterdir(), key=lambda file: file.name in ("config.json", "adapter_config.json")):
+        file.replace(directory / file.name)
+    unfinished.rmdir()

@@ -1,0 +1,6 @@
+"""What a model answers: held-out loss, answers, scores, reports, and a look at a sample.
+
+Enters: a model and held-out data, or files of answers. Leaves: scores with intervals, answers in files, one page.
+
+May import: the ground floor, the walk, the loop, data, cost, adapters, parallel, publish.
+"""

@@ -1,0 +1,123 @@
+"""What lies in a run directory, how it is read, and the command that goes on with a run that ended before its time.
+
+Only the standard library is imported here, because the settings of a run are part of the command line.
+"""
+
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "train_output"
+LATEST = RUNS / "latest"
+SETTINGS = "training_config.json"  # the resolved settings and library versions
+METRICS = "metrics.jsonl"  # a line for each optimizer step, and one for each evaluation
+NOT_INHERITED = ("resume", "resume_anyway", "output_dir")  # what is said of one start, not of the run
+
+opened: Path | None = None  # the directory of the run that this process trains
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def read_settings(run: str | Path | None) -> dict:
+    """What a run was trained with; {} for a model that was not trained here.
+
+    Raises OSError or ValueError where its file is there and cannot be read.
+    """
+    path = Path(run or "") / SETTINGS
+    return json.loads(path.read_text(encoding="utf-8")) if run and path.exists() else {}
+
+
+def read_metrics(run: str | Path) -> list[dict]:
+    """The lines of a run's metrics, in order; [] where it has none.
+
+    A process that was killed, or a disk that was full, may leave half a line: it is passed over.
+    """
+    path = Path(run) / METRICS
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]
+
+
+@contextmanager
+def written_whole(path: Path, mode: str = "w", **options) -> Iterator[IO]:
+    """A file to write that is complete or absent: it gets its name when all is written, and is gone after a failure.
+
+    `options`: of `open`; text is UTF-8.
+    """
+    if "b" not in mode:
+        options.setdefault("encoding", "utf-8")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with open(unfinished, mode, **options) as file:
+            yield file
+        unfinished.replace(path)
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+# ---- going on -------------------------------------------------------------------------------------------------------
+
+
+def relative(path: str | Path) -> str:
+    """A path as a user would type it here."""
+    path = os.path.abspath(path)  # links are left as they are: .venv/bin/python is one
+    return os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
+
+
+def command(directory: str | Path) -> str:
+    """The whole command that goes on with a run, as it can be pasted where this one was typed."""
+    if "STARTED_AS" in os.environ:  # by util/parallel/launch.py
+        words = json.loads(os.environ["STARTED_AS"])
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        words = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], sys.argv[0]]
+    else:
+        words = [relative(sys.executable), sys.argv[0]]
+    line = shlex.join([*words, "--resume", relative(directory)])
+    started_in = os.environ.get("STARTED_IN", os.getcwd())  # finetune.sh goes to the project's folder
+    return line if os.path.samefile(started_in, os.getcwd()) else f"cd {shlex.quote(os.getcwd())} && {line}"
+
+
+def hint() -> str:
+    """ "; go on with: COMMAND" where the run of this process has a checkpoint, else ""."""
+    return f"; go on with: {command(opened)}" if opened and complete_checkpoints(opened) else ""
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    complete = [path for path in found if (path / "state.json").exists()]
+    return sorted(complete, key=step_of)  # as text, step_1000000 stands before step_999900
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def own_settings(given: dict) -> dict:
+    """The settings of the run that `given`, the flags of a command line, go on with; {} where they begin a new one.
+
+    Where there is no checkpoint, or none that can be read, this is for `checkpoint.resolve_resume` to tell.
+    """
+    resume, output = given.get("resume", "none"), given.get("output_dir")
+    if resume == "none":
+        return {}
+    path = Path(output or LATEST) if resume == "auto" else Path(resume)
+    for checkpoint in [path] if (path / "state.json").exists() else reversed(complete_checkpoints(path)):
+        try:
+            # after the settings stands a checksum, which resolve_resume compares
+            state, _ = json.JSONDecoder().raw_decode((checkpoint / "state.json").read_text(encoding="utf-8"))
+            return {name: value for name, value in state["settings"].items() if name not in NOT_INHERITED}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue
+    return {}
