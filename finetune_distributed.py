@@ -6,8 +6,8 @@
 guards.
 """
 
+import math
 import time
-from collections.abc import Iterable
 
 from util.command_line import run_training
 from util.config import Config, parse_arguments
@@ -18,19 +18,18 @@ def train(config: Config) -> str:
     import torch
 
     from util.checkpoint import Saver, compare_plan, load_checkpoint, read_state, resolve_resume
-    from util.cost import disk, flops, kept_sizes, memory
-    from util.cost.measure import measure
-    from util.data.bad_samples import Lenient, begin
-    from util.data.loader import Loader
+    from util.collator import total_counts
+    from util.cost import disk, flops, memory
+    from util.cost.measure import measure_all
+    from util.data.loader import packed_batches
     from util.data.media import MediaReader
     from util.dataset import Examples, Samples
     from util.guard import FiniteGuard, StopSignal
     from util.model import choose_dtype, find_model, load_config, load_processor
     from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
     from util.parallel import distributed, faults
-    from util.plan import print_plan, worker_count
+    from util.plan import print_plan
     from util.publish.save_model import save_model
-    from util.results import show
     from util.results.evaluate import evaluate_answers, evaluate_loss
     from util.run_folder import LATEST
     from util.steps import held_out_steps, training_steps
@@ -42,81 +41,75 @@ def train(config: Config) -> str:
     device = world.device
     dtype = choose_dtype(config.dtype, device)
     path = distributed.first_rank_first(find_model, config.model, device)
-    model_config, processor = load_config(path), load_processor(path)
+    model_config = load_config(path)
+    processor = load_processor(path)
+    collate = distributed.EvenCollator()
     resumed = distributed.from_first_rank(resolve_resume, config, LATEST)
-    workers = worker_count(config, device)
 
     # ---- data: checked, measured from file headers, and all steps surveyed before any weight is loaded
-    budget, reader = Budget.of(config), MediaReader(config)
+    budget = Budget.of(config)
+    reader = MediaReader(config)
     samples = Samples(Examples(config.data, processor), processor, budget, reader)
-    sizes = measure(samples, config.max_tokens, config, config.num_workers, kept_sizes.folder_of(config))
+    sizes = measure_all(samples, config)
     if resumed:
         compare_plan(config, resumed, sizes, samples.examples)
     dealing = distributed.dealing(sizes, config, model_config, world)
     steps = training_steps(sizes, samples.examples, config, dealing)
     distributed.refuse_idle_ranks(steps, config, world)
 
-    def load(data: Samples, micro_batches: Iterable[list[int]]) -> Loader:
-        """The packed batches of `micro_batches`, made in data workers."""
-        data, pin = Lenient(data, config.on_bad_sample), device.type == "cuda"
-        collator = distributed.EvenCollator()
-        return Loader(data, batch_sampler=micro_batches, collate_fn=collator, num_workers=workers, pin_memory=pin)
-
-    held_out, held_out_plan = None, None
+    held_out = None
+    evaluation = None
     if config.eval_data:
         held_out = Samples(Examples(config.eval_data, processor), processor, budget, reader)
-        found = measure(held_out, config.max_tokens, config, config.num_workers, kept_sizes.folder_of(config))
-        held_out_plan = held_out_steps(found, config, distributed.dealing(found, config, model_config, world))
+        held_out_sizes = measure_all(held_out, config)
+        dealing = distributed.dealing(held_out_sizes, config, model_config, world)
+        evaluation = held_out_steps(held_out_sizes, config, dealing)
 
     # ---- the plan, before anything is loaded or written
     run = distributed.open_run(config, resumed, world)
     counts = memory.count_parameters(model_config, config)
-    survey = steps.survey
     shards = distributed.shard_group(config, world)
-    needs = memory.forecast(model_config, counts, config, dtype, survey.heaviest, shards)
+    needs = memory.forecast(model_config, counts, config, dtype, steps.survey.heaviest, shards)
     if world.is_first:
-        print_plan(config, run.directory, path, device, dtype, counts, needs, sizes, steps, held_out_plan, workers)
-        print(show.describe_first(samples, config.on_bad_sample), flush=True)
-    memory.check(model_config, config, dtype, device, survey, needs, shards)
+        print_plan(config, run, path, dtype, counts, needs, samples, sizes, steps, evaluation)
+    memory.check(model_config, config, dtype, device, steps.survey, needs, shards)
     disk.check(run.directory, counts, config, dtype)
 
     # The first batch is made while nothing is written yet: what its pixels are refused for leaves no trace.
     first = read_state(resumed)["step"] if resumed else 0
-    batches = begin(load(samples, steps.micro_batches(first)))
+    batches = packed_batches(samples, steps.micro_batches(first), collate, config, device).begin()
 
     model = distributed.build_model(config, path, model_config, processor, world)
     optimizer = build_optimizer(model, config)
     if resumed:
         load_checkpoint(resumed, model, optimizer)
     stop = StopSignal(run)
-    run.open(first, len(steps), {"model": path, "dtype": str(dtype).removeprefix("torch."), "device": str(device)})
+    run.open(first, len(steps), path, dtype)
     saver = Saver(run.directory, config, len(steps), run.say, sizes.mark())
     guard = FiniteGuard(run.say)
     watch = faults.Watch(world, model, run, saver, len(steps))
 
     def evaluate(step: int) -> float:
-        loader = load(held_out, held_out_plan.micro_batches())
-        totals = world.sum(evaluate_loss(model, stop.watch_together(loader), device))
+        """The mean loss on held-out data; it is logged, with the scores of answers if any are asked for."""
+        held_out_batches = packed_batches(held_out, evaluation.micro_batches(), collate, config, device)
+        totals = world.sum(evaluate_loss(model, stop.watch_together(held_out_batches), device))
         scores = evaluate_answers(model, held_out, device, config, stop)
-        run.log_evaluation(step, totals, scores)
-        return totals["loss_sum"] / (totals["supervised_tokens"] or float("nan"))
+        return run.log_evaluation(step, totals, scores)
 
     # ---- the loop
-    for number, (epoch, step, planned) in enumerate(steps.after(first), first + 1):
-        watch.begin(number, [samples.examples.where(i) for micro in step for i in micro])
+    for planned in steps.after(first):
+        step = planned.number
+        watch.begin(step, [samples.examples.where(sample) for sample in planned.own_samples])
         began = time.perf_counter()
-        micro_batches = stop.fetch(batches, len(step))
+        micro_batches = stop.fetch(batches, len(planned.micro_batches))
         data_seconds = time.perf_counter() - began
-        totals = {key: sum(batch.counts[key] for batch in micro_batches) for key in micro_batches[0].counts}
-        totals = world.sum(totals)
-        if totals.pop("unread"):  # a batch of this step, on this rank or another
-            saver.save_unless_there(model, optimizer, number - 1)
-            raise stop.end(number - 1, saver)
-        assert totals["samples"] + totals["skipped"] == planned
+        totals = world.sum(total_counts(micro_batches))
+        stop.end_if_unread(totals, step, saver, model, optimizer)
+        planned.check(totals)
 
         # One division, by the supervised tokens of the whole global batch, which are known before the first backward:
         # how samples are spread over micro-batches then changes nothing.
-        supervised_tokens = totals["supervised_tokens"] or float("nan")  # all were skipped: the guard leaves it out
+        supervised_tokens = totals["supervised_tokens"] or math.nan  # of no token there is no mean, and no update
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for batch in micro_batches:
             distributed.before_backward(model, config, is_last=batch is micro_batches[-1])
@@ -126,29 +119,35 @@ def train(config: Config) -> str:
             loss_sum += batch_loss_sum.detach()
 
         distributed.drop_blank_gradients(model, totals["visual_tokens"])
+        # The norm and the loss are read once all passes are queued: each read waits for the device.
         grad_norm = clip_gradient(model, config.max_grad_norm).item()
-        learning_rate = set_learning_rate(optimizer, number - 1, len(steps), config)
-        sums = world.sum({"loss": loss_sum.item(), "stop": stop.requested, "due": saver.is_due(number)})
-        loss, stopping, due = sums["loss"] / supervised_tokens, sums["stop"], sums["due"]
-        if planned and guard.allows(number, loss, grad_norm, [name for batch in micro_batches for name in batch.where]):
-            saver.wait_for_copy()
+        learning_rate = set_learning_rate(optimizer, step - 1, len(steps), config)
+        sums = world.sum({"loss": loss_sum.item(), "stop": stop.requested, "due": saver.is_due(step)})
+        loss = sums["loss"] / supervised_tokens
+        stopping = sums["stop"]
+        due = sums["due"]
+        if guard.allows(planned, loss, grad_norm, micro_batches):
+            saver.wait_for_copy()  # a save under way still copies the weights that are about to change
             optimizer.step()
         optimizer.zero_grad()
 
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         values["data_seconds"] = round(data_seconds, 4)
-        work = flops.training_flops(model_config, [sizes[i] for micro in step for i in micro], config)
-        run.log_step({"step": number, "epoch": epoch, **values, **totals, **reader.statistics()}, work)
+        work = flops.training_flops(model_config, [sizes[sample] for sample in planned.own_samples], config)
         watch.end(work, data_seconds)
+        run.log_step(planned, {**values, **totals, **reader.statistics()}, work)
 
-        is_last, state = number == len(steps), {"step": number}
-        if held_out and not stopping and (is_last or (config.eval_every and number % config.eval_every == 0)):
-            state["eval_loss"] = stop.unless_stopped(evaluate, number)
+        is_last = step == len(steps)
+        evaluates = is_last or (config.eval_every and step % config.eval_every == 0)
+        state = {"step": step}
+        if held_out and evaluates and not stopping:
+            state["eval_loss"] = stop.unless_stopped(evaluate, step)
             stopping = state["eval_loss"] is None
+        ends_early = stopping and not is_last
         if due or stopping:
-            saver.save(model, optimizer, state, is_last=bool(stopping) and not is_last)
-        if stopping and not is_last:
-            raise stop.end(number, saver)
+            saver.save(model, optimizer, state, is_last=ends_early)
+        if ends_early:
+            stop.end(step, saver)
         run.restart_clock()
 
     saver.wait()

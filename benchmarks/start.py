@@ -80,7 +80,7 @@ def start(data: str, output_dir: str, read: bool) -> None:
             yield finding
         figures["headers_seconds"] += time.perf_counter() - began
 
-    def end(run, values, work):
+    def end(run, step, values, work):
         figures["seconds"] = time.perf_counter() - began
         figures["cpu_seconds"] = time.process_time() - cpu_began
         figures["peak_megabytes"] = peak_megabytes("self")

@@ -41,7 +41,7 @@ def row_with_a_gap():
 @torch.no_grad()
 def token_losses(packed) -> torch.Tensor:
     """The cross-entropies (S,) of that row."""
-    return packed.eval()(row_with_a_gap(), reduction="none")[0].clone()
+    return packed.eval().score(row_with_a_gap())[0].clone()
 
 
 def main() -> None:

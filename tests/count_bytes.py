@@ -19,7 +19,9 @@ from torch.distributed.distributed_c10d import _world
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from util.collator import total_counts
 from util.config import Config
+from util.data.bad_samples import LenientCollator
 from util.dataset import Samples, load_examples
 from util.model import load_config, load_processor
 from util.optimizer import build_optimizer, clip_gradient
@@ -65,7 +67,7 @@ def train_step(model, optimizer, micro_batches: list, config: Config, world) -> 
     before = collectives_run()
     with Count() as count:
         count.kind = "scalar_"
-        totals = {key: sum(batch.counts[key] for batch in micro_batches) for key in micro_batches[0].counts}
+        totals = total_counts(micro_batches)
         totals = world.sum(totals)
         count.kind = ""
         loss_sum = torch.zeros((), dtype=torch.float64)
@@ -89,7 +91,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     world = distributed.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     configs = [Config(**settings) for settings in json.loads(Path(sys.argv[1]).read_text())]
-    common, collator, found = configs[0], distributed.EvenCollator(), []
+    common, collator, found = configs[0], LenientCollator(distributed.EvenCollator()), []
     processor = load_processor(common.model)
     samples = Samples(load_examples(common.data, processor), processor, Budget.of(common))
     first, second = collator([samples[world.rank]]), collator([samples[world.size + world.rank]])

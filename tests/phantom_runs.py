@@ -43,16 +43,16 @@ def bound_generation() -> None:
         return left["tokens"] > 0
 
     GenerationMixin._has_unfinished_sequences = goes_on
-    forward = PackedLoss.forward
+    score = PackedLoss.score
 
-    def never_likeliest(self, batch, reduction="sum", **visual):
-        found = forward(self, batch, reduction, **visual)
-        if "visual" in visual:  # Answerer.read: no answer is taken from the reference, all are generated
+    def never_likeliest(self, batch, visual=None):
+        found = score(self, batch, visual)
+        if visual is not None:  # Answerer.read: no answer is taken from the reference, all are generated
             found = found.cpu()
             found[1] = 0
         return found
 
-    PackedLoss.forward = never_likeliest
+    PackedLoss.score = never_likeliest
     # tokens from the device are any numbers; the tokenizer takes small ones
     evaluate.Answerer.text = lambda self, tokens: " ".join(str(token) for token in tokens)
 

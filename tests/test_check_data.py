@@ -331,10 +331,10 @@ def test_two_ranks_skip_as_one(folder, tiny_path, monkeypatch, tmp_path):
 
 def test_what_the_log_makes_of_the_counts():
     tally = bad_samples.Tally()
-    nothing = bad_samples.count([])
+    nothing = bad_samples.count_skipped([])
     assert tally.take({"loss": 0.0, "samples": 0, **nothing}) == {"loss": 0.0, "samples": 0, "unread": 0}
     assert tally.summary() == ""
-    some = bad_samples.count([bad_samples.Skipped("a.json, sample 1: gone", "no such file")] * 2)
+    some = bad_samples.count_skipped([bad_samples.Skipped("a.json, sample 1: gone", "no such file")] * 2)
     assert some.keys() == nothing.keys(), "ranks add them up"
     assert tally.take({"loss": 1.0, **some}) == {"loss": 1.0, "skipped": 2, "skipped_no_such_file": 2, "unread": 0}
     tally.take(some)

@@ -76,7 +76,7 @@ def train_and_evaluate(model, batches: list) -> tuple[list[float], list[torch.Te
     for number, batch in enumerate(batches):
         if number % 4 == 3:
             with torch.no_grad():
-                losses.append(model.eval()(batch, reduction="none")[0].sum().item())
+                losses.append(model.eval().score(batch)[0].sum().item())
         else:
             loss = model.train()(batch)
             loss.backward()

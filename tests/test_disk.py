@@ -64,9 +64,9 @@ def when_it_waits(monkeypatch, action) -> list:
 def after_last_step(monkeypatch, last: int, action) -> None:
     logged = log.Run.log_step
 
-    def then(self, values, work):
-        logged(self, values, work)
-        if values["step"] == last:
+    def then(self, step, values, work):
+        logged(self, step, values, work)
+        if step.number == last:
             action()
 
     monkeypatch.setattr(log.Run, "log_step", then)

@@ -4,15 +4,16 @@ Letters in shapes: B samples in the batch, T tokens in the packed row, P patches
 S supervised tokens, N images and videos.
 """
 
-from dataclasses import dataclass, field, fields
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from util.attention import Segments
 from util.conversation import Encoded
-from util.data.bad_samples import Skipped, apart, count
 from util.dataset import Sample
-from util.vision import MERGE, PATCH, TEMPORAL, Grid
+from util.vision import MERGE, PATCH, TEMPORAL, Grid, Medium
 
 
 @dataclass
@@ -31,22 +32,16 @@ class Batch:
     vision_position_ids: torch.Tensor  # (P, 2) int64: row and column of each patch
     vision_segments: Segments  # each image, each pair of video frames attends within itself
     where: list[str]  # the samples' names, for error messages
-    skipped: list[Skipped] = field(default_factory=list)  # samples that could not be read and are not in the batch
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """What the log counts."""
-        return {
-            "samples": len(self.where),
-            "tokens": len(self.input_ids) if self.where else 0,
-            "visual_tokens": len(self.visual_index),
-            "supervised_tokens": len(self.target_ids),
-            **count(self.skipped),
-        }
+    counts: dict[str, int]  # what the log counts: samples, tokens, visual tokens, supervised tokens
 
     def _map(self, method: str, *args, **kwargs) -> "Batch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: getattr(v, method)(*args, **kwargs) if hasattr(v, method) else v for k, v in values.items()})
+        """This batch, a method called on each of its tensors and segments."""
+        changed = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if hasattr(value, method):
+                changed[item.name] = getattr(value, method)(*args, **kwargs)
+        return replace(self, **changed)
 
     def to(self, device: torch.device) -> "Batch":
         return self._map("to", device, non_blocking=True)
@@ -55,15 +50,39 @@ class Batch:
         return self._map("pin_memory")
 
 
+def total_counts(batches: Sequence[Batch]) -> dict[str, int]:
+    """The counts of several batches, added up."""
+    totals: Counter = Counter()
+    for batch in batches:
+        totals.update(batch.counts)
+    return dict(totals)
+
+
+@dataclass
+class Visual:
+    """What a batch gathers of its images, or of its videos: a list entry for each of them."""
+
+    rows: list[torch.Tensor]  # of the packed row, which its visual tokens take
+    patches: list[torch.Tensor]
+    grids: list[Grid]
+    positions: list[torch.Tensor]  # row and column of each patch
+
+    def add(self, medium: Medium, begin: int, end: int) -> None:
+        """One more, whose visual tokens take the rows [begin, end)."""
+        self.rows.append(torch.arange(begin, end))
+        self.patches.append(medium.patches)
+        self.grids.append(medium.grid)
+        self.positions.append(patch_positions(medium.grid))
+
+
 class Collator:
     """Packs samples into one row; nothing is padded or truncated. Of no samples: one token that is not supervised."""
 
-    def __call__(self, samples: list[Sample | Skipped]) -> Batch:
-        samples, skipped = apart(samples)
-        ids, positions, supervised_index, targets = [], [], [], []
-        visual = {False: ([], [], [], []), True: ([], [], [], [])}  # images, videos: rows, patches, grids, positions
-        lengths, start = [], 0
-        for sample in samples or [Sample(Encoded([0], [False], []), [], "")]:
+    def __call__(self, samples: list[Sample]) -> Batch:
+        ids, positions, supervised_index, targets, lengths = [], [], [], [], []
+        images, videos = Visual([], [], [], []), Visual([], [], [], [])
+        start = 0  # of the sample in the packed row
+        for sample in samples or [NO_SAMPLE]:
             grids = [medium.grid for medium in sample.media]
             row_ids, row_supervised, spans = expand(sample.encoded, grids)
             ids.append(row_ids)
@@ -73,33 +92,51 @@ class Collator:
             supervised_index.append(predicts + start)
             targets.append(row_ids[1:][predicts])
             for medium, (begin, end) in zip(sample.media, spans, strict=True):
-                rows, patches, medium_grids, medium_positions = visual[medium.is_video]
-                rows.append(torch.arange(begin, end) + start)
-                patches.append(medium.patches)
-                medium_grids.append(medium.grid)
-                medium_positions.append(patch_positions(medium.grid))
+                kind = videos if medium.is_video else images
+                kind.add(medium, begin + start, end + start)
             lengths.append(len(row_ids))
             start += len(row_ids)
-        (image_rows, image_patches, *image_rest), (video_rows, video_patches, *video_rest) = visual[False], visual[True]
-        grids, patch_rows_and_columns = (images + videos for images, videos in zip(image_rest, video_rest, strict=True))
+        target_ids = torch.cat(targets)
+        visual_index = joined(images.rows + videos.rows, torch.int64)
         return Batch(
             input_ids=torch.cat(ids),
             position_ids=torch.cat(positions, dim=1),
             segments=Segments.of(lengths),
             supervised_index=torch.cat(supervised_index),
-            target_ids=torch.cat(targets),
-            visual_index=torch.cat(image_rows + video_rows + [torch.zeros(0, dtype=torch.int64)]),
-            image_patches=torch.cat(image_patches + [torch.zeros(0, 3 * PATCH**2, dtype=torch.uint8)]),
-            video_patches=torch.cat(video_patches + [torch.zeros(0, 3 * TEMPORAL * PATCH**2, dtype=torch.uint8)]),
-            grid_thw=torch.tensor([grid[:3] for grid in grids], dtype=torch.int64).reshape(-1, 3),
-            vision_position_ids=torch.cat(patch_rows_and_columns + [torch.zeros(0, 2, dtype=torch.int64)]),
-            vision_segments=Segments.of([grid.h * grid.w for grid in grids for _ in range(grid.t)]),
+            target_ids=target_ids,
+            visual_index=visual_index,
+            image_patches=joined(images.patches, torch.uint8, 3 * PATCH**2),
+            video_patches=joined(videos.patches, torch.uint8, 3 * TEMPORAL * PATCH**2),
+            vision_position_ids=joined(images.positions + videos.positions, torch.int64, 2),
+            **grids_of(images.grids + videos.grids),
             where=[sample.where for sample in samples],
-            skipped=skipped,
+            counts={
+                "samples": len(samples),
+                "tokens": start if samples else 0,
+                "visual_tokens": len(visual_index),
+                "supervised_tokens": len(target_ids),
+            },
         )
 
 
-def expand(encoded, grids: list[Grid]) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
+NO_SAMPLE = Sample(Encoded([0], [False], []), [], "")
+
+
+def joined(parts: list[torch.Tensor], dtype: torch.dtype, *width: int) -> torch.Tensor:
+    """Tensors (n, *width) one after another; (0, *width) of none."""
+    return torch.cat([*parts, torch.zeros(0, *width, dtype=dtype)])
+
+
+def grids_of(grids: list[Grid]) -> dict[str, torch.Tensor | Segments]:
+    """`grid_thw` (N, 3), and the tower's segments: each image, each pair of video frames attends within itself."""
+    lengths = []
+    for grid in grids:
+        lengths += [grid.h * grid.w] * grid.t
+    grid_thw = torch.tensor([grid[:3] for grid in grids], dtype=torch.int64).reshape(-1, 3)
+    return {"grid_thw": grid_thw, "vision_segments": Segments.of(lengths)}
+
+
+def expand(encoded: Encoded, grids: list[Grid]) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
     """Repeat each placeholder as often as its medium has tokens.
 
     Returns ids (T,), supervised (T,) bool, and for each medium the [begin, end) of its visual tokens.
@@ -109,7 +146,8 @@ def expand(encoded, grids: list[Grid]) -> tuple[torch.Tensor, torch.Tensor, list
     for placeholder, grid in zip(encoded.placeholders, grids, strict=True):
         repeats[placeholder] = grid.tokens
     ends = repeats.cumsum(0)
-    spans = [(int(ends[p]) - int(repeats[p]), int(ends[p])) for p in encoded.placeholders]
+    begins = ends - repeats
+    spans = [(int(begins[place]), int(ends[place])) for place in encoded.placeholders]
     supervised = torch.tensor(encoded.supervised)
     return ids.repeat_interleave(repeats), supervised.repeat_interleave(repeats), spans
 

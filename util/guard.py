@@ -7,11 +7,16 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
+from itertools import chain
+from typing import NoReturn
 
 from util import run_folder, signals
 from util.collator import Batch, Collator
 from util.command_line import Ended, UserError, known
+from util.data.bad_samples import LenientCollator
 from util.parallel import ranks
+from util.steps import Step
 
 MOST_IN_A_ROW = 3
 
@@ -20,11 +25,10 @@ class Stopped(Exception):
     """An evaluation was left before its end, because the run is to be saved now."""
 
 
-class Unread:
-    """Stands for the batches of a step that could not be read."""
-
-    def __init__(self) -> None:
-        self.counts = {**Collator()([]).counts, "unread": 1}
+def unread_batch() -> Batch:
+    """Stands for the batches of a step that could not be read: all ranks learn of it by its counts."""
+    batch = LenientCollator(Collator())([])
+    return replace(batch, counts={**batch.counts, "unread": 1})
 
 
 class StopSignal:
@@ -93,13 +97,19 @@ class StopSignal:
 
     # ---- data ----
 
-    def fetch(self, batches: Iterator[Batch], count: int) -> list[Batch] | list[Unread]:
-        """The batches of a step. Where one cannot be read: `Unread`, by whose counts all ranks learn of it."""
+    def fetch(self, batches: Iterator[Batch], count: int) -> list[Batch]:
+        """The batches of a step. Where one cannot be read, a stand-in, over which `end_if_unread` ends the run."""
         try:
             return [next(batches) for _ in range(count)]
         except Exception as error:  # of whatever kind: bad data, a disk, a killed data worker, a bug in it
             self._note_failure(error)
-            return [Unread()]
+            return [unread_batch()]
+
+    def end_if_unread(self, totals: dict[str, int], step: int, saver, model, optimizer) -> None:
+        """Save the run as the step before left it, and end it, where a batch of `step` was not read on any rank."""
+        if totals.pop("unread"):
+            saver.save_unless_there(model, optimizer, step - 1)
+            self.end(step - 1, saver)
 
     def watch(self, batches: Iterable) -> Iterator:
         """The batches of an evaluation that this rank makes alone. Raises Stopped on a signal, or over unread data."""
@@ -151,23 +161,29 @@ class StopSignal:
             signal.signal(number, handler)
         self.before = {}
 
-    def end(self, step: int, saver) -> Ended:
-        """What to raise where the run ends after `step`, which is being saved; all ranks raise the same."""
+    def end(self, step: int, saver) -> NoReturn:
+        """End the run after `step`, which is being saved: raises Ended, the same on all ranks."""
         saver.wait()
         self.restore()
         self.run.close()
-        saved = ranks.gather(step in map(run_folder.step_of, run_folder.complete_checkpoints(self.run.directory)))[0]
-        where = f"after step {step}" if step else "before the first step"
-        state = f"{where}, which is saved" if step else f"{where}; the start is saved"
-        if not saved:
-            state = f"{where}, which could not be saved"
+        steps = [run_folder.step_of(path) for path in run_folder.complete_checkpoints(self.run.directory)]
+        is_saved = ranks.gather(step in steps)[0]
+        where = self._where(step, is_saved)
         how = f"go on with: {run_folder.command(self.run.directory)}"
         shares = ranks.gather((self.name, self.failure))
         failed = {rank: failure for rank, (_, failure) in enumerate(shares) if failure}
-        if not failed:
-            name = next(name for name, _ in shares if name)
-            return Ended(f"stopped by {name} {state}; {how}", 3 if saved else 1)
-        return Ended(f"{told(failed)}\nstopped {state}; {how}", max(code for _, code in failed.values()))
+        if failed:
+            raise Ended(f"{told(failed)}\nstopped {where}; {how}", max(code for _, code in failed.values()))
+        name = next(name for name, _ in shares if name)
+        raise Ended(f"stopped by {name} {where}; {how}", 3 if is_saved else 1)
+
+    @staticmethod
+    def _where(step: int, is_saved: bool) -> str:
+        """After which step the run ends, and whether that is saved, in words."""
+        moment = f"after step {step}" if step else "before the first step"
+        if not is_saved:
+            return f"{moment}, which could not be saved"
+        return f"{moment}, which is saved" if step else f"{moment}; the start is saved"
 
     def check_last_evaluation(self) -> None:
         """Raises Ended where the run is complete but for its last evaluation, whose data could not be read."""
@@ -190,20 +206,28 @@ class FiniteGuard:
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say, self.left_out, self.in_a_row = say, 0, 0
 
-    def allows(self, step: int, loss: float, grad_norm: float, samples: list[str]) -> bool:
-        """Whether a step may be applied. `loss` and `grad_norm` are the same on all ranks, `samples` each one's own."""
+    def allows(self, step: Step, loss: float, grad_norm: float, batches: list[Batch]) -> bool:
+        """Whether a step may be applied: not where its loss or gradient is no number, nor where it has no sample.
+
+        `loss` and `grad_norm` are the same on all ranks, `batches` each one's own. Raises Ended after three in a row.
+        """
+        if not step.samples:
+            return False
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row = 0
             return True
         self.left_out += 1
         self.in_a_row += 1
-        samples = [name for share in ranks.gather(samples) for name in share]
+        names = []
+        for share in ranks.gather([batch.where for batch in batches]):
+            names += chain.from_iterable(share)
         what = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
-        self.say(f"step {step}: {what}: this update is left out. Its samples: {'; '.join(samples)}")
+        self.say(f"step {step.number}: {what}: this update is left out. Its samples: {'; '.join(names)}")
         if self.in_a_row == MOST_IN_A_ROW:
             raise Ended(
-                f"{MOST_IN_A_ROW} steps in a row, up to step {step}, were no numbers ({what}), so nothing is learned "
-                "any more: look at the samples named above, lower --learning_rate, or go on from an earlier checkpoint",
+                f"{MOST_IN_A_ROW} steps in a row, up to step {step.number}, were no numbers ({what}), so nothing is "
+                "learned any more: look at the samples named above, lower --learning_rate, or go on from an earlier "
+                "checkpoint",
                 1,
             )
         return False

@@ -6,12 +6,14 @@ import math
 import os
 import platform
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 import torch
 from tqdm import tqdm
@@ -25,7 +27,8 @@ from util.data import bad_samples
 from util.publish import hub, trackers
 from util.publish.beside import Beside
 from util.results.metrics import LABELS, share
-from util.run_folder import METRICS, SETTINGS, command, read_metrics, relative
+from util.run_folder import METRICS, SAMPLES, SETTINGS, command, read_lines, read_metrics, relative
+from util.steps import Step
 
 
 class Run:
@@ -57,16 +60,22 @@ class Run:
         taken = [run_folder.RUNS / name, *(run_folder.RUNS / f"{name}_{number}" for number in range(2, 100))]
         return next(path for path in taken if not path.exists())
 
-    def open(self, first_step: int, total_steps: int, resolved: dict) -> None:
-        """Create the directory, write the settings, and start the progress bar."""
-        settings = {**dataclasses.asdict(self.config), **resolved, "output_dir": str(self.directory)}
+    def open(self, first_step: int, total_steps: int, model: str, dtype: torch.dtype) -> None:
+        """Create the directory, write the settings, and start the progress bar.
+
+        `model` and `dtype`: what `--model` and `--dtype` came to.
+        """
+        settings = dataclasses.asdict(self.config)
+        settings |= {"model": model, "dtype": str(dtype).removeprefix("torch."), "device": str(self.device)}
+        settings["output_dir"] = str(self.directory)
         settings["versions"] = versions()
+        settings["commit"] = commit()
         settings["launched_by"] = [socket.gethostname(), os.getppid()]  # a process that is started again finds its run
         try:
             (self.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
             (self.directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-            self.keep_metrics_before(first_step)
-            self.metrics = open(self.directory / METRICS, "a", buffering=1)
+            self.metrics = self.open_lines(METRICS, first_step)
+            self.samples = self.open_lines(SAMPLES, first_step)
         except OSError as error:
             raise UserError(f"--output_dir {self.directory}: cannot be written ({error.strerror})") from None
         if self.directory.resolve().parent == run_folder.RUNS:
@@ -76,19 +85,25 @@ class Run:
         self.beside += hub.start(self.config, self.directory, self.say)
         self.last = time.perf_counter()
 
-    def keep_metrics_before(self, first_step: int) -> None:
-        """A run resumed at a checkpoint repeats the steps after it: drop their lines. A fresh run starts empty."""
-        known = read_metrics(self.directory) if first_step else []
-        kept = [line for line in known if line["step"] <= first_step]
-        (self.directory / METRICS).write_text("".join(json.dumps(line) + "\n" for line in kept))
+    def open_lines(self, name: str, first_step: int) -> IO:
+        """Open a file with a line for each step, to add lines.
 
-    def log_step(self, values: dict, step_flops: float) -> None:
-        """One optimizer step: a line in metrics.jsonl, and the bar."""
-        now = time.perf_counter()
+        A run resumed at a checkpoint repeats the steps after it: their lines are dropped. A fresh run starts empty.
+        """
+        path = self.directory / name
+        known = read_lines(path) if first_step else []
+        kept = [line for line in known if line["step"] <= first_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        return open(path, "a", buffering=1)
+
+    def log_step(self, step: Step, values: dict, step_flops: float) -> None:
+        """One optimizer step: a line in metrics.jsonl, its samples in samples.jsonl, and the bar."""
+        seconds = time.perf_counter() - self.last
         values = self.tally.take(values)
-        seconds = now - self.last
         self.trained_seconds += seconds
         line = {
+            "step": step.number,
+            "epoch": step.epoch,
             **values,
             "step_seconds": round(seconds, 4),
             "tokens_per_second": round(values["tokens"] / seconds, 1),
@@ -96,24 +111,28 @@ class Run:
         }
         if self.peak_flops:
             line["mfu"] = round(step_flops / seconds / self.peak_flops, 4)
-        self.write(line)
-        shown = {
+        self.write(self.metrics, line)
+        self.write(self.samples, {"step": step.number, "samples": step.samples})
+        beside = {
             "loss": f"{values['loss']:.4f}",
             "lr": f"{values['learning_rate']:.1e}",
             "tok/s": f"{line['tokens_per_second']:.0f}",
         }
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix(beside, refresh=False)
         self.bar.update()
         self.restart_clock()
 
-    def log_evaluation(self, step: int, totals: dict[str, float], scores: dict[str, float]) -> None:
-        """The loss on held-out data (of `evaluate_loss`), and the scores of what the model answered there, if asked."""
+    def log_evaluation(self, step: int, totals: dict[str, float], scores: dict[str, float]) -> float:
+        """Log the loss on held-out data, and the scores of what the model answered there, if asked; return the loss.
+
+        `totals`: of `evaluate_loss`. NaN where no held-out token is supervised.
+        """
         left_out = bad_samples.Tally()
         skipped = {key: value for key, value in left_out.take(totals).items() if key.startswith("skipped")}
-        loss = totals["loss_sum"] / (totals["supervised_tokens"] or float("nan"))
-        accuracy = totals["likeliest_tokens"] / (totals["supervised_tokens"] or float("nan"))
+        loss = mean_loss(totals)
+        accuracy = totals["likeliest_tokens"] / (totals["supervised_tokens"] or math.nan)
         values = {"loss": loss, "token_accuracy": accuracy, **skipped, **scores}
-        self.write({"step": step, **{f"eval_{key}": value for key, value in values.items()}})
+        self.write(self.metrics, {"step": step, **{f"eval_{key}": value for key, value in values.items()}})
         text = f"step {step}: loss on held-out data {loss:.4f}, {accuracy:.1%} of its tokens the likeliest"
         if scores:
             shown = ", ".join(f"{LABELS[name]} {share(scores[name])}" for name in self.config.eval_metrics)
@@ -121,16 +140,18 @@ class Run:
         if skipped:
             text += f"; held-out samples left out: {bad_samples.describe(left_out.reasons)}"
         self.say(text)
+        return loss
 
-    def write(self, line: dict) -> None:
-        # What is no number is null: JSON knows no NaN.
-        line = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
-        }
+    def write(self, file: IO, line: dict) -> None:
+        """A line of JSON, which knows no NaN: what is no number is null."""
+        known = {}
+        for key, value in line.items():
+            is_no_number = isinstance(value, float) and not math.isfinite(value)
+            known[key] = None if is_no_number else value
         try:
-            self.metrics.write(json.dumps(line) + "\n")
+            file.write(json.dumps(known) + "\n")
         except OSError as error:  # a full disk must not end the training; the next line may fit again
-            self.say(f"NOT LOGGED: step {line['step']} in {self.metrics.name} ({error.strerror})")
+            self.say(f"NOT LOGGED: step {line['step']} in {file.name} ({error.strerror})")
 
     def say(self, text: str) -> None:
         """A line that does not break the progress bar."""
@@ -147,8 +168,9 @@ class Run:
     def close(self) -> None:
         """Close the files and the bar, and end what runs beside the training."""
         self.bar.close()
-        with suppress(OSError):  # a full disk: which lines are missing was said when they were written
-            self.metrics.close()
+        for file in (self.metrics, self.samples):
+            with suppress(OSError):  # a full disk: which lines are missing was said when they were written
+                file.close()
         for program in self.beside:
             program.end()
 
@@ -174,6 +196,33 @@ class Run:
         if updates_left_out:
             print(f"updates left out: {updates_left_out}, whose loss or gradient was no number (see above)")
         hub.push_at_end(self.config, self.directory, self.say)
+
+
+class SilentRun:
+    """The twin of Run on all ranks but the first: it knows the run directory, and says and writes nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def open(self, first_step: int, total_steps: int, model: str, dtype: torch.dtype) -> None: ...
+
+    def log_step(self, step: Step, values: dict, step_flops: float) -> None: ...
+
+    def log_evaluation(self, step: int, totals: dict[str, float], scores: dict[str, float]) -> float:
+        return mean_loss(totals)
+
+    def say(self, text: str) -> None: ...
+
+    def restart_clock(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def finish(self, steps: int, left_out: Counter, updates_left_out: int) -> None: ...
+
+
+def mean_loss(totals: dict[str, float]) -> float:
+    """Loss per supervised token; NaN of none."""
+    return totals["loss_sum"] / (totals["supervised_tokens"] or math.nan)
 
 
 def point_latest_at(directory: Path) -> None:
@@ -207,6 +256,25 @@ def draw_loss(directory: Path) -> None:
     axes.legend()
     figure.savefig(directory / "loss.png", dpi=120)
     plt.close(figure)
+
+
+def commit() -> str:
+    """The commit of this checkout, with a word where files were changed since; else why there is none to name."""
+    try:
+        asked = [
+            "git",
+            "-C",
+            str(run_folder.ROOT),
+            "describe",
+            "--always",
+            "--abbrev=40",
+            "--dirty=, and changes",
+            "--exclude=*",
+        ]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "not known: git cannot be asked"
+    return done.stdout.strip() if done.returncode == 0 else "not a git checkout"
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,8 @@
 Letters in shapes are those of collator.py, and D is the hidden size.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,24 +32,51 @@ class PackedLoss(nn.Module):
         self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
         self.register_buffer("pixel_shift", -mean / std, persistent=False)
 
-    def forward(self, batch: Batch, reduction: str = "sum", visual: torch.Tensor | None = None) -> torch.Tensor:
-        """Cross-entropy of the supervised tokens in fp32 (fp64 where weights are), summed up. With "none": (2, S), each
-        token's, and 1 where it is the likeliest of all."""
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The cross-entropies of all supervised tokens, summed up: a scalar in fp32 (fp64 where the weights are)."""
+        hidden = self.supervised_rows(batch, self.embed(batch))
+        if len(hidden) <= LOGIT_ROWS:
+            return self.token_losses(hidden, batch.target_ids).sum()
+        # Logits of all rows at once would be the largest tensor of a step. They are made chunk by chunk, and made
+        # anew in the backward pass instead of being kept for it.
+        loss_sum = 0.0
+        for rows, targets in chunks(hidden, batch.target_ids):
+            loss_sum = loss_sum + checkpoint(self.token_losses, rows, targets, use_reentrant=False).sum()
+        return loss_sum
+
+    def score(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
+        """What evaluation asks: (2, S), the cross-entropy of each supervised token, and 1 where it is the likeliest.
+
+        `visual` (V, D): the batch's visual tokens, where they are known already.
+        """
+        hidden = self.supervised_rows(batch, self.embed(batch, visual))
+        found = [torch.zeros(2, 0, device=hidden.device)]
+        for rows, targets in chunks(hidden, batch.target_ids):
+            logits = self.logits(rows)
+            losses = F.cross_entropy(logits, targets, reduction="none")
+            found.append(torch.stack([losses, logits.argmax(1) == targets]))
+        return torch.cat(found, dim=1)
+
+    def supervised_rows(self, batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
+        """Embeddings (T, D) -> the hidden states (S, D) whose next token is supervised: the head sees no other row."""
         language_model = self.model.model.language_model
-        hidden = self.embed(batch, visual)[None]  # (1, T, D)
+        hidden = embeddings[None]  # (1, T, D)
         position_embeddings = language_model.rotary_emb(hidden, batch.position_ids[:, None])
         for layer in language_model.layers:
             hidden = layer(hidden, position_embeddings=position_embeddings, segments=batch.segments)
-        supervised = hidden[0].index_select(0, batch.supervised_index)  # (S, D): the head sees no other row
-        return self.cross_entropy(language_model.norm(supervised), batch.target_ids, reduction)
+        supervised = hidden[0].index_select(0, batch.supervised_index)
+        return language_model.norm(supervised)  # row by row, so the other rows need none
 
     def embed(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
         """The row's embeddings (T, D), visual tokens in their places; `visual` (V, D) where they are known already."""
         hidden = F.embedding(batch.input_ids, self.model.model.language_model.embed_tokens.weight)
         if not len(batch.vision_position_ids):
             return hidden
-        visual = self.visual_tokens(batch) if visual is None else visual
-        return hidden.index_copy(0, batch.visual_index, visual[: len(batch.visual_index)].to(hidden.dtype))
+        if visual is None:
+            visual = self.visual_tokens(batch)
+        # A rank without pictures has blank patches, which no row takes: there may be more tokens than rows for them.
+        visual = visual[: len(batch.visual_index)].to(hidden.dtype)
+        return hidden.index_copy(0, batch.visual_index, visual)
 
     def visual_tokens(self, batch: Batch) -> torch.Tensor:
         """The vision tower on all patches of the batch at once: (V, D), images first."""
@@ -85,16 +114,16 @@ class PackedLoss(nn.Module):
         pixels = pixels * self.pixel_scale[:, None] + self.pixel_shift[:, None]
         return pixels.flatten(1).to(self.dtype)
 
-    def cross_entropy(self, hidden: torch.Tensor, target_ids: torch.Tensor, reduction: str) -> torch.Tensor:
-        """(S, D), (S,) -> what forward returns, in few large chunks; the backward pass makes their logits anew."""
-        if len(target_ids) <= LOGIT_ROWS:
-            return self.token_losses(hidden, target_ids, reduction)
-        chunks = zip(hidden.split(LOGIT_ROWS), target_ids.split(LOGIT_ROWS), strict=True)
-        parts = [checkpoint(self.token_losses, *chunk, reduction, use_reentrant=False) for chunk in chunks]
-        return torch.stack(parts).sum() if reduction == "sum" else torch.cat(parts, dim=1)
+    def token_losses(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+        """(S, D), (S,) -> the cross-entropy of each token (S,)."""
+        return F.cross_entropy(self.logits(hidden), target_ids, reduction="none")
 
-    def token_losses(self, hidden: torch.Tensor, target_ids: torch.Tensor, reduction: str) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(S, D) -> (S, vocabulary), in fp32 at least: in bf16 a loss has three digits."""
         logits = F.linear(hidden, self.model.lm_head.weight)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits, target_ids, reduction="none")
-        return losses.sum() if reduction == "sum" else torch.stack([losses, logits.argmax(1) == target_ids])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def chunks(hidden: torch.Tensor, target_ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows (S, D) and their targets (S,), `LOGIT_ROWS` at a time."""
+    return zip(hidden.split(LOGIT_ROWS), target_ids.split(LOGIT_ROWS), strict=True)

@@ -222,7 +222,7 @@ def shard(
     live while it works. `reshard_after_forward` frees the gathered weights between forward and backward pass.
     Parameters in `kept_whole` stay as they are, whole on every rank.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     # Said in so many words: defaults changed between versions of torch. Casting inputs is left to the modules, since
     # the rotary angles must stay in fp32.
@@ -234,6 +234,7 @@ def shard(
     for layer in layers(packed.model):
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **same)
     fully_shard(packed, reshard_after_forward=False, **same)  # needed again at once
+    register_fsdp_forward_method(packed, "score")  # the other way in, which gathers weights as `forward` does
 
 
 @contextmanager

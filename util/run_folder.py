@@ -18,6 +18,7 @@ RUNS = ROOT / "train_output"
 LATEST = RUNS / "latest"
 SETTINGS = "training_config.json"  # the resolved settings and library versions
 METRICS = "metrics.jsonl"  # a line for each optimizer step, and one for each evaluation
+SAMPLES = "samples.jsonl"  # the samples of each optimizer step, by their numbers over all data files
 NOT_INHERITED = ("resume", "resume_anyway", "output_dir")  # what is said of one start, not of the run
 
 opened: Path | None = None  # the directory of the run that this process trains
@@ -36,11 +37,15 @@ def read_settings(run: str | Path | None) -> dict:
 
 
 def read_metrics(run: str | Path) -> list[dict]:
-    """The lines of a run's metrics, in order; [] where it has none.
+    """The lines of a run's metrics, in order; [] where it has none."""
+    return read_lines(Path(run) / METRICS)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects in the lines of a file that a run writes; [] where there is none.
 
     A process that was killed, or a disk that was full, may leave half a line: it is passed over.
     """
-    path = Path(run) / METRICS
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with suppress(ValueError):

@@ -7,6 +7,7 @@ Letters in shapes: N steps, G samples of a global batch.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -24,9 +25,19 @@ Load = tuple[int, int, int]  # tokens, patches and supervised tokens of a micro-
 class Step(NamedTuple):
     """One optimizer step."""
 
+    number: int  # counted from 1
     epoch: int
-    micro_batches: list[list[int]]  # samples of this rank
-    samples: int  # of all ranks together: fewer than a global batch where samples are left out, and at an epoch's end
+    micro_batches: list[list[int]]  # numbers of the samples of this rank
+    samples: list[int]  # of all ranks: fewer than a global batch where some are left out, and at an epoch's end
+
+    @property
+    def own_samples(self) -> list[int]:
+        """The samples of this rank."""
+        return list(chain.from_iterable(self.micro_batches))
+
+    def check(self, totals: dict[str, int]) -> None:
+        """Every sample of the step was there: trained on, or skipped and counted."""
+        assert totals["samples"] + totals["skipped"] == len(self.samples)
 
 
 @dataclass
@@ -86,10 +97,10 @@ class Steps:
 
     def after(self, done: int) -> Iterator[Step]:
         """The steps that follow the first `done` ones."""
-        for epoch, _, block in self._blocks(done):
-            samples = block.there.sum(axis=1).tolist()
-            for micro_batches, count in zip(block.of_rank(self.dealing.rank), samples, strict=True):
-                yield Step(epoch, micro_batches, count)
+        for epoch, first, block in self._blocks(done):
+            for place, micro_batches in enumerate(block.of_rank(self.dealing.rank)):
+                samples = block.samples[place, block.there[place]]
+                yield Step(first + place + 1, epoch, micro_batches, samples.tolist())
 
     def micro_batches(self, done: int = 0) -> Iterator[list[int]]:
         """This rank's micro-batches of the same steps, one after another."""

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from util import conversation, vision
 from util.command_line import MOST_TOLD
-from util.cost.kept_sizes import KeptSizes, media_files, state_of
+from util.cost.kept_sizes import KeptSizes, folder_of, media_files, state_of
 from util.cost.sizes import TOO_LONG, Finding, Problem, Sizes, Table
 from util.data import bad_samples
 from util.data.lines import DataError, stop_on
-from util.data.loader import Loader
+from util.data.loader import Loader, usable_cpus
 from util.data.media import MediaReader
 from util.data.settings import SampleSettings
 from util.dataset import Example, Samples, Size
@@ -45,6 +45,11 @@ def describe_unused(unused: Counter) -> str:
     shown = [f"{key} ({number:,})" for key, number in unused.most_common(MOST_KEYS)]
     more = [f"and {len(unused) - MOST_KEYS:,} more"] if len(unused) > MOST_KEYS else []
     return f"not used: {', '.join([*shown, *more])}"
+
+
+def measure_all(samples: Samples, config) -> Sizes:
+    """`measure` as a run does it, with the sizes kept that were found before."""
+    return measure(samples, config.max_tokens, config, config.num_workers, folder_of(config))
 
 
 def measure(
@@ -206,10 +211,6 @@ def too_long(where: str, tokens: int, max_tokens: int) -> str:
 
 def as_is(value):
     return value
-
-
-def usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- samples that are too long --------------------------------------------------------------------------------------

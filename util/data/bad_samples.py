@@ -2,9 +2,8 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 
 from util.command_line import MOST_TOLD
 from util.data.lines import DataError
@@ -46,25 +45,22 @@ class Lenient:
             return Skipped(str(error), error.reason)
 
 
-def begin(loader) -> Iterator:
-    """The batches of a DataLoader, the first of them made before this returns: if it is refused, then here and now."""
-    batches = iter(loader)
-    waiting = list(islice(batches, 1))
+class LenientCollator:
+    """A collator of samples of which some could not be read: the batch counts them and is made of the others."""
 
-    def made() -> Iterator:
-        while waiting:
-            yield waiting.pop()
-        yield from batches
+    def __init__(self, collate: Callable) -> None:
+        self.collate = collate
 
-    return made()
-
-
-def apart(samples: list) -> tuple[list, list[Skipped]]:
-    """The samples of a batch that are there, and what stands for the others."""
-    return [s for s in samples if not isinstance(s, Skipped)], [s for s in samples if isinstance(s, Skipped)]
+    def __call__(self, samples: list):
+        """`collate`'s Batch of the dataset.Samples among Samples and Skipped."""
+        read = [sample for sample in samples if not isinstance(sample, Skipped)]
+        skipped = [sample for sample in samples if isinstance(sample, Skipped)]
+        batch = self.collate(read)
+        batch.counts |= count_skipped(skipped)
+        return batch
 
 
-def count(skipped: list[Skipped]) -> dict[str, int]:
+def count_skipped(skipped: list[Skipped]) -> dict[str, int]:
     """Whole numbers for the log: all that were skipped, and by reason. The same keys always, so that ranks can sum."""
     reasons = Counter(sample.reason for sample in skipped)
     by_reason = {key_of(reason): reasons[reason] for reason in REASONS if reason != "too long"}

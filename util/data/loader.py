@@ -1,12 +1,17 @@
-"""The DataLoader whose workers survive the signals that end a run: they serve it until it is saved."""
+"""The packed batches of a run, by a DataLoader whose workers serve it until it is saved."""
 
 import atexit
+import os
 import signal
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from multiprocessing import active_children
 
+import torch
 from torch.utils.data import DataLoader
 
 from util import signals
+from util.data.bad_samples import Lenient, LenientCollator
 
 atexit.register(signals.kill_workers)  # before multiprocessing's own wait for them, which they would not hear
 
@@ -29,3 +34,37 @@ class Loader(DataLoader):
         if before is not None:  # None: not set from Python
             signal.signal(signal.SIGCHLD, before)
         return batches
+
+    def begin(self) -> Iterator:
+        """The batches, the first of them made before this returns: if it is refused, then here and now."""
+        batches = iter(self)
+        for first in batches:
+            return chain([first], batches)
+        return batches
+
+
+def packed_batches(
+    samples, micro_batches: Iterable[list[int]], collate: Callable, config, device: torch.device
+) -> Loader:
+    """The packed batch of each of `micro_batches`, lists of sample numbers, made in data workers.
+
+    Raises DataError where a sample cannot be read; with `--on_bad_sample skip` the batch does without and counts it.
+    """
+    return Loader(
+        Lenient(samples, config.on_bad_sample),
+        batch_sampler=micro_batches,
+        collate_fn=LenientCollator(collate),
+        num_workers=worker_count(config, device),
+        pin_memory=device.type == "cuda",
+    )
+
+
+def worker_count(config, device: torch.device) -> int:
+    """Data worker processes: as asked, else up to 8 with a GPU, and 1 beside a CPU that is busy training."""
+    if config.num_workers is not None:
+        return config.num_workers
+    return min(8, usable_cpus()) if device.type == "cuda" else 1
+
+
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -27,9 +27,8 @@ from util.command_line import UserError
 from util.config import Config
 from util.cost.flops import training_flops
 from util.cost.sizes import Sizes
-from util.data.bad_samples import Skipped
 from util.dataset import Sample
-from util.log import Run
+from util.log import Run, SilentRun
 from util.loss import PackedLoss
 from util.model import choose_device, choose_dtype, layers, load_trainable, prepare_layers, shard
 from util.parallel import ranks
@@ -106,16 +105,6 @@ def from_first_rank(decide: Callable, *arguments):
     return ranks.from_first(decide(*arguments) if ranks.is_first() else None)
 
 
-class SilentRun:
-    """The twin of log.Run on all ranks but the first: it knows the run directory and says and writes nothing."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def __getattr__(self, name: str):
-        return lambda *arguments: None
-
-
 def open_run(config: Config, resumed: Path | None, world: World):
     """The run of rank 0, and its silent twin elsewhere: one directory, one clock, one log."""
     run = Run(config, world.device, resumed) if world.is_first else None
@@ -149,7 +138,7 @@ class EvenCollator(Collator):
     """A rank without a picture still runs every layer: gradients are summed layer by layer over all ranks, and who
     leaves one out stops all. It gets four blank patches that no token sees and whose gradient is zero."""
 
-    def __call__(self, samples: list[Sample | Skipped]) -> Batch:
+    def __call__(self, samples: list[Sample]) -> Batch:
         batch = super().__call__(samples)
         if len(batch.vision_position_ids):
             return batch

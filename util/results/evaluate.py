@@ -18,10 +18,10 @@ from util import conversation, vision
 from util.collator import Batch, Collator
 from util.command_line import UserError
 from util.config import Config
-from util.cost.measure import QuickSize, usable_cpus
+from util.cost.measure import QuickSize
 from util.data.bad_samples import Lenient, Skipped
 from util.data.lines import DataError
-from util.data.loader import Loader
+from util.data.loader import Loader, usable_cpus
 from util.data.media import MediaReader
 from util.dataset import Example, Examples, Sample, Samples
 from util.guard import Stopped, StopSignal
@@ -43,7 +43,7 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch], device: torch.devi
     sums, counts = torch.zeros(2, dtype=torch.float64, device=device), Counter(Collator()([]).counts)
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed; training goes on as if it had not
         for batch in batches:
-            sums += model(batch.to(device), reduction="none").sum(1)
+            sums += model.score(batch.to(device)).sum(1)
             counts.update(batch.counts)
     model.train()
     return {"loss_sum": sums[0].item(), "likeliest_tokens": round(sums[1].item()), **counts}
@@ -154,7 +154,7 @@ class Answerer:
         batch = Collator()([whole for _, whole in pairs])
         there = batch.to(self.device)
         visual = self.packed.visual_tokens(there) if len(batch.vision_position_ids) else None
-        losses, likeliest = self.packed(there, reduction="none", visual=visual).cpu()
+        losses, likeliest = self.packed.score(there, visual).cpu()
         owner = torch.bucketize(batch.supervised_index, batch.segments.cu_seqlens[1:], right=True)
         rows = self.prompts_of(there, self.packed.embed(there, visual))
         found = []
