@@ -434,7 +434,7 @@ def test_a_weight_is_read_from_the_file_name(folder, processor):
     file = write(folder, [asking({"text": "A?"}), asking({"text": "B?"})])
     examples = load_examples([f"{file}*3", f"{file}*0.5"], processor)
     assert len(examples) == 4
-    assert examples.weights == (3.0, 0.5)
+    assert examples.weights == [3.0, 0.5]
     assert len(examples.order(0, 0)) == examples.epoch_samples == 7
     for wrong in ("0", "-1", "much", "inf"):
         with pytest.raises(DataError, match="how often its samples come"):

@@ -50,7 +50,7 @@ def transformers_positions(qwen: Qwen2VLModel, ids: list[int], grids: list[Grid]
         if token not in (IMAGE, VIDEO):
             row.append(token)
             continue
-        t, h, w, _ = next(waiting)
+        t, h, w = next(waiting)[:3]
         row += [token] * (t * h * w // 4)
         (images if token == IMAGE else videos).append([t, h, w])
     types = [1 if token == IMAGE else 2 if token == VIDEO else 0 for token in row]

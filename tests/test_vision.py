@@ -61,7 +61,7 @@ def unnormalised(pixel_values: torch.Tensor) -> list[int]:
 
 def unpatchify(medium: vision.Medium) -> np.ndarray:
     """Frames (F, H, W, 3) of an image or video, put together patch by patch."""
-    t, h, w, _ = medium.grid
+    t, h, w = medium.grid[:3]
     frames = medium.patches.shape[1] // (3 * 14 * 14)
     patches = iter(medium.patches.reshape(-1, 3, frames, 14, 14).numpy())
     out = np.zeros((t * frames, h * 14, w * 14, 3), np.uint8)

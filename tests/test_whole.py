@@ -195,7 +195,7 @@ def test_a_video_that_was_cut_is_read_to_its_end_and_told_apart(suffix, picture,
     grid = vision.read_grid(item, Budget())
     assert grid.cut
     assert vision.load(item, Budget()).grid == grid
-    assert grid == vision.Grid(*grid), "the same numbers as of a whole file"
+    assert grid._replace(cut=False) == vision.Grid(*grid[:3]), "the same numbers as of a whole file"
 
 
 def test_a_cut_video_stays_one_in_the_cache(picture, tmp_path):

@@ -35,7 +35,8 @@ class Example:
 
     @property
     def media(self) -> list[dict]:
-        return [item for message in self.messages for item in message["content"] if item["type"] in ("image", "video")]
+        items = itertools.chain.from_iterable(message["content"] for message in self.messages)
+        return [item for item in items if item["type"] in ("image", "video")]
 
 
 @dataclass
@@ -73,11 +74,17 @@ class Examples(Sequence):
 
     def __init__(self, files: list[str], processor) -> None:
         self.forbidden = conversation.control_tokens(processor)
-        self.files, self.weights = zip(*map(split_weight, files), strict=True)
-        self.entries = [open_entries(file) for file in self.files]
-        for file, rows in zip(self.files, self.entries, strict=True):
+        self.files: list[str] = []
+        self.weights: list[float] = []  # how often an epoch takes each sample of a file
+        self.entries: list[Sequence] = []
+        for named in files:
+            file, weight = split_weight(named)
+            rows = open_entries(file)
             advice.refuse_other_format(file, rows, self.forbidden)
-        self.ends = list(itertools.accumulate(map(len, self.entries)))
+            self.files.append(file)
+            self.weights.append(weight)
+            self.entries.append(rows)
+        self.ends = list(itertools.accumulate(map(len, self.entries)))  # of each file, in numbers over all files
         self.left_out: frozenset[int] = frozenset()  # what --on_bad_sample skip keeps out of every step
         if not any(len(rows) * weight > 0.5 for rows, weight in zip(self.entries, self.weights, strict=True)):
             raise DataError(f"{', '.join(files)}: no samples. A data file is a JSON list of {{'messages': [...]}}.")
@@ -87,54 +94,63 @@ class Examples(Sequence):
 
     def __getitem__(self, index: int) -> Example:
         """Raises DataError that names the sample, the message, the rule and the fix."""
-        file, index = self._place(index)
-        entry, where = self.entries[file][index], f"{self.files[file]}, sample {index}"
+        file, row = self._place(index)
+        name = self.files[file]
+        entry = self.entries[file][row]
+        where = f"{name}, sample {row}"
         unused: set[str] = set()
         try:
-            messages = entries.check_messages(entry, self.forbidden, Path(self.files[file]).parent, unused)
+            messages = entries.check_messages(entry, self.forbidden, Path(name).parent, unused)
         except DataError as error:
-            hint = advice.advice(entry, self.files[file], self.forbidden)
+            # Most of what breaks a rule at once is in another format: say which, and what converts it.
+            hint = advice.advice(entry, name, self.forbidden)
             message = f"{error}; it {hint}" if hint else str(error)
             raise DataError(f"{where}{shortened(message)}", error.reason) from None
         return Example(messages, where, entry.get("kind"), frozenset(unused))
 
     def where(self, index: int) -> str:
         """The name of a sample, its file unread."""
-        file, index = self._place(index)
-        return f"{self.files[file]}, sample {index}"
+        file, row = self._place(index)
+        return f"{self.files[file]}, sample {row}"
 
     def folder(self, index: int) -> Path:
         """The folder of a sample's data file, in which its media are looked for first."""
         return Path(self.files[self._place(index)[0]]).parent
 
     def _place(self, index: int) -> tuple[int, int]:
-        index = range(len(self))[index]
+        """Which file, and which of its samples, a number over all files is."""
+        index = range(len(self))[index]  # -1 is the last; IndexError beyond it
         file = bisect_right(self.ends, index)
-        return file, index - (self.ends[file - 1] if file else 0)
+        begin = self.ends[file - 1] if file else 0
+        return file, index - begin
 
     @property
     def epoch_samples(self) -> int:
         """How many samples an epoch has, those included that are left out."""
-        lengths = map(len, self.entries)
-        return sum(int(w) * n + round(w % 1 * n) for w, n in zip(self.weights, lengths, strict=True))
+        total = 0
+        for rows, weight in zip(self.entries, self.weights, strict=True):
+            total += int(weight) * len(rows) + round(weight % 1 * len(rows))
+        return total
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The samples of an epoch (`epoch_samples`,) in order: a function of (seed, epoch) alone, so that resuming
         needs no replay. Those that are left out have their places in it, too: else every later one would move."""
         generator = torch.Generator().manual_seed((seed << 20) + epoch)
-        chosen, begin = [], 0
+        parts = [torch.zeros(0, dtype=torch.int64)]
+        begin = 0
         for end, weight in zip(self.ends, self.weights, strict=True):
-            chosen += [torch.arange(begin, end)] * int(weight)
-            if part := round(weight % 1 * (end - begin)):
-                chosen.append(begin + torch.randperm(end - begin, generator=generator)[:part])
+            parts += [torch.arange(begin, end)] * int(weight)
+            if share := round(weight % 1 * (end - begin)):  # of a weight of 2.5 the half, another one in each epoch
+                parts.append(begin + torch.randperm(end - begin, generator=generator)[:share])
             begin = end
-        chosen = torch.cat([*chosen, torch.zeros(0, dtype=torch.int64)])
+        chosen = torch.cat(parts)
         return chosen[torch.randperm(len(chosen), generator=generator)].numpy()
 
 
 def load_examples(files: list[str], processor) -> Examples:
     """Data files, all of their samples checked now. Raises DataError that names every bad one (20 in full)."""
-    examples, problems = Examples(files, processor), []
+    examples = Examples(files, processor)
+    problems = []
     for index in range(len(examples)):
         try:
             examples[index]
@@ -148,7 +164,10 @@ class Samples(Dataset):
     """Examples by index, encoded and with their pixels: what a data worker does for one sample."""
 
     def __init__(self, examples: Sequence[Example], processor, budget: vision.Budget, reader=MediaReader()):
-        self.examples, self.processor, self.budget, self.reader = examples, processor, budget, reader
+        self.examples = examples
+        self.processor = processor
+        self.budget = budget
+        self.reader = reader
         self.shrunk: dict[int, vision.Budget] = {}  # what --on_long_sample shrink found for samples that were too long
 
     def __len__(self) -> int:
@@ -156,13 +175,15 @@ class Samples(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         example = self.example(index)
-        return Sample(self._encode(example), self._media(example, vision.load, self.shrunk.get(index)), example.where)
+        media = self._media(example, vision.load, self.shrunk.get(index))
+        return Sample(self._encode(example), media, example.where)
 
     def size(self, index: int) -> Size:
         """The cost of one sample from its text and its media's headers, without decoding a pixel."""
         example = self.example(index)
-        encoded, grids = self._encode(example), self._media(example, vision.read_grid, self.shrunk.get(index))
-        tokens = len(encoded.input_ids) + sum(grid.tokens - 1 for grid in grids)
+        encoded = self._encode(example)
+        grids = self._media(example, vision.read_grid, self.shrunk.get(index))
+        tokens = len(encoded.input_ids) + sum(grid.tokens - 1 for grid in grids)  # a placeholder is one token already
         return Size(tokens, sum(encoded.supervised), grids)
 
     def example(self, index: int) -> Example:
@@ -188,8 +209,9 @@ class Samples(Dataset):
         try:
             return read(*arguments)
         except (ValueError, OSError) as error:
-            lost = fetch.FetchError in (type(error), type(error.__context__))
-            raise DataError(f"{example.where}: {shortened(error)}", "not fetched" if lost else "not readable") from None
+            is_lost = fetch.FetchError in (type(error), type(error.__context__))
+            reason = "not fetched" if is_lost else "not readable"
+            raise DataError(f"{example.where}: {shortened(error)}", reason) from None
         except Exception as error:  # a fault of ours or of a library: which sample was it?
             error.add_note(f"while reading {example.where}")
             raise

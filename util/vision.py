@@ -7,7 +7,7 @@ training sees what inference sees. Each frame is resized once and stays uint8 un
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +38,7 @@ class Grid(NamedTuple):
     h: int
     w: int
     capped: bool = False  # a video that --video_max_tokens made smaller or shorter
+    cut: bool = False  # a video whose file ends before its time: what is there is read
 
     @property
     def patches(self) -> int:
@@ -46,14 +47,6 @@ class Grid(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.patches // MERGE**2
-
-    @property
-    def cut(self) -> bool:
-        return isinstance(self, CutGrid)
-
-
-class CutGrid(Grid):
-    """Of a video whose file ends before its time: what is there is read. The same numbers, and told apart."""
 
 
 @dataclass
@@ -83,25 +76,30 @@ class Budget:
     def of(cls, config) -> "Budget":
         """The budget in a Config or in the training_config.json of a run."""
         values = config if isinstance(config, dict) else vars(config)
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name != "cap_pixels"})
+        names = [field.name for field in fields(cls) if field.name != "cap_pixels"]
+        return cls(**{name: values[name] for name in names})
 
     def pixels(self, default: tuple[int, int]) -> tuple[int, int]:
         """(fewest, most) pixels of an image or frame. One that is given moves the other's default out of its way."""
-        least, most = self.min_pixels or default[0], self.max_pixels or default[1]
-        return (least, max(least, most)) if self.max_pixels is None else (min(least, most), most)
+        least = self.min_pixels or default[0]
+        most = self.max_pixels or default[1]
+        if self.max_pixels is None:
+            return least, max(least, most)
+        return min(least, most), most
 
 
 def load(item: dict, budget: Budget) -> Medium:
     """Decode, resize and cut into patches one image or video item. Raises ValueError that names the file."""
     if item["type"] == "image":
         image = open_image(item["image"])
-        height, width = size = named(image_size, item, image.height, image.width, budget)
-        grid = Grid(1, height // PATCH, width // PATCH)
-        return patchify([resize(to_tensor(image, item["image"]), size)], grid, frames_per_patch=1)
+        height, width = named(image_size, item, image.height, image.width, budget)
+        pixels = resize(to_tensor(image, item["image"]), (height, width))
+        return patchify([pixels], Grid(1, height // PATCH, width // PATCH), frames_per_patch=1)
     with open_video(item) as video:
         indices, (height, width), capped = plan_video(item, video, budget)
         grid = video_grid(video, indices, height, width, capped)
-        frames = map(lambda frame: resize(frame, (height, width)), video.frames_at(indices))  # keeps no full frame
+        # One frame at a time: a full one is gone before the next is decoded.
+        frames = (resize(frame, (height, width)) for frame in video.frames_at(indices))
         return patchify(frames, grid, frames_per_patch=TEMPORAL)
 
 
@@ -123,8 +121,7 @@ def read_grid(item: dict, budget: Budget) -> Grid:
 
 def video_grid(video, indices: list[int], height: int, width: int, capped: bool) -> Grid:
     """The grid of the frames of a video (or of what stands for its header), resized to height x width pixels."""
-    kind = CutGrid if video.missing else Grid
-    return kind(len(indices) // TEMPORAL, height // PATCH, width // PATCH, capped)
+    return Grid(len(indices) // TEMPORAL, height // PATCH, width // PATCH, capped, cut=bool(video.missing))
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
@@ -155,44 +152,62 @@ def smart_resize(height: float, width: float, least: float, most: float) -> tupl
 
 def image_size(item: dict, height: int, width: int, budget: Budget) -> tuple[int, int]:
     """The size an image is resized to: its item's `resized_*`, else its item's or the budget's pixel limits."""
-    least, most = budget.pixels(IMAGE_PIXELS)
-    least, most = item.get("min_pixels", least), item.get("max_pixels", max(most, item.get("min_pixels", 0)))
     if "resized_height" in item:
-        (height, width), (least, most) = (item["resized_height"], item["resized_width"]), RESIZED_PIXELS
+        height, width = item["resized_height"], item["resized_width"]
+        least, most = RESIZED_PIXELS
+    else:
+        least, most = budget.pixels(IMAGE_PIXELS)
+        least = item.get("min_pixels", least)
+        # An item that asks for more pixels than the budget's most, and names no most of its own, moves it.
+        most = item.get("max_pixels", max(most, item.get("min_pixels", 0)))
     most = min(most, budget.cap_pixels)
     return smart_resize(height, width, min(least, most), most)
 
 
 def frame_size(item: dict, height: int, width: int, frames: int, budget: Budget) -> tuple[tuple[int, int], bool]:
     """The size of a video's frames, and whether --video_max_tokens made it smaller. `frames` is even."""
+    if "resized_height" in item:
+        height, width = smart_resize(item["resized_height"], item["resized_width"], *RESIZED_PIXELS)
+    else:
+        least, most = frame_limits(item, frames, budget)
+        height, width = smart_resize(height, width, min(least, most), most)
+    # All pairs of frames together may cost `video_max_tokens`; this cap beats whatever was asked for.
+    cap = budget.video_max_tokens * TOKEN_PIXELS * TEMPORAL // frames
+    is_capped = height * width > cap
+    cap = min(cap, budget.cap_pixels)
+    if height * width > cap:
+        height, width = smart_resize(height, width, 0, cap)
+    return (height, width), is_capped
+
+
+def frame_limits(item: dict, frames: int, budget: Budget) -> tuple[float, float]:
+    """(fewest, most) pixels of each of a video's frames, by qwen-vl-utils' rule (fetch_video).
+
+    The video's total is shared by its pairs of frames; a share never goes below 1.05 times the fewest.
+    """
     least = item.get("min_pixels", budget.pixels(FRAME_PIXELS)[0])
     share = item.get("total_pixels", TOTAL_PIXELS) / frames * TEMPORAL
     limit = max(min(FRAME_PIXELS[1], share), int(least * 1.05))
-    most = min(item.get("max_pixels", max(budget.max_pixels or limit, item.get("min_pixels", 0))), limit)
-    if "resized_height" in item:
-        wanted = smart_resize(item["resized_height"], item["resized_width"], *RESIZED_PIXELS)
-    else:
-        wanted = smart_resize(height, width, min(least, most), most)
-    cap = budget.video_max_tokens * TOKEN_PIXELS * TEMPORAL // frames
-    capped = wanted[0] * wanted[1] > cap
-    cap = min(cap, budget.cap_pixels)
-    return smart_resize(*wanted, 0, cap) if wanted[0] * wanted[1] > cap else wanted, capped
+    wanted = item.get("max_pixels", max(budget.max_pixels or limit, item.get("min_pixels", 0)))
+    return least, min(wanted, limit)
 
 
 def plan_video(item: dict, video, budget: Budget) -> tuple[list[int], tuple[int, int], bool]:
     """Which frames of a video are read, their size (height, width), and whether --video_max_tokens cut it down."""
     first, last = frame_range(item, len(video), video.average_fps)
-    if isinstance(item["video"], list):
-        frames = math.ceil(len(video) / TEMPORAL) * TEMPORAL  # chosen by hand: every one is wanted
+    is_list = isinstance(item["video"], list)
+    if is_list:  # chosen by hand: every one is wanted, the last twice where their number is odd
+        frames = math.ceil(len(video) / TEMPORAL) * TEMPORAL
     else:
         frames = frame_count(item, last - first + 1, video.average_fps, budget)
     most_frames = max(1, budget.video_max_tokens) * TEMPORAL  # a pair of frames costs a token at least
-    size, capped = named(frame_size, item, video.height, video.width, min(frames, most_frames), budget)
-    if isinstance(item["video"], list) and frames <= most_frames:
+    taken = min(frames, most_frames)
+    size, is_capped = named(frame_size, item, video.height, video.width, taken, budget)
+    if is_list and frames <= most_frames:
         indices = list(range(len(video))) + [len(video) - 1] * (frames - len(video))
     else:
-        indices = torch.linspace(first, last, min(frames, most_frames)).round().long().tolist()
-    return indices, size, capped or frames > most_frames
+        indices = torch.linspace(first, last, taken).round().long().tolist()
+    return indices, size, is_capped or frames > most_frames
 
 
 def named(size_of: Callable, item: dict, *arguments):
@@ -205,7 +220,8 @@ def named(size_of: Callable, item: dict, *arguments):
 
 def frame_range(item: dict, total: int, fps: float) -> tuple[int, int]:
     """First and last frame between `video_start` and `video_end` (seconds), both included."""
-    first, last = 0, total - 1
+    first = 0
+    last = total - 1
     if "video_start" in item:
         first = math.ceil(min(item["video_start"], total / fps) * fps)
     if "video_end" in item:
@@ -226,8 +242,10 @@ def frame_count(item: dict, total: int, fps: float, budget: Budget) -> int:
         wanted = round(item["nframes"] / TEMPORAL) * TEMPORAL
     else:
         least = math.ceil(item.get("min_frames", 4) / TEMPORAL) * TEMPORAL
-        most = math.floor(item.get("max_frames", min(budget.video_max_frames, total)) / TEMPORAL) * TEMPORAL
-        wanted = min(max(total / fps * item.get("fps", budget.video_fps), least), most)
+        most = item.get("max_frames", min(budget.video_max_frames, total))
+        most = math.floor(most / TEMPORAL) * TEMPORAL
+        by_time = total / fps * item.get("fps", budget.video_fps)
+        wanted = min(max(by_time, least), most)
     return max(TEMPORAL, math.floor(min(wanted, total) / TEMPORAL) * TEMPORAL)
 
 

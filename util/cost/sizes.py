@@ -69,7 +69,7 @@ class Table:
             cap = finding.budget.cap_pixels if finding.budget else 0
             rows.extend((size.tokens, size.supervised, reason, cap, finding.tokens_before, finding.state))
             for grid in size.grids:
-                grids.extend((*grid, grid.cut))
+                grids.extend(grid)
             grid_ends.append(len(grids) // GRID_COLUMNS)
             files += finding.files
             file_ends.append(len(files))
@@ -163,7 +163,7 @@ class Sizes(Sequence):
             return None
         begin = self.grid_ends[index - 1] if index else 0
         rows = self.grids[begin : self.grid_ends[index]].tolist()
-        grids = [(vision.CutGrid if cut else vision.Grid)(t, h, w, bool(capped)) for t, h, w, capped, cut in rows]
+        grids = [vision.Grid(t, h, w, bool(capped), bool(cut)) for t, h, w, capped, cut in rows]
         return Size(int(self.tokens[index]), int(self.supervised[index]), grids)
 
     @property

@@ -165,7 +165,7 @@ class FrameCache:
         It is not flushed to disk, which takes time: what a power failure makes of it, the checksums show.
         """
         pixels = medium.patches.contiguous().flatten().numpy()
-        fields = MAGIC, *medium.grid, medium.grid.cut, medium.patches.shape[1], zlib.crc32(pixels)
+        fields = MAGIC, *medium.grid, medium.patches.shape[1], zlib.crc32(pixels)
         header = HEADER.pack(zlib.crc32(HEADER.pack(0, *fields)[4:] + key.encode()), *fields)
         path = self._path(key)
         unfinished = path.parent / f".{key}.{secrets.token_hex(8)}.unfinished"
@@ -258,13 +258,13 @@ def read_entry(path: Path, key: str, with_pixels: bool) -> "Medium | Grid":
     """The Medium of an entry, mapped, which marks it as used; or its grid. OSError: ENOENT without, EIO if damaged."""
     import torch
 
-    from util.vision import CutGrid, Grid, Medium
+    from util.vision import Grid, Medium
 
     with open(path, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         header = file.read(HEADER.size).ljust(HEADER.size, b"\0")
         own_checksum, magic, t, h, w, capped, cut, columns, checksum = HEADER.unpack(header)
-        grid = (CutGrid if cut else Grid)(t, h, w, bool(capped))
+        grid = Grid(t, h, w, bool(capped), bool(cut))
         is_whole = magic == MAGIC and status.st_size == HEADER.size + grid.patches * columns
         is_whole = is_whole and own_checksum == zlib.crc32(header[4:] + key.encode())
         if is_whole and not with_pixels:

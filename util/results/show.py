@@ -30,7 +30,7 @@ def describe(samples, index: int) -> str:
     while token < len(ids):
         if token in media_at:
             end, medium = media_at[token]
-            t, h, w, _ = medium.grid
+            t, h, w = medium.grid[:3]
             text = f"<video {t}x{h}x{w}>" if medium.is_video else f"<image {h}x{w}>"
         else:
             end = token + 1
