@@ -76,6 +76,37 @@ def test_a_gpu_that_torch_cannot_use_stops_the_run(machine):
     assert "the driver is 470.57.02" in printed
 
 
+FAKE_PYTHON = """
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python";;
+    *"pip install"*) echo "asked: $*"; exit {code};;
+    -) echo;;
+    *) exit 0;;
+esac"""
+
+
+def test_an_install_that_fails_names_the_versions_that_were_tested(machine):
+    """The newest are tried: what was tested last may have vanished from the registry since."""
+    machine.program("python3", FAKE_PYTHON.format(code=1))
+    code, printed = machine("finetune.sh")
+    assert code == 1
+    (asked,) = [line for line in printed.splitlines() if line.startswith("asked: ")]
+    assert asked.endswith("/requirements.txt")
+    assert "constraints" not in asked
+    assert printed.splitlines()[-1] == ".venv/bin/python -m pip install -r requirements.txt -c constraints.txt"
+    assert (ROOT / "constraints.txt").exists()
+    assert not list((machine.home / ".venv").glob("installed-*")), "the next start must try again"
+
+
+def test_an_install_that_succeeds_is_not_repeated(machine):
+    machine.program("python3", FAKE_PYTHON.format(code=0))
+    first, second = machine("finetune.sh"), machine("finetune.sh")
+    assert [code for code, _ in (first, second)] == [0, 0]
+    assert "asked: " in first[1]
+    assert "asked: " not in second[1]
+    assert "constraints.txt" not in first[1]
+
+
 @pytest.fixture
 def demonstration(machine):
     """What ./finetune.sh without arguments hands to finetune.py where there is no GPU."""

@@ -27,7 +27,9 @@ else
         echo "first use: making .venv and installing $1 (torch with its CUDA libraries is several GB; this takes minutes)"
         [ -x "$python" ] || "$base" -m venv "$root/.venv" || stop "making .venv failed (see above)"
         "$python" -m pip install --disable-pip-version-check --progress-bar on -r "$requirements" ||
-            stop "installing $1 failed (see above); run the command again to go on from where it stopped"
+            stop "installing $1 failed (see above); run the command again to go on from where it stopped." \
+                "The newest versions that $1 allows were tried. Those that were tested last stand in constraints.txt:" \
+                "$python -m pip install -r $1 -c constraints.txt"
         touch "$stamp"
     fi
 fi
