@@ -11,15 +11,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def origin(script: str, arguments: list[str], private: Iterable[Path] = (), device: str | None = None) -> dict:
+def origin(
+    script: str,
+    arguments: list[str],
+    private: Iterable[Path] = (),
+    device: str | None = None,
+    checkout: Path = ROOT,
+) -> dict:
     """The command, the commit and the machine of a result.
 
     In the command, a file of the user's own (`private`), or anything with a whole path, is FILE.
     `device`: what the figures are of, where it is not this machine's CPU.
+    `checkout`: whose commit it is, where it is not that of this script.
     """
     private = {str(path) for path in private}
     shown = ["FILE" if argument in private or os.path.isabs(argument) else argument for argument in arguments]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=False)
     return {
         "command": shlex.join(["python", f"benchmarks/{script}", *shown]),
         "commit": commit.stdout.strip() or None,
