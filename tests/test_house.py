@@ -30,7 +30,7 @@ def rows(path):
     """Every row."""
     return [f"{path}: {row + SEED}" if row else "" for row in lines.read(path)]
 ''',
-    "util/data/__init__.py": '"""Where bytes come from."""\n',
+    "util/data/__init__.py": '"""Where bytes come from."""\n\nfrom .lines import read\n',
     "util/data/lines.py": "from util.config import SEED\nfrom . import fetch\n\nread = fetch.read\n",
     "util/data/fetch.py": """\
 from typing import TYPE_CHECKING
@@ -71,6 +71,14 @@ def test_lines_and_tokens(house):
     assert figures["tokens_per_code_line"] == 8.75
     assert figures["comprehensions_per_100"] == 25
     assert figures["comment_lines_per_100_lines"] == 9.09
+
+
+def test_imports_are_found_however_they_are_written(house):
+    graph = import_graph(read_sources(house))
+    assert graph["finetune"] == {"util.dataset"}
+    assert graph["util.dataset"] == {"util.config", "util.data.lines"}
+    assert graph["util.data"] == {"util.data.lines"}
+    assert graph["util.data.lines"] == {"util.config", "util.data.fetch"}
 
 
 def test_a_circle_of_lazy_imports_is_found(house):

@@ -27,7 +27,7 @@ def test_the_tree_is_the_tree():
         (below if line.startswith("  ") else top).add(name.rstrip("/"))
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     real = {path.split("/")[0] for path in tracked if not path.startswith(".")}
-    unlisted = {"LICENSE", "CONTRIBUTING.md", "README.md", "pyproject.toml"}
+    unlisted = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "README.md", "constraints.txt", "pyproject.toml"}
     assert top == real - unlisted
     assert below == {path.removeprefix("util/") for path in tracked if path.startswith("util/")} - {"__init__.py"}
 
