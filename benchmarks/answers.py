@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.report import origin, write_result
-from util.conversation import text_of
+from util.data.entries import text_of
 from util.dataset import Example, load_examples
 from util.model import choose_device, choose_dtype, find_model, load_processor, load_weights
 from util.results.evaluate import Answerer, QuestionSamples, answer_all, questions_of

@@ -30,10 +30,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests import matrix_faults
-from util import checkpoint, optimizer
+from util import checkpoint, optimizer, ranks
 from util.command_line import Ended, UserError
 from util.config import Config
-from util.parallel import faults, ranks
+from util.parallel import faults
 from util.results import evaluate
 
 STEPS, STOPPED_AT, NO_NUMBER_AT = 4, 2, 2

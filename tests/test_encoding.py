@@ -12,6 +12,7 @@ from PIL import Image
 from tests.conftest import ROOT
 from util import conversation, vision
 from util.collator import expand
+from util.data.entries import text_of
 from util.dataset import DataError, Samples, load_examples
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -273,7 +274,7 @@ def test_prompt_and_answer_are_the_training_row(name, any_processor):
     assert answers
     for number in answers:
         pieces = conversation.render_prompt(messages[:number], any_processor)
-        answer = conversation.text_of(messages[number]["content"]) + "<|im_end|>\n"
+        answer = text_of(messages[number]["content"]) + "<|im_end|>\n"
         prompt = conversation.encode(pieces, any_processor).input_ids
         reply = any_processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
         row = encode(messages, any_processor)

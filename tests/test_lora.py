@@ -15,7 +15,6 @@ import finetune
 from tests import runs, warm
 from tests.official import official_config
 from util.adapters import lora
-from util.adapters.merge_lora import merge_run
 from util.checkpoint import TensorReader
 from util.collator import Collator
 from util.command_line import UserError
@@ -24,6 +23,7 @@ from util.cost import flops, memory
 from util.dataset import Samples, Size, load_examples
 from util.model import build_model, load_config, load_processor, load_weights
 from util.optimizer import build_optimizer
+from util.publish.merge_lora import merge_run
 from util.results.evaluate import Answerer, ask
 from util.vision import Budget, Grid
 
@@ -330,7 +330,7 @@ def test_settings_that_cannot_be(changes, told):
 
 
 def test_an_adapter_is_no_model_to_train(trained):
-    with pytest.raises(UserError, match=r"is an adapter; first make a model of it: python -m util\.merge_lora"):
+    with pytest.raises(UserError, match=r"is an adapter; first make a model of it: python -m util merge"):
         load_config(str(trained("lora")))
 
 

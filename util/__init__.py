@@ -1,9 +1,9 @@
-"""The training of Qwen2-VL, read from the ground up.
+"""The training of Qwen2-VL, read from the ground up. No import is circular, lazy ones included.
 
-Ground floor: command_line config run_folder signals. Only the standard library, and asked by everyone.
-The walk of a sample: dataset conversation vision collator loss.
-The loop: model attention tensors optimizer steps checkpoint guard log plan tiny_model.
-Rooms: data (where bytes come from), cost (what is known before training), formats (other people's data), parallel
-(several ranks), adapters (LoRA), results (answers and scores), publish (what leaves). Each says in its docstring what
-enters, what leaves, and what it may import. No import is circular, lazy ones included.
+ground: command_line, config, run_folder, signals, ranks: what everyone asks.
+walk: dataset, conversation, vision, collator, loss: one sample, from a data file to its loss.
+loop: model, attention, tensors, optimizer, steps, checkpoint, guard, log, plan, tiny_model: what the scripts call.
+rooms: data (where bytes come from), formats (other people's data), adapters (LoRA and its kin), cost (what is known
+before training), publish (what leaves), results (answers and scores), parallel (several ranks). Each says in its
+docstring what enters, what leaves, and what it may import.
 """

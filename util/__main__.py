@@ -14,7 +14,7 @@ COMMANDS = {
     "convert": ("util.formats.convert", "convert data files of other formats to this one"),
     "chartqa": ("util.formats.chartqa", "prepare ChartQA, from the hub, a folder, or drawn on the spot"),
     "export": ("util.publish.export", "write a checkpoint as a model that plain transformers opens"),
-    "merge": ("util.adapters.merge_lora", "write an adapter and its base as one model"),
+    "merge": ("util.publish.merge_lora", "write an adapter and its base as one model"),
     "push": ("util.publish.hub", "send a run's model to the Hugging Face hub"),
     "track": ("util.publish.trackers", "send a run's metrics to TensorBoard, trackio or wandb"),
     "compare": ("util.results.compare", "compare several models' answers in one table"),

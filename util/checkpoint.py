@@ -9,7 +9,6 @@ import json
 import math
 import os
 import pickle
-import re
 import shutil
 import socket
 import threading
@@ -27,12 +26,12 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from util import ranks
 from util.command_line import MOST_TOLD, UserError, harmless_settings
 from util.config import Config
 from util.cost import disk
 from util.data.lines import split_weight
 from util.optimizer import own_parameters, source_of
-from util.parallel import ranks
 from util.run_folder import complete_checkpoints, step_of
 from util.tensors import run_parameters, trained_parameters
 
@@ -104,7 +103,8 @@ class Saver:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, failed: Callable[[Path], None]
     ) -> None:
         self.wait()
-        self.saved_at, self.problem = time.monotonic(), ""
+        self.saved_at = time.monotonic()
+        self.problem = ""
         final = self.folder / f"step_{state['step']:06d}"
         unfinished = self.folder / f".unfinished_{final.name}"
         tensors, scalars = gather(model, optimizer)
@@ -202,22 +202,30 @@ def is_spent(stager: DefaultStager) -> bool:
 
 def split_interval(text: str | int) -> tuple[int, int]:
     """`--save_every` as (steps, minutes), one of them 0."""
-    count, minutes = re.fullmatch(r"(\d+)(min)?", str(text)).groups()
-    return (0, int(count)) if minutes else (int(count), 0)
+    text = str(text)
+    if text.endswith("min"):
+        return 0, int(text.removesuffix("min"))
+    return int(text), 0
 
 
 def checksum(path: Path) -> list[int]:
     """Bytes and CRC-32 of a file: against damage, not against malice."""
-    size, found = 0, 0
+    size = 0
+    found = 0
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(2**24):
-            size, found = size + len(chunk), zlib.crc32(chunk, found)
+            size += len(chunk)
+            found = zlib.crc32(chunk, found)
     return [size, found]
 
 
 def data_fingerprint(files: list[str]) -> list[str]:
     """What the data files hold, so that a resumed run notices other data."""
-    return [f"{file} {checksum(Path(split_weight(file)[0]))}" for file in files]
+    found = []
+    for named in files:
+        file, _ = split_weight(named)
+        found.append(f"{named} {checksum(Path(file))}")
+    return found
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -239,7 +247,10 @@ def verify(checkpoint: Path) -> dict:
 
 def first_failure(error: BaseException) -> BaseException:
     """Of the errors of several ranks, which DCP puts into one, the first."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    if not isinstance(error, CheckpointException):
+        return error
+    failure, _ = next(iter(error.failures.values()))  # with its traceback
+    return failure
 
 
 def check_files(folder: Path) -> None:
@@ -247,9 +258,10 @@ def check_files(folder: Path) -> None:
 
     Each machine writes its ranks' files, and the first rank's disk alone looks complete to the first rank.
     """
-    ends: dict[str, int] = {}
+    ends: dict[str, int] = {}  # where the last tensor of each file ends
     for entry in TensorReader(folder).read_metadata().storage_data.values():
-        ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
+        end = entry.offset + entry.length
+        ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), end)
     for name, end in sorted(ends.items()):
         path = folder / name
         if not path.exists():
@@ -407,7 +419,8 @@ def resolve_resume(config: Config, latest: Path) -> Path | None:
 
 def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:
     """Say which settings are not those of a checkpoint; UserError for one that changes what is computed."""
-    now, then = dataclasses.asdict(config), state["settings"]
+    now = dataclasses.asdict(config)
+    then = state["settings"]
     changed = {name: (then[name], now[name]) for name in now if name in then and then[name] != now[name]}
     if config.data == then["data"] and data_fingerprint(config.data) != state["data"]:
         changed["data"] = ("the files as they were", "files with other content")
@@ -432,24 +445,16 @@ def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:
 
 
 def compare_plan(config: Config, checkpoint: Path, sizes, examples) -> None:
-    """Say what of the data is taken or left out in another way than by the run of a checkpoint (`sizes`: Sizes,
-    `examples`: its Examples); UserError without `--resume_anyway`, since the rest of the run would compute something
-    else."""
-    now, then = sizes.mark(), read_state(checkpoint).get("plan")
+    """Say what of the data is taken or left out in another way than by the run of a checkpoint.
+
+    `sizes`: Sizes, `examples`: its Examples. Raises UserError without `--resume_anyway`, since the rest of the run
+    would compute something else.
+    """
+    now = sizes.mark()
+    then = read_state(checkpoint).get("plan")
     if then is None or now == then:  # None: of a version that kept no plan
         return
-    lines = []
-    for name, what in (("left_out", "samples left out"), ("shrunk", "samples shrunk to fit --max_tokens")):
-        if now[name] != then[name]:
-            lines.append(f"  {what}: {then[name]['count']:,} -> {now[name]['count']:,}")
-    for what, ones, others in (("newly", now, then), ("no longer", then, now)):
-        # the list of many is cut: what lies beyond its end may be in it or not
-        known = [i for i in ones["left_out"]["first"] if i < len(sizes)]
-        if others["left_out"]["count"] == len(others["left_out"]["first"]):
-            moved = [examples.where(i) for i in known if i not in set(others["left_out"]["first"])]
-            lines += [f"    {what}: {name}" for name in moved[:MOST_TOLD]]
-    if now["left_out"] == then["left_out"] and now["sizes"] != then["sizes"]:
-        lines.append("  sizes of samples: others than they were; images or videos have changed")
+    lines = differences(now, then, examples)
     if lines and not config.resume_anyway:
         raise UserError(
             f"{checkpoint} was made with another plan of the data:\n" + "\n".join(lines) + "\n"
@@ -457,6 +462,23 @@ def compare_plan(config: Config, checkpoint: Path, sizes, examples) -> None:
         )
     if lines and ranks.is_first():
         print(f"going on from {checkpoint} with another plan of the data:\n" + "\n".join(lines), flush=True)
+
+
+def differences(now: dict, then: dict, examples) -> list[str]:
+    """A line for each difference between two plans of the data (Sizes.mark), and the samples' names where known."""
+    lines = []
+    for name, what in (("left_out", "samples left out"), ("shrunk", "samples shrunk to fit --max_tokens")):
+        if now[name] != then[name]:
+            lines.append(f"  {what}: {then[name]['count']:,} -> {now[name]['count']:,}")
+    for what, ones, others in (("newly", now, then), ("no longer", then, now)):
+        there = others["left_out"]["first"]
+        if others["left_out"]["count"] > len(there):
+            continue  # the list of many is cut: what lies beyond its end may be in it or not
+        moved = [i for i in ones["left_out"]["first"] if i < len(examples) and i not in set(there)]
+        lines += [f"    {what}: {examples.where(i)}" for i in moved[:MOST_TOLD]]
+    if now["left_out"] == then["left_out"] and now["sizes"] != then["sizes"]:
+        lines.append("  sizes of samples: others than they were; images or videos have changed")
+    return lines
 
 
 def write_flushed(path: Path, text: str) -> None:

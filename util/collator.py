@@ -6,7 +6,7 @@ S supervised tokens, N images and videos.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -62,10 +62,10 @@ def total_counts(batches: Sequence[Batch]) -> dict[str, int]:
 class Visual:
     """What a batch gathers of its images, or of its videos: a list entry for each of them."""
 
-    rows: list[torch.Tensor]  # of the packed row, which its visual tokens take
-    patches: list[torch.Tensor]
-    grids: list[Grid]
-    positions: list[torch.Tensor]  # row and column of each patch
+    rows: list[torch.Tensor] = field(default_factory=list)  # of the packed row, which its visual tokens take
+    patches: list[torch.Tensor] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
+    positions: list[torch.Tensor] = field(default_factory=list)  # row and column of each patch
 
     def add(self, medium: Medium, begin: int, end: int) -> None:
         """One more, whose visual tokens take the rows [begin, end)."""
@@ -80,7 +80,8 @@ class Collator:
 
     def __call__(self, samples: list[Sample]) -> Batch:
         ids, positions, supervised_index, targets, lengths = [], [], [], [], []
-        images, videos = Visual([], [], [], []), Visual([], [], [], [])
+        images = Visual()
+        videos = Visual()
         start = 0  # of the sample in the packed row
         for sample in samples or [NO_SAMPLE]:
             grids = [medium.grid for medium in sample.media]

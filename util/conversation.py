@@ -6,6 +6,8 @@ template and cut only where supervision begins or ends. Nothing searches for tok
 
 from dataclasses import dataclass
 
+from util.data.entries import text_of
+
 END_OF_TURN = "<|im_end|>\n"
 # Qwen2-VL's grounding marks are text that a user may write; every other special token controls the conversation.
 GROUNDING_PREFIXES = ("<|object_ref_", "<|box_", "<|quad_")
@@ -69,11 +71,6 @@ def encode(pieces: list[Piece], processor) -> Encoded:
         encoded.input_ids += ids
         encoded.supervised += [piece.supervised] * len(ids)
     return encoded
-
-
-def text_of(content: str | list[dict]) -> str:
-    """The text of a message's content, its text items joined."""
-    return content if isinstance(content, str) else "".join(item.get("text", "") for item in content)
 
 
 def control_tokens(processor) -> list[str]:

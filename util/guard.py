@@ -11,11 +11,10 @@ from dataclasses import replace
 from itertools import chain
 from typing import NoReturn
 
-from util import run_folder, signals
+from util import ranks, run_folder, signals
 from util.collator import Batch, Collator
 from util.command_line import Ended, UserError, known
 from util.data.bad_samples import LenientCollator
-from util.parallel import ranks
 from util.steps import Step
 
 MOST_IN_A_ROW = 3

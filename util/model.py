@@ -202,7 +202,8 @@ def rotate_patches(
     """transformers' rotation in the tower, in fp32 or in fp64 where the input is. query and key (P, heads, width),
     cos and sin (P, width)."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    cos, sin = cos[:, None].to(wide), sin[:, None].to(wide)
+    cos = cos[:, None].to(wide)
+    sin = sin[:, None].to(wide)
 
     def rotate(hidden: torch.Tensor) -> torch.Tensor:
         whole = hidden.to(wide)

@@ -1,6 +1,7 @@
 """AdamW over fp32 weights: parameter groups, learning-rate schedule, clipping."""
 
 import math
+from itertools import chain
 
 import torch
 from torch import nn
@@ -27,15 +28,16 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
         "merger": config.merger_learning_rate,
         "language_model": config.learning_rate,
     }
-    own, groups = run_parameters(model), []
+    parameters = run_parameters(model)
+    groups = []
     for part in PARTS:
-        trained = [p for name, p in own.items() if p.requires_grad and part_of(name) == part]
+        trained = [p for name, p in parameters.items() if p.requires_grad and part_of(name) == part]
         rate = config.learning_rate if rates[part] is None else rates[part]
         for decays in (True, False):
-            parameters = [p for p in trained if (p.ndim >= 2) == decays]
-            if parameters:
+            chosen = [p for p in trained if (p.ndim >= 2) == decays]  # norms and biases have one dimension
+            if chosen:
                 decay = config.weight_decay if decays else 0.0
-                groups.append({"params": parameters, "weight_decay": decay, "peak": rate, "lr": rate})
+                groups.append({"params": chosen, "weight_decay": decay, "peak": rate, "lr": rate})
     return groups
 
 
@@ -80,7 +82,7 @@ def source_of(parameter: nn.Parameter) -> nn.Parameter:
 
 def own_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """What an optimizer trains, by its own count: of stand-ins these, not the model's parameters."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
 
 
 def hand_over_gradients(optimizer: torch.optim.Optimizer) -> None:

@@ -114,11 +114,14 @@ def own_settings(given: dict) -> dict:
 
     Where there is no checkpoint, or none that can be read, this is for `checkpoint.resolve_resume` to tell.
     """
-    resume, output = given.get("resume", "none"), given.get("output_dir")
+    resume = given.get("resume", "none")
     if resume == "none":
         return {}
-    path = Path(output or LATEST) if resume == "auto" else Path(resume)
-    for checkpoint in [path] if (path / "state.json").exists() else reversed(complete_checkpoints(path)):
+    path = Path(resume)
+    if resume == "auto":
+        path = Path(given.get("output_dir") or LATEST)
+    is_checkpoint = (path / "state.json").exists()
+    for checkpoint in [path] if is_checkpoint else reversed(complete_checkpoints(path)):
         try:
             # after the settings stands a checksum, which resolve_resume compares
             state, _ = json.JSONDecoder().raw_decode((checkpoint / "state.json").read_text(encoding="utf-8"))

@@ -52,7 +52,8 @@ def end_at_once(number: int, frame: object) -> None:
     """The handler while nothing is there to be saved: one line, exit code 128 + signal, as shells count them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise over the killed workers
     kill_workers()
-    text, code = f"stopped by {signal.Signals(number).name} {moment}", 128 + number
+    text = f"stopped by {signal.Signals(number).name} {moment}"
+    code = 128 + number
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         os.write(2, f"\n{text}\n".encode())  # unlike print also safe in the midst of another print
     elif was_asked():

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from util import ranks
 from util.config import Config
 from util.cost.sizes import Sizes
 from util.dataset import Examples
-from util.parallel import ranks
 
 BLOCK = 2**16  # samples planned at a time
 
@@ -68,7 +68,8 @@ class Block:
         mine = self.there & (self.hands == rank)
         for number, passes in enumerate(self.passes().tolist()):
             micro_batches: list[list[int]] = [[] for _ in range(passes)]
-            samples, rows = self.samples[number, mine[number]], self.rows[number, mine[number]]
+            samples = self.samples[number, mine[number]]
+            rows = self.rows[number, mine[number]]
             for sample, row in zip(samples.tolist(), rows.tolist(), strict=True):
                 micro_batches[row].append(sample)
             yield micro_batches
@@ -83,10 +84,19 @@ class Steps:
     """
 
     def __init__(
-        self, sizes: Sizes, order: Callable[[int], np.ndarray], epoch_samples: int, epochs: int, most: int | None,
-        config: Config, dealing: Dealing | None = None,
-    ) -> None:  # fmt: skip
-        self.sizes, self.order, self.epoch_samples, self.config = sizes, order, epoch_samples, config
+        self,
+        sizes: Sizes,
+        order: Callable[[int], np.ndarray],
+        epoch_samples: int,
+        epochs: int,
+        most: int | None,
+        config: Config,
+        dealing: Dealing | None = None,
+    ) -> None:
+        self.sizes = sizes
+        self.order = order
+        self.epoch_samples = epoch_samples
+        self.config = config
         self.dealing = dealing or Dealing()
         self.per_epoch = -(-epoch_samples // config.global_batch_size)
         self.count = min(epochs * self.per_epoch, most or epochs * self.per_epoch)
@@ -110,19 +120,25 @@ class Steps:
     def _blocks(self, done: int, part: int = 0, parts: int = 1) -> Iterator[tuple[int, int, Block]]:
         """(epoch, first step, block) from a step on; of several parts, one: every so many blocks."""
         most = max(1, BLOCK // self.config.global_batch_size)
-        number, epoch_of_order, order = 0, -1, None
+        number = 0  # of the block
+        epoch_of_order = -1
+        order = np.zeros(0, dtype=np.int64)
         while done < self.count:
             epoch, begin = divmod(done, self.per_epoch)
             end = min(begin + most, self.per_epoch, begin + self.count - done)
             if number % parts == part:
-                if epoch != epoch_of_order:
-                    epoch_of_order, order = epoch, self.order(epoch)
+                if epoch != epoch_of_order:  # an order of millions takes long to draw: once an epoch
+                    order = self.order(epoch)
+                    epoch_of_order = epoch
                 yield epoch, done, self._plan(order, begin, end)
-            number, done = number + 1, done + end - begin
+            number += 1
+            done += end - begin
 
     def _plan(self, order: np.ndarray, begin: int, end: int) -> Block:
         """The steps from `begin` to `end` of an epoch."""
-        size, config, dealing = self.config.global_batch_size, self.config, self.dealing
+        config = self.config
+        dealing = self.dealing
+        size = config.global_batch_size
         samples = np.full((end - begin) * size, -1, dtype=np.int64)
         taken = order[begin * size : end * size]
         samples[: len(taken)] = taken
@@ -206,7 +222,8 @@ def first_fit(
         members[steps, hand, row] += there[:, column]
         if row.max() == used.shape[2] - 1:
             wider = ((0, 0), (0, 0), (0, used.shape[2]))
-            used, members = np.pad(used, wider), np.pad(members, wider)
+            used = np.pad(used, wider)
+            members = np.pad(members, wider)
     return rows
 
 
@@ -217,8 +234,11 @@ class Survey:
     """What all steps of a run have in common, and the heaviest of them."""
 
     def __init__(self, ranks: int) -> None:
-        self.ranks, self.steps, self.samples = ranks, 0, 0
-        self.fewest, self.most = 2**62, 0  # micro-batches of a step
+        self.ranks = ranks
+        self.steps = 0
+        self.samples = 0
+        self.fewest = 2**62  # micro-batches of a step
+        self.most = 0
         self.empty_steps = 0  # steps of which every sample is left out
         self.samples_of_rank = np.zeros(ranks, dtype=np.int64)
         self.idle_turns = 0  # of all ranks in all steps: how often one has no sample
@@ -231,11 +251,15 @@ class Survey:
         return int((self.samples_of_rank == 0).sum())
 
     def add(self, block: Block, sizes: Sizes) -> None:
-        there, passes = block.there, block.passes()
+        there = block.there
+        passes = block.passes()
+        # A turn is a rank in a step; how many samples has each?
         turns = np.arange(len(there))[:, None] * self.ranks + block.hands
         of_turns = np.bincount(turns[there], minlength=len(there) * self.ranks).reshape(-1, self.ranks)
-        self.steps, self.samples = self.steps + len(there), self.samples + int(there.sum())
-        self.fewest, self.most = min(self.fewest, int(passes.min())), max(self.most, int(passes.max()))
+        self.steps += len(there)
+        self.samples += int(there.sum())
+        self.fewest = min(self.fewest, int(passes.min()))
+        self.most = max(self.most, int(passes.max()))
         self.empty_steps += int((~there.any(axis=1)).sum())
         self.samples_of_rank += of_turns.sum(axis=0)
         self.idle_turns += int((of_turns == 0).sum())
@@ -251,7 +275,8 @@ class Survey:
         whole = Survey(parts[0].ranks)
         for name in ("steps", "samples", "empty_steps", "samples_of_rank", "idle_turns"):
             setattr(whole, name, sum(getattr(part, name) for part in parts))
-        whole.fewest, whole.most = min(part.fewest for part in parts), max(part.most for part in parts)
+        whole.fewest = min(part.fewest for part in parts)
+        whole.most = max(part.most for part in parts)
         whole.heaviest = heaviest(np.concatenate([part.heaviest for part in parts]))
         return whole
 

@@ -94,8 +94,10 @@ def conversation_texts(data_file: Path) -> list[str]:
     for example in json.loads(data_file.read_text(encoding="utf-8")):
         roles = [message["role"] for message in example["messages"]]
         texts += roles if "system" in roles else ["system", DEFAULT_SYSTEM_MESSAGE, *roles]
-        contents = [message["content"] for message in example["messages"]]
-        items = [item for c in contents for item in ([{"text": c}] if isinstance(c, str) else c)]
+        items = []
+        for message in example["messages"]:
+            content = message["content"]
+            items += [{"text": content}] if isinstance(content, str) else content
         if "tools" not in example and not any(item.get("type") == "box" for item in items):
             texts += [item["text"] for item in items if "text" in item]
     return texts
@@ -135,10 +137,22 @@ def make_processor(texts: list[str], vocabulary_size: int = 768):
 def make_model(tokenizer, seed: int):
     """A Qwen2VLForConditionalGeneration of about a million parameters with random weights."""
     import torch
-    from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2VLForConditionalGeneration(make_config(tokenizer))
+    stop_tokens = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    model.generation_config = GenerationConfig(eos_token_id=stop_tokens, pad_token_id=stop_tokens[1])
+    return model
+
+
+def make_config(tokenizer):
+    """The Qwen2VLConfig of `tiny`."""
+    from transformers import Qwen2VLConfig
 
     token_id = tokenizer.convert_tokens_to_ids
-    config = Qwen2VLConfig(
+    return Qwen2VLConfig(
         text_config={
             "vocab_size": -(-len(tokenizer) // 64) * 64,  # a multiple of 64, as published ones are
             "hidden_size": 128,
@@ -168,9 +182,3 @@ def make_model(tokenizer, seed: int):
         vision_end_token_id=token_id("<|vision_end|>"),
         tie_word_embeddings=True,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(config)
-    stop_tokens = [token_id("<|im_end|>"), token_id("<|endoftext|>")]
-    model.generation_config = GenerationConfig(eos_token_id=stop_tokens, pad_token_id=token_id("<|endoftext|>"))
-    return model

@@ -142,7 +142,8 @@ def smart_resize(height: float, width: float, least: float, most: float) -> tupl
         new_width = max(FACTOR, math.floor(width / scale / FACTOR) * FACTOR)
         longest = max(FACTOR, math.floor(most / FACTOR / FACTOR) * FACTOR)
         if new_height * new_width > most:
-            new_height, new_width = min(new_height, longest), min(new_width, longest)
+            new_height = min(new_height, longest)
+            new_width = min(new_width, longest)
     elif new_height * new_width < least:
         scale = math.sqrt(least / (height * width))
         new_height = math.ceil(height * scale / FACTOR) * FACTOR
@@ -153,7 +154,8 @@ def smart_resize(height: float, width: float, least: float, most: float) -> tupl
 def image_size(item: dict, height: int, width: int, budget: Budget) -> tuple[int, int]:
     """The size an image is resized to: its item's `resized_*`, else its item's or the budget's pixel limits."""
     if "resized_height" in item:
-        height, width = item["resized_height"], item["resized_width"]
+        height = item["resized_height"]
+        width = item["resized_width"]
         least, most = RESIZED_PIXELS
     else:
         least, most = budget.pixels(IMAGE_PIXELS)
@@ -350,7 +352,8 @@ def patchify(frames: Iterable[torch.Tensor], grid: Grid, frames_per_patch: int) 
 
     The order is the official processor's (image_processing_qwen2_vl.py: patchify).
     """
-    rows, columns = grid.h // MERGE, grid.w // MERGE
+    rows = grid.h // MERGE
+    columns = grid.w // MERGE
     shape = (grid.t, rows, columns, MERGE, MERGE, 3, frames_per_patch, PATCH, PATCH)
     patches = torch.empty(shape, dtype=torch.uint8)
     for number, frame in enumerate(frames):

@@ -3,5 +3,5 @@
 Enters: a model of transformers, and a Config. Leaves: the same model with adapters that alone are trained, and these in
 peft's format.
 
-May import: the ground floor; merging also the loop's model, and publish.
+May import: ground.
 """

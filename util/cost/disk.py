@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from util import ranks
 from util.command_line import UserError
 from util.config import Config
-from util.parallel import ranks
 from util.tensors import PARTS
 
 GB = 1e9

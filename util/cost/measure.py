@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util import conversation, vision
+from util import conversation, ranks, vision
 from util.command_line import MOST_TOLD
 from util.cost.kept_sizes import KeptSizes, folder_of, media_files, state_of
 from util.cost.sizes import TOO_LONG, Finding, Problem, Sizes, Table
@@ -29,7 +29,6 @@ from util.data.loader import Loader, usable_cpus
 from util.data.media import MediaReader
 from util.data.settings import SampleSettings
 from util.dataset import Example, Samples, Size
-from util.parallel import ranks
 
 CHUNK = 32  # samples that a worker looks at before it answers
 WORTH_WORKERS = 1.0  # seconds of work from which on starting worker processes pays

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
+from util import ranks
 from util.adapters import lora
 from util.adapters.settings import untrained_parts
 from util.command_line import UserError
 from util.config import Config
 from util.loss import LOGIT_ROWS
 from util.model import layers
-from util.parallel import ranks
 from util.steps import Load, Survey
 from util.tensors import PARTS, part_of
 

@@ -9,7 +9,6 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from util import conversation
 from util.data import boxes, fetch, keys, tools
 from util.data.lines import MOST_TEXT, DataError
 
@@ -41,7 +40,7 @@ def check_messages(
         role = message["role"]
         items = check_content(message["content"], role, folder, where, unused)
         items = boxes.choose_images(items, checked, where)
-        text = "\n".join([conversation.text_of(items), *boxes.labels_of(items)])
+        text = "\n".join([text_of(items), *boxes.labels_of(items)])
         check_text(text, forbidden, where)
         if role == "assistant" and not text.strip() and not any(item["type"] == "box" for item in items):
             raise DataError(
@@ -51,7 +50,7 @@ def check_messages(
         checked.append({"role": role, "content": items})
     if checked[-1]["role"] != "assistant":
         raise DataError(f": ends with a {checked[-1]['role']} message, so nothing is supervised; add the answer")
-    if (length := sum(len(conversation.text_of(message["content"])) for message in checked)) > MOST_TEXT:
+    if (length := sum(len(text_of(message["content"])) for message in checked)) > MOST_TEXT:
         raise DataError(f": {length:,} characters of text, above {MOST_TEXT:,}; make several samples of it", "too long")
     if len(entry) > 1 and not any(item["type"] in KINDS for message in checked for item in message["content"]):
         keys.check_no_media_beside(entry)
@@ -80,6 +79,11 @@ def check_turn(message: object, before: str | None, where: str) -> None:
         raise DataError(f"{where}an assistant message must follow a user message, follows {before or 'nothing'}")
     if role == "user" and before == "user":
         raise DataError(f"{where}two user messages in a row; join them or put the answer between them")
+
+
+def text_of(content: str | list[dict]) -> str:
+    """The text of a message's content, its text items joined."""
+    return content if isinstance(content, str) else "".join(item.get("text", "") for item in content)
 
 
 def check_content(content: object, role: str, folder: Path | None, where: str, unused: set[str]) -> list[dict]:
@@ -175,7 +179,7 @@ def place_at_tags(items: list[dict], where: str) -> list[dict]:
     Other formats write such tags; to this one they would be text, and the model would learn to read them. DataError
     where a message has not as many tags of a kind as it has media.
     """
-    text = conversation.text_of(items)
+    text = text_of(items)
     if "<image>" not in text and "<video>" not in text:
         return items
     waiting = {}

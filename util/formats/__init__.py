@@ -3,5 +3,5 @@
 Enters: a file in another format. Leaves: entries of this project's own, complete or refused by name. Training asks here
 only what a file that it refuses may be.
 
-May import: the ground floor, conversation and the tiny model's words, data.
+May import: ground, conversation, tiny_model, data.
 """

@@ -1,7 +1,7 @@
-"""What several ranks add: start-up, sharding, dealing, faults of a job. Beside a single rank nothing of it is read,
-but for `ranks`, which answers for one process, too.
+"""What several ranks add: start-up, sharding, dealing, and the faults of a job.
 
-Enters: torchrun's environment. Leaves: a `World`, a sharded model, sums over ranks.
+Enters: torchrun's environment. Leaves: a `World`, a sharded model, sums over ranks. With one rank nothing here is
+read.
 
-May import: the ground floor, the walk, the loop, data, cost, adapters, results.
+May import: ground, walk, loop, adapters, cost.
 """

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import Qwen2VLForConditionalGeneration
 
-from util import model
+from util import model, ranks
 from util.adapters import lora
 from util.attention import Segments
 from util.collator import Batch, Collator, patch_positions
@@ -31,7 +31,6 @@ from util.dataset import Sample
 from util.log import Run, SilentRun
 from util.loss import PackedLoss
 from util.model import choose_device, choose_dtype, layers, load_trainable, prepare_layers, shard
-from util.parallel import ranks
 from util.steps import Dealing, Steps
 from util.tensors import part_of, run_parameters, trained_parameters
 from util.vision import PATCH, Grid

@@ -1,7 +1,7 @@
-"""What leaves the project: the saved model, checkpoints exported, the hub, trackers.
+"""What leaves the project: the saved model, exported checkpoints, the hub, trackers.
 
 Enters: a run directory. Leaves: a model in the published format, commits on the hub, metrics in trackers. It all runs
 beside the training or after it, and none of it can end a training.
 
-May import: the ground floor, the walk, the loop's model, checkpoint and tensors, data, cost, adapters, parallel.
+May import: ground, walk, loop, adapters, cost.
 """

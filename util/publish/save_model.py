@@ -9,12 +9,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from util import vision
+from util import ranks, vision
 from util.adapters import lora
 from util.cost import disk
 from util.loss import PackedLoss
 from util.model import set_budget
-from util.parallel import ranks
 from util.tensors import trained_parameters
 
 UNFINISHED = ".unfinished_model"

@@ -2,5 +2,5 @@
 
 Enters: a model and held-out data, or files of answers. Leaves: scores with intervals, answers in files, one page.
 
-May import: the ground floor, the walk, the loop, data, cost, adapters, parallel, publish.
+May import: ground, walk, loop, data, adapters, cost, publish.
 """

@@ -14,12 +14,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from util import conversation, vision
+from util import conversation, ranks, vision
 from util.collator import Batch, Collator
 from util.command_line import UserError
 from util.config import Config
 from util.cost.measure import QuickSize
 from util.data.bad_samples import Lenient, Skipped
+from util.data.entries import text_of
 from util.data.lines import DataError
 from util.data.loader import Loader, usable_cpus
 from util.data.media import MediaReader
@@ -27,7 +28,6 @@ from util.dataset import Example, Examples, Sample, Samples
 from util.guard import Stopped, StopSignal
 from util.loss import PackedLoss
 from util.model import choose_attention, load_weights, set_attention, whole_weights
-from util.parallel import ranks
 from util.results.metrics import METRICS, mean
 from util.run_folder import written_whole
 
@@ -352,9 +352,9 @@ def ask(answerer: Answerer, messages: list[dict], budget: vision.Budget, max_new
 
 
 def answer_of(question: Example, text: str, loss: float) -> Answer:
-    reference = conversation.text_of(question.messages[-1]["content"])
-    asked = conversation.text_of(question.messages[-2]["content"])
-    earlier = [[message["role"], conversation.text_of(message["content"])] for message in question.messages[:-2]]
+    reference = text_of(question.messages[-1]["content"])
+    asked = text_of(question.messages[-2]["content"])
+    earlier = [[message["role"], text_of(message["content"])] for message in question.messages[:-2]]
     return Answer(question.where, question.kind, asked, question.media, reference, text, loss, earlier)
 
 
