@@ -32,7 +32,7 @@ def train(config: Config) -> str:
     from util.publish.save_model import save_model
     from util.results.evaluate import evaluate_answers, evaluate_loss
     from util.run_folder import LATEST
-    from util.steps import held_out_steps, training_steps
+    from util.steps import Steps, held_out_steps, training_steps
     from util.vision import Budget
 
     torch.manual_seed(config.seed)
@@ -47,11 +47,12 @@ def train(config: Config) -> str:
     # ---- data: checked, measured from file headers, and all steps surveyed before any weight is loaded
     budget = Budget.of(config)
     reader = MediaReader(config)
-    samples = Samples(Examples(config.data, processor), processor, budget, reader)
+    examples = Examples(config.data, processor)
+    samples = Samples(examples, processor, budget, reader)
     sizes = measure_all(samples, config)
     if resumed:
-        compare_plan(config, resumed, sizes, samples.examples)
-    steps = training_steps(sizes, samples.examples, config)
+        compare_plan(config, resumed, sizes, examples)
+    steps = training_steps(sizes, examples, config)
 
     held_out = None
     evaluation = None
@@ -81,7 +82,7 @@ def train(config: Config) -> str:
     saver = Saver(run.directory, config, len(steps), run.say, sizes.mark())
     guard = FiniteGuard(run.say)
 
-    def evaluate(step: int) -> float:
+    def evaluate(step: int, held_out: Samples, evaluation: Steps) -> float:
         """The mean loss on held-out data; it is logged, with the scores of answers if any are asked for."""
         held_out_batches = packed_batches(held_out, evaluation.micro_batches(), collate, config, device)
         totals = evaluate_loss(model, stop.watch_together(held_out_batches), device)
@@ -121,16 +122,16 @@ def train(config: Config) -> str:
 
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         values["data_seconds"] = round(data_seconds, 4)
-        work = flops.training_flops(model_config, [sizes[sample] for sample in planned.own_samples], config)
+        work = flops.training_flops(model_config, sizes.trained(planned.own_samples), config)
         run.log_step(planned, {**values, **totals, **reader.statistics()}, work)
 
         is_last = step == len(steps)
         evaluates = is_last or (config.eval_every and step % config.eval_every == 0)
         state = {"step": step}
         if held_out and evaluates and not stopping:
-            state["eval_loss"] = stop.unless_stopped(evaluate, step)
+            state["eval_loss"] = stop.unless_stopped(evaluate, step, held_out, evaluation)
             stopping = state["eval_loss"] is None
-        ends_early = stopping and not is_last
+        ends_early = bool(stopping) and not is_last
         if due or stopping:
             saver.save(model, optimizer, state, is_last=ends_early)
         if ends_early:

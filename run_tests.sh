@@ -13,4 +13,5 @@ export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1  # two processes at a time, and what they start: more threads would wait for each other
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+"$python" -m mypy
 "$python" -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

@@ -6,6 +6,7 @@ neighbouring segments of the same length are stacked and go through torch's scal
 
 from dataclasses import dataclass
 from itertools import chain, groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,7 @@ def torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Se
 
     window = (-1, 0) if causal else (-1, -1)
     # torch 2.12 and newer ask before sharing key-value heads between query heads; 2.11 shares them unasked.
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] and VARLEN_ASKS else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] and VARLEN_ASKS else {}
     starts, longest = segments.cu_seqlens, segments.max_seqlen
     return varlen_attn(q, k, v, starts, starts, longest, longest, window_size=window, scale=scale, **grouped)
 

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -75,7 +76,7 @@ class Saver:
         self.copying: futures.Future | None = None
         check_shared(self.folder)
         # The thread's collectives must not mix with those of the training: a group of their own, on the CPU.
-        self.group = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
+        self.group: Any = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
 
     def is_due(self, step: int) -> int:
         """1 where a checkpoint should follow this step, by `--save_every`; ranks, whose clocks differ, add it up."""
@@ -116,7 +117,7 @@ class Saver:
             self.stager = make_stager()
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the stager's stream does not wait for the update that is under way
-        saving = dcp.async_save(
+        saving: Any = dcp.async_save(
             tensors,
             storage_writer=FileSystemWriter(unfinished, sync_files=True),
             async_stager=self.stager,
@@ -298,7 +299,8 @@ def check_seen(path: Path, flag: str) -> None:
 def best_of(checkpoints: list[Path]) -> Path | None:
     """The one with the lowest evaluation loss; None where none has one that is a number."""
     losses = {path: evaluation_loss(path) for path in checkpoints}
-    return min((path for path in checkpoints if math.isfinite(losses[path])), key=losses.get, default=None)
+    evaluated = [path for path in checkpoints if math.isfinite(losses[path])]
+    return min(evaluated, key=lambda path: losses[path], default=None)
 
 
 def evaluation_loss(checkpoint: Path) -> float:
@@ -370,7 +372,7 @@ def random_key(kind: str) -> str:
 def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
     """Weights and optimizer state as one flat dict of tensors, and what of the optimizer's state is no tensor."""
     tensors = {f"model.{name}": parameter.detach() for name, parameter in trained_parameters(model).items()}
-    scalars = {}
+    scalars: dict[str, dict] = {}
     for name, parameter in optimized(model, optimizer).items():
         for key, value in optimizer.state[parameter].items():
             if isinstance(value, torch.Tensor):

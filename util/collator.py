@@ -84,10 +84,10 @@ class Collator:
         videos = Visual()
         start = 0  # of the sample in the packed row
         for sample in samples or [NO_SAMPLE]:
-            grids = [medium.grid for medium in sample.media]
-            row_ids, row_supervised, spans = expand(sample.encoded, grids)
+            sample_grids = [medium.grid for medium in sample.media]
+            row_ids, row_supervised, spans = expand(sample.encoded, sample_grids)
             ids.append(row_ids)
-            positions.append(mrope_positions(len(row_ids), spans, grids))
+            positions.append(mrope_positions(len(row_ids), spans, sample_grids))
             # Shift once, here: row i predicts token i + 1. A sample's first token is nobody's target.
             predicts = torch.nonzero(row_supervised[1:]).flatten()
             supervised_index.append(predicts + start)
@@ -99,6 +99,7 @@ class Collator:
             start += len(row_ids)
         target_ids = torch.cat(targets)
         visual_index = joined(images.rows + videos.rows, torch.int64)
+        grids = images.grids + videos.grids
         return Batch(
             input_ids=torch.cat(ids),
             position_ids=torch.cat(positions, dim=1),
@@ -109,7 +110,8 @@ class Collator:
             image_patches=joined(images.patches, torch.uint8, 3 * PATCH**2),
             video_patches=joined(videos.patches, torch.uint8, 3 * TEMPORAL * PATCH**2),
             vision_position_ids=joined(images.positions + videos.positions, torch.int64, 2),
-            **grids_of(images.grids + videos.grids),
+            grid_thw=joined([torch.tensor([grid[:3]]) for grid in grids], torch.int64, 3),
+            vision_segments=tower_segments(grids),
             where=[sample.where for sample in samples],
             counts={
                 "samples": len(samples),
@@ -128,13 +130,12 @@ def joined(parts: list[torch.Tensor], dtype: torch.dtype, *width: int) -> torch.
     return torch.cat([*parts, torch.zeros(0, *width, dtype=dtype)])
 
 
-def grids_of(grids: list[Grid]) -> dict[str, torch.Tensor | Segments]:
-    """`grid_thw` (N, 3), and the tower's segments: each image, each pair of video frames attends within itself."""
+def tower_segments(grids: list[Grid]) -> Segments:
+    """The vision tower's segments: each image, each pair of video frames attends within itself."""
     lengths = []
     for grid in grids:
         lengths += [grid.h * grid.w] * grid.t
-    grid_thw = torch.tensor([grid[:3] for grid in grids], dtype=torch.int64).reshape(-1, 3)
-    return {"grid_thw": grid_thw, "vision_segments": Segments.of(lengths)}
+    return Segments.of(lengths)
 
 
 def expand(encoded: Encoded, grids: list[Grid]) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import field
 from functools import partial
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from util import run_folder, signals
 
@@ -203,9 +203,9 @@ def add_flag(parser: "CollectingParser", section, item: dataclasses.Field) -> No
     """Add the flag of one field to a section of the help. A value of a wrong type is noted and parsing goes on."""
     options = [option for option in get_args(item.type) if option is not type(None)]
     many = get_origin(item.type) is list
-    kind = options[0] if options and get_origin(item.type) is not Literal else item.type
+    kind: Any = options[0] if options and get_origin(item.type) is not Literal else item.type
     choices = get_args(kind) if get_origin(kind) is Literal else None
-    default = item.default_factory() if many else item.default
+    default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
     help_text = help_of(item, default).replace("%", "%%")
     if item.type is bool:
         section.add_argument(f"--{item.name}", action=argparse.BooleanOptionalAction, default=default, help=help_text)
@@ -270,10 +270,11 @@ class CollectingParser(argparse.ArgumentParser):
         """Which flag may have been meant."""
         known = [option for option in self._option_string_actions if option.startswith("--")]
         flag = flag.replace("-", "_").replace("__", "--", 1)
-        meant = COMMON_NAMES.get(flag) or next(iter(difflib.get_close_matches(flag, known, n=1, cutoff=0.7)), None)
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
+        meant = COMMON_NAMES.get(flag) or (near[0] if near else None)
         return f"did you mean {meant}?" if meant in known else "--help lists them all"
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """What argparse itself cannot read (a flag without its value) ends parsing: say it with what was found."""
         lines = [*self.problems, message]
         self.exit(2, "".join(f"{self.prog}: {line}\n" for line in lines))
@@ -307,8 +308,9 @@ def run_command(command: Callable, *arguments, name: str = "") -> None:
     except KeyboardInterrupt:
         end("\ninterrupted", 130)
     except Exception as error:
-        if told := known(error):
-            end(told[0] + run_folder.hint(), told[1])
+        if cause := known(error):
+            text, code = cause
+            end(text + run_folder.hint(), code)
         if "TORCHELASTIC_ERROR_FILE" not in os.environ:
             raise
         end(traceback.format_exc(), 1)

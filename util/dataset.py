@@ -92,7 +92,7 @@ class Examples(Sequence):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         """Raises DataError that names the sample, the message, the rule and the fix."""
         file, row = self._place(index)
         name = self.files[file]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from util import ranks, run_folder, signals
 from util.collator import Batch, Collator
@@ -42,7 +42,7 @@ class StopSignal:
     def __init__(self, run) -> None:
         self.run, self.name, self.interrupts = run, "", 0
         self.failure: tuple[str, int] | None = None  # what could not be read, and the exit code for it
-        self.before: dict = {}
+        self.before: dict[int, Any] = {}  # how each signal was handled, to be handled so again
         run_folder.opened = run.directory
         if signals.is_main_thread():
             self._listen()
@@ -59,7 +59,8 @@ class StopSignal:
                 signal.signal(number, before[number])
                 signal.raise_signal(number)
 
-        self.before = before = {}
+        before: dict[int, Any] = {}
+        self.before = before
         for number in signals.SIGNALS:
             before[number] = signal.getsignal(number) or signal.SIG_DFL
             signal.signal(number, heard)
@@ -217,7 +218,7 @@ class FiniteGuard:
             return True
         self.left_out += 1
         self.in_a_row += 1
-        names = []
+        names: list[str] = []
         for share in ranks.gather([batch.where for batch in batches]):
             names += chain.from_iterable(share)
         what = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"

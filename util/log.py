@@ -13,7 +13,7 @@ from collections import Counter
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from tqdm import tqdm
@@ -36,7 +36,7 @@ class Run:
 
     def __init__(self, config: Config, device: torch.device, resumed: Path | None = None) -> None:
         self.config, self.device = config, device
-        self.bar: tqdm | None = None
+        self.bar: Any = None  # tqdm's, once the run is open
         self.beside: list[Beside] = []
         self.directory = self.choose_directory(config, resumed)
         if config.resume == "none" and (self.directory / METRICS).exists():
@@ -122,7 +122,7 @@ class Run:
         self.bar.update()
         self.restart_clock()
 
-    def log_evaluation(self, step: int, totals: dict[str, float], scores: dict[str, float]) -> float:
+    def log_evaluation(self, step: int, totals: dict[str, float], scores: dict[str, float | None]) -> float:
         """Log the loss on held-out data, and the scores of what the model answered there, if asked; return the loss.
 
         `totals`: of `evaluate_loss`. NaN where no held-out token is supervised.
@@ -208,7 +208,7 @@ class SilentRun:
 
     def log_step(self, step: Step, values: dict, step_flops: float) -> None: ...
 
-    def log_evaluation(self, step: int, totals: dict[str, float], scores: dict[str, float]) -> float:
+    def log_evaluation(self, step: int, totals: dict[str, float], scores: dict[str, float | None]) -> float:
         return mean_loss(totals)
 
     def say(self, text: str) -> None: ...

@@ -4,11 +4,13 @@ Letters in shapes are those of collator.py, and D is the hidden size.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Qwen2VLForConditionalGeneration
 
 from util.collator import Batch
 
@@ -21,9 +23,13 @@ class PackedLoss(nn.Module):
     One module's forward and not a function, because under FSDP2 every weight must be used within the root's forward.
     """
 
-    def __init__(self, model: nn.Module, processor, dtype: torch.dtype) -> None:
+    pixel_scale: torch.Tensor  # (3,): a pixel times scale plus shift is what the tower sees
+    pixel_shift: torch.Tensor
+
+    def __init__(self, model: Qwen2VLForConditionalGeneration, processor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # transformers' modules, whose own types say Tensor or Module of every part
+        self.reshard_after_forward = False  # of its layers, where it is sharded (model.shard)
         self.dtype = dtype  # of compute; the weights may be kept in a wider one
         wide = torch.promote_types(dtype, torch.float32)
         mean = torch.tensor(processor.image_processor.image_mean, dtype=wide)
@@ -39,10 +45,10 @@ class PackedLoss(nn.Module):
             return self.token_losses(hidden, batch.target_ids).sum()
         # Logits of all rows at once would be the largest tensor of a step. They are made chunk by chunk, and made
         # anew in the backward pass instead of being kept for it.
-        loss_sum = 0.0
+        losses = []
         for rows, targets in chunks(hidden, batch.target_ids):
-            loss_sum = loss_sum + checkpoint(self.token_losses, rows, targets, use_reentrant=False).sum()
-        return loss_sum
+            losses.append(checkpoint(self.token_losses, rows, targets, use_reentrant=False))
+        return torch.cat(losses).sum()
 
     def score(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
         """What evaluation asks: (2, S), the cross-entropy of each supervised token, and 1 where it is the likeliest.

@@ -6,10 +6,12 @@ from collections.abc import Collection, Iterable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, Qwen2VLForConditionalGeneration
@@ -191,7 +193,7 @@ def keep_float64(model: Qwen2VLForConditionalGeneration) -> None:
     modeling_qwen2_vl.apply_rotary_pos_emb_vision = rotate_patches
 
 
-def rms_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def rms_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
     """transformers' norm in the precision of its input."""
     return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
@@ -245,7 +247,7 @@ def whole_weights(packed: PackedLoss):
     No forward pass then needs another rank, so ranks may generate answers of different lengths. Every rank must enter
     and leave. Packed, compiled or recomputing layers are of no use to generation and are themselves again afterwards.
     """
-    units = [module for module in packed.modules() if hasattr(module, "unshard")]
+    units = [module for module in packed.modules() if isinstance(module, FSDPModule)]
     compiled = {layer: layer._compiled_call_impl for layer in layers(packed.model)}
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -259,7 +261,8 @@ def whole_weights(packed: PackedLoss):
             layer._compiled_call_impl = implementation
         for unit in units:
             unit.reshard()
-            unit.set_reshard_after_forward(unit is not packed and packed.reshard_after_forward, recurse=False)
+            is_root = isinstance(unit, PackedLoss)
+            unit.set_reshard_after_forward(packed.reshard_after_forward and not is_root, recurse=False)
 
 
 def one_process_mesh(device: torch.device):
@@ -286,7 +289,7 @@ def set_attention(model: Qwen2VLForConditionalGeneration, backend: str) -> None:
         config._attn_implementation = name
 
 
-def freeze(model: nn.Module, parts: list[str]) -> None:
+def freeze(model: nn.Module, parts: Collection[str]) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) not in parts)
 
@@ -341,7 +344,8 @@ class LimitReached(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if not str(record.msg).startswith("torch._dynamo hit config."):
             return True
-        name, limit, function, reason = record.args[:4]
+        assert isinstance(record.args, tuple)
+        name, limit, function, reason = map(str, record.args[:4])
         if function not in self.told:
             self.told.add(function)
             tqdm.write(

@@ -5,10 +5,13 @@ from itertools import chain
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from util.command_line import UserError
 from util.config import Config
 from util.tensors import PARTS, part_of, run_parameters
+
+SOURCE = "source"  # the attribute of a stand-in that names the parameter it stands for
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -68,16 +71,16 @@ def eight_bit_adamw(groups: list[dict]) -> torch.optim.Optimizer:
 def stand_in(parameter: nn.Parameter) -> nn.Parameter:
     """The tensor inside a parameter of fully_shard, as a parameter that knows whose memory it shares; a plain parameter
     stands for itself."""
-    if not hasattr(parameter, "to_local"):
+    if not isinstance(parameter, DTensor):
         return parameter
     plain = nn.Parameter(parameter.to_local().detach())
-    plain.source = parameter
+    setattr(plain, SOURCE, parameter)
     return plain
 
 
 def source_of(parameter: nn.Parameter) -> nn.Parameter:
     """The model's parameter that an optimizer's parameter stands for: itself, except for stand-ins."""
-    return getattr(parameter, "source", parameter)
+    return getattr(parameter, SOURCE, parameter)
 
 
 def own_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -88,10 +91,11 @@ def own_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 def hand_over_gradients(optimizer: torch.optim.Optimizer) -> None:
     for parameter in own_parameters(optimizer):
         source = source_of(parameter)
-        if source is not parameter:
+        if isinstance(source, DTensor) and source is not parameter:
             # where either was given other memory, the model would no longer be what is trained
             assert parameter.data_ptr() == source.to_local().data_ptr()
-            parameter.grad = None if source.grad is None else source.grad.to_local()
+            gradient = source.grad
+            parameter.grad = gradient.to_local() if isinstance(gradient, DTensor) else None
 
 
 def take_back_gradients(optimizer: torch.optim.Optimizer) -> None:

@@ -30,9 +30,9 @@ def gather_on_first(value: object) -> list:
     """Every rank's value on the first rank; an empty list on the others. All ranks must call."""
     if not are_several():
         return [value]
-    shares = [None] * dist.get_world_size() if is_first() else None
-    dist.gather_object(value, shares, dst=0)
-    return shares or []
+    shares: list = [None] * dist.get_world_size() if is_first() else []
+    dist.gather_object(value, shares or None, dst=0)
+    return shares
 
 
 def from_first(value: object) -> object:
@@ -43,7 +43,7 @@ def from_first(value: object) -> object:
     return box[0]
 
 
-def any_of(flag: bool) -> bool:
+def any_of(flag: bool | int) -> bool:
     """Whether it is so on any rank; all must call. Over the CPU: no GPU is waited for."""
     if not are_several():
         return bool(flag)

@@ -87,11 +87,15 @@ def launch_folder() -> Path | None:
 
 def was_asked() -> str:
     """The name of the signal that the launcher got, or ""."""
-    file = launch_folder() and launch_folder() / "asked"
-    return file.read_text() if file and file.exists() else ""
+    folder = launch_folder()
+    if folder is None or not (folder / "asked").exists():
+        return ""
+    return (folder / "asked").read_text()
 
 
 def leave_word(text: str, code: int) -> None:
     """What the launcher says at the end, and its exit code; the ranks themselves then end with 0."""
-    with written_whole(launch_folder() / "stopped") as file:
+    folder = launch_folder()
+    assert folder is not None  # only ranks that the launcher started leave word
+    with written_whole(folder / "stopped") as file:
         file.write(json.dumps([text, code]))

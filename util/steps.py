@@ -139,14 +139,14 @@ class Steps:
         config = self.config
         dealing = self.dealing
         size = config.global_batch_size
-        samples = np.full((end - begin) * size, -1, dtype=np.int64)
+        places = np.full((end - begin) * size, -1, dtype=np.int64)
         taken = order[begin * size : end * size]
-        samples[: len(taken)] = taken
-        samples = samples.reshape(-1, size)
+        places[: len(taken)] = taken
+        samples = places.reshape(-1, size)
         there = (samples >= 0) & self.sizes.is_usable[samples]
         tokens = np.where(there, self.sizes.tokens[samples], 0)
         hands = np.zeros_like(samples)
-        if dealing.ranks > 1:
+        if dealing.costs is not None and dealing.ranks > 1:
             hands = deal(np.where(there, dealing.costs[samples], 0.0), dealing.ranks)
         longest_first = np.lexsort((samples, -tokens), axis=1)
         samples, there, tokens, hands = (

@@ -94,7 +94,7 @@ def conversation_texts(data_file: Path) -> list[str]:
     for example in json.loads(data_file.read_text(encoding="utf-8")):
         roles = [message["role"] for message in example["messages"]]
         texts += roles if "system" in roles else ["system", DEFAULT_SYSTEM_MESSAGE, *roles]
-        items = []
+        items: list[dict] = []
         for message in example["messages"]:
             content = message["content"]
             items += [{"text": content}] if isinstance(content, str) else content

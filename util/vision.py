@@ -257,7 +257,7 @@ def frame_count(item: dict, total: int, fps: float, budget: Budget) -> int:
 def open_image(path: str) -> Image.Image:
     """An image whose header is read and whose EXIF orientation is applied (its pixels are decoded when needed)."""
     try:
-        image = Image.open(path)
+        image: Image.Image = Image.open(path)
         # Asking a PNG without EXIF for it would decode all its pixels.
         exif_keys = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
         may_be_turned = image.format != "PNG" or image.info.keys() & exif_keys
@@ -279,7 +279,7 @@ def open_whole_image(path: str) -> Image.Image:
     if file is None or not getattr(file, "is_here", lambda: True)():
         return image
     try:
-        looks_whole = whole.image_looks_whole(file, image.format)
+        looks_whole = whole.image_looks_whole(file, image.format or "")
     except Exception as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
     if not looks_whole:
@@ -290,8 +290,8 @@ def open_whole_image(path: str) -> Image.Image:
 def to_tensor(image: Image.Image, path: str) -> torch.Tensor:
     """RGB pixels, uint8 (3, H, W) in channels-last memory; transparency is laid on white."""
     try:
-        if (pixels := jpeg.decode(image)) is not None:
-            return pixels
+        if (decoded := jpeg.decode(image)) is not None:
+            return decoded
         pixels = np.empty((image.height, image.width, 3), np.uint8)
         for top in range(0, image.height, 256):  # copies of all of a large image would take gigabytes
             strip = image.crop((0, top, image.width, min(top + 256, image.height)))
@@ -302,7 +302,7 @@ def to_tensor(image: Image.Image, path: str) -> torch.Tensor:
             elif strip.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 strip = strip.convert("RGBA")
                 strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
-            pixels[top : top + 256] = strip if strip.mode == "RGB" else strip.convert("RGB")
+            pixels[top : top + 256] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
     except Exception as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -6,9 +6,10 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
@@ -38,7 +39,7 @@ def count_parameters(model_config, config: Config) -> dict:
 
 
 def forecast(
-    model_config, counts: dict, config: Config, dtype: torch.dtype, micro_batches: Sequence[Load], shards=1
+    model_config, counts: dict, config: Config, dtype: torch.dtype, micro_batches: Iterable[Load] | np.ndarray, shards=1
 ) -> dict[str, float]:
     """Bytes by part: a dict whose values add up to the peak within a training step.
 

@@ -157,6 +157,11 @@ class Sizes(Sequence):
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def trained(self, samples: Iterable[int]) -> list[Size]:
+        """The sizes of samples that are trained on."""
+        found = [self[sample] for sample in samples]
+        return [size for size in found if size is not None]
+
     def __getitem__(self, index: int) -> Size | None:
         index = range(len(self))[index]
         if not self.is_usable[index]:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 from transformers import Qwen2VLForConditionalGeneration
 
 from util import model, ranks
@@ -35,6 +35,8 @@ from util.steps import Dealing, Steps
 from util.tensors import part_of, run_parameters, trained_parameters
 from util.vision import PATCH, Grid
 
+Number = TypeVar("Number", int, float)
+
 
 @dataclass
 class World:
@@ -48,7 +50,7 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: dict[str, float]) -> dict[str, float]:
+    def sum(self, values: dict[str, Number]) -> dict[str, Number]:
         """The sums of numbers over all ranks; whole numbers stay whole."""
         if self.size == 1:
             return values
@@ -244,7 +246,7 @@ def drop_blank_gradients(packed: PackedLoss, visual_tokens: int) -> None:
                 parameter.grad = None
 
 
-def before_backward(packed: FSDPModule, config: Config, is_last: bool) -> None:
+def before_backward(packed: PackedLoss, config: Config, is_last: bool) -> None:
     """ZeRO-1 and replicas add up their gradients once a step, in its last backward pass."""
     if dist.get_world_size() == 1:
         return
