@@ -1,0 +1,110 @@
+"""`python -m util show --run RUN --step N`: the samples of a step, and what each gave to its loss and gradient."""
+
+import json
+import re
+from itertools import chain
+
+import pytest
+
+import finetune
+from util.__main__ import main as command
+from util.config import Config
+from util.run_folder import read_metrics
+
+
+@pytest.fixture(scope="module")
+def run(tiny_path, tmp_path_factory):
+    """Two epochs of 31 samples, 4 steps each, in float32, a checkpoint after every second step."""
+    folder = tmp_path_factory.mktemp("shown") / "run"
+    config = Config(model=str(tiny_path), device="cpu", dtype="float32", epochs=2, save_every=2, keep=10, num_workers=0,
+                    output_dir=str(folder), learning_rate=1e-3)  # fmt: skip
+    finetune.train(config)
+    return folder
+
+
+def samples_of(run) -> list[list[int]]:
+    """The samples of each step, by their numbers."""
+    return [json.loads(line)["samples"] for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+def shown(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, what is printed, and what is said on the error stream."""
+    code = 0
+    try:
+        command(["show", *map(str, arguments)])
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_a_run_keeps_the_samples_of_every_step(run):
+    """Each epoch has every sample once, in another order. Beside them stands the commit."""
+    steps = samples_of(run)
+    assert [len(samples) for samples in steps] == [8, 8, 8, 7] * 2
+    first, second = list(chain(*steps[:4])), list(chain(*steps[4:]))
+    assert sorted(first) == sorted(second) == list(range(31))
+    assert first != second
+    settings = json.loads((run / "training_config.json").read_text())
+    assert re.fullmatch(r"[0-9a-f]{40}(, and changes)?|not a git checkout|not known: .*", settings["commit"])
+
+
+@pytest.mark.parametrize("number", [1, 7])
+def test_a_step_is_taken_apart(number, run, capsys):
+    """Its weights are known: those that the run began with, or a checkpoint made right before it. Its loss and gradient
+    norm are then those that the training logged, which computed them in packed micro-batches."""
+    code, printed, said = shown(capsys, "--run", run, "--step", number, "--losses", "--device", "cpu")
+    assert code == 0, said
+    logged = next(line for line in read_metrics(run) if line["step"] == number)
+    losses = [float(text) for text in re.findall(r"^loss (\S+),", printed, re.MULTILINE)]
+    counts = [int(text) for text in re.findall(r"; (\d+) supervised$", printed, re.MULTILINE)]
+    shares = [float(text) for text in re.findall(r"(\S+)% of the step's gradient", printed)]
+    assert len(losses) == len(counts) == len(shares) == logged["samples"]
+    assert sum(counts) == logged["supervised_tokens"]
+    mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert mean == pytest.approx(logged["loss"], abs=2e-4)
+    assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares)), "the parts make the whole"
+    whole = float(re.search(r": gradient norm (\S+)$", printed, re.MULTILINE)[1])
+    assert whole == pytest.approx(logged["grad_norm"], abs=1e-3)
+
+
+def test_without_losses_no_weights_are_loaded(run, capsys, monkeypatch):
+    from util.results import step
+
+    monkeypatch.setattr(step, "build_model", lambda *arguments: pytest.fail("weights were loaded"))
+    code, printed, said = shown(capsys, "--run", run, "--step", 8)
+    assert code == 0, said
+    names = re.findall(r"^train_data/data.json, sample (\d+): ", printed, re.MULTILINE)
+    assert [int(name) for name in names] == samples_of(run)[7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--run", "RUN", "--step", 99], "--step 99: RUN knows nothing of it; it has steps 1 to 8"),
+        (["--run", "RUN"], "name a data file, or a step by --run"),
+        ([], "name a data file, or a step by --run"),
+        (["--run", "nowhere", "--step", 1], "--run nowhere: no run of finetune.py"),
+    ],
+)
+def test_what_is_not_there_is_named(arguments, words, run, capsys):
+    arguments = [str(run) if argument == "RUN" else argument for argument in arguments]
+    code, printed, said = shown(capsys, *arguments)
+    assert (code, printed) == (2, "")
+    assert words.replace("RUN", str(run)) in said
+    assert "Traceback" not in said
+
+
+def test_data_that_changed_is_said(tiny_path, tmp_path, capsys):
+    data, folder = tmp_path / "data.json", tmp_path / "run"
+    entries = [{"messages": [{"role": "user", "content": i}, {"role": "assistant", "content": "x"}]} for i in "abc"]
+    data.write_text(json.dumps(entries))
+    config = Config(model=str(tiny_path), device="cpu", data=[str(data)], epochs=1, save_every=1, num_workers=0,
+                    output_dir=str(folder))  # fmt: skip
+    finetune.train(config)
+    assert "have changed since" not in shown(capsys, "--run", folder, "--step", 1)[1]
+    data.write_text(json.dumps(entries[::-1]))
+    assert "the data files have changed since" in shown(capsys, "--run", folder, "--step", 1)[1]
+    data.write_text(json.dumps(entries[:1]))
+    code, _, said = shown(capsys, "--run", folder, "--step", 1)
+    assert code == 2
+    assert "fewer samples than" in said

@@ -1,0 +1,132 @@
+"""One optimizer step of a run, looked at again: its samples, and what each gave to its loss and gradient."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from util.checkpoint import data_fingerprint, load_checkpoint, read_state
+from util.collator import Collator
+from util.command_line import UserError
+from util.config import Config
+from util.cost.measure import measure_all
+from util.data.media import MediaReader
+from util.dataset import Examples, Samples
+from util.model import build_model, choose_device, load_processor
+from util.optimizer import build_optimizer
+from util.run_folder import METRICS, SAMPLES, complete_checkpoints, read_lines, read_metrics, read_settings, step_of
+from util.tensors import run_parameters
+from util.vision import Budget
+
+
+@dataclass
+class Share:
+    """What a sample gave to a step."""
+
+    loss: float  # mean cross-entropy of its supervised tokens
+    grad_norm: float  # of its own part of the step's gradient
+    share: float  # of the step's gradient along its own direction: the shares of a step add up to 1
+
+
+class RunStep:
+    """A step of a run, by what the run directory says of it. Raises UserError where it says nothing."""
+
+    def __init__(self, run: Path, number: int) -> None:
+        settings = read_settings(run)
+        if not settings:
+            raise UserError(f"--run {run}: no run of finetune.py, it has no training_config.json")
+        lines = {line["step"]: line["samples"] for line in read_lines(run / SAMPLES)}
+        if number not in lines:
+            known = f"it has steps {min(lines)} to {max(lines)}" if lines else f"it has no {SAMPLES}"
+            raise UserError(f"--step {number}: {run} knows nothing of it; {known}")
+        self.run = run
+        self.number = number
+        self.sample_numbers: list[int] = lines[number]
+        self.config = config_of(settings)
+        self.model_path: str = settings["model"]
+        self.processor = load_processor(self.model_path)
+        examples = Examples(self.config.data, self.processor)
+        if len(examples) <= max(self.sample_numbers, default=-1):
+            raise UserError(
+                f"{', '.join(self.config.data)}: fewer samples than {run} was trained on; restore the files"
+            )
+        budget = Budget.of(settings)
+        self.samples = Samples(examples, self.processor, budget, MediaReader(self.config))
+        if self.config.on_long_sample == "shrink":
+            measure_all(self.samples, self.config)  # finds the budgets of those that were shrunk
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint of the run before the step."""
+        before = [path for path in complete_checkpoints(self.run) if step_of(path) < self.number]
+        return before[-1] if before else None
+
+    def in_words(self) -> str:
+        """A line with what the log says of the step, and one where the data are others than the run had."""
+        logged = [line for line in read_metrics(self.run) if line["step"] == self.number and "loss" in line]
+        text = f"step {self.number} of {self.run}: {len(self.sample_numbers)} samples"
+        if logged:
+            text += f", loss {logged[0]['loss']:.4f}, gradient norm {logged[0]['grad_norm']:.4f} (by {METRICS})"
+        saved = complete_checkpoints(self.run)
+        if saved and read_state(saved[-1])["data"] != data_fingerprint(self.config.data):
+            text += "\nthe data files have changed since: a number may be another sample now"
+        return text
+
+    def shares(self, device_name: str) -> tuple[list[Share], float]:
+        """What each sample gave to the step, with the weights of the newest checkpoint before it, and the norm of the
+        step's whole gradient.
+
+        Two passes over the samples, one by one: the first adds up the step's gradient, the second compares each
+        sample's own with it. Dropout is off, so with --lora_dropout the numbers are not quite those of the training.
+        """
+        device = choose_device(device_name)
+        config = dataclasses.replace(self.config, device=str(device))
+        model = build_model(config, self.model_path, self.processor, device)
+        if self.checkpoint:
+            load_checkpoint(self.checkpoint, model, build_optimizer(model, config))
+        model.eval()
+        batches = [Collator()([self.samples[number]]) for number in self.sample_numbers]
+        supervised = sum(batch.counts["supervised_tokens"] for batch in batches)
+        parameters = [p for p in run_parameters(model).values() if p.requires_grad]
+        for batch in tqdm(batches, "the step's gradient", unit=" samples", leave=False, disable=None):
+            (model(batch.to(device)) / supervised).backward()
+        whole = take_gradients(parameters)
+        square = dot(whole, whole)
+        found = []
+        for batch in tqdm(batches, "each sample's own", unit=" samples", leave=False, disable=None):
+            loss_sum = model(batch.to(device))
+            (loss_sum / supervised).backward()
+            own = take_gradients(parameters)
+            loss = loss_sum.item() / batch.counts["supervised_tokens"]
+            found.append(Share(loss, dot(own, own) ** 0.5, dot(own, whole) / square))
+        return found, square**0.5
+
+
+def config_of(settings: dict) -> Config:
+    """The Config of a run from its training_config.json, without what reaches beyond this machine."""
+    names = {item.name for item in dataclasses.fields(Config)} - {"report_to", "push_to_hub", "push_every_save"}
+    known = {name: value for name, value in settings.items() if name in names}
+    return Config(**{**known, "device": "auto", "attention": "auto", "resume": "none", "compile": False})
+
+
+def take_gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    """The gradients of parameters, which have none afterwards; zeros of those that have none."""
+    found = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            gradient = torch.zeros_like(parameter)
+        found.append(gradient.to_local() if hasattr(gradient, "to_local") else gradient)
+        parameter.grad = None
+    return found
+
+
+def dot(ones: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """The scalar product of two gradients, in fp64."""
+    total = 0.0
+    for one, other in zip(ones, others, strict=True):
+        total += (one.double() * other.double()).sum().item()
+    return total
