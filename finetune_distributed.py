@@ -15,6 +15,7 @@ from util.config import Config, parse_arguments
 
 def train(config: Config) -> str:
     """Train as `config` says and return the run directory."""
+    # Imported here, and not at the top, so that --help and a wrong flag answer before torch is loaded.
     import torch
 
     from util.checkpoint import Saver, compare_plan, load_checkpoint, read_state, resolve_resume
@@ -47,6 +48,7 @@ def train(config: Config) -> str:
     resumed = distributed.from_first_rank(resolve_resume, config, LATEST)
 
     # ---- data: checked, measured from file headers, and all steps surveyed before any weight is loaded
+    # What a bad sample or too little memory ends is then ended in seconds, and not after an hour of training.
     budget = Budget.of(config)
     reader = MediaReader(config)
     examples = Examples(config.data, processor)
@@ -76,6 +78,7 @@ def train(config: Config) -> str:
     memory.check(model_config, config, dtype, device, steps.survey, needs, shards)
     disk.check(run.directory, counts, config, dtype)
 
+    # ---- the run: the first batch, the model, the files
     # The first batch is made while nothing is written yet: what its pixels are refused for leaves no trace.
     first = read_state(resumed)["step"] if resumed else 0
     batches = packed_batches(samples, steps.micro_batches(first), collate, config, device).begin()
@@ -101,6 +104,7 @@ def train(config: Config) -> str:
     for planned in steps.after(first):
         step = planned.number
         watch.begin(step, [examples.where(sample) for sample in planned.own_samples])
+        # Batches are made ahead, in data workers: what is waited for here is what the device lacked.
         began = time.perf_counter()
         micro_batches = stop.fetch(batches, len(planned.micro_batches))
         data_seconds = time.perf_counter() - began
@@ -111,13 +115,13 @@ def train(config: Config) -> str:
         # One division, by the supervised tokens of the whole global batch, which are known before the first backward:
         # how samples are spread over micro-batches then changes nothing.
         supervised_tokens = totals["supervised_tokens"] or math.nan  # of no token there is no mean, and no update
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # stays on the device: reading it would wait
         for batch in micro_batches:
             distributed.before_backward(model, config, is_last=batch is micro_batches[-1])
             batch_loss_sum = model(batch.to(device))
             if batch_loss_sum.requires_grad:  # not of text alone where only the tower is trained
                 (batch_loss_sum / supervised_tokens * world.size).backward()  # gradients are averaged over the ranks
-            loss_sum += batch_loss_sum.detach()
+            loss_sum += batch_loss_sum.detach()  # else it would keep the graphs of all micro-batches
 
         distributed.drop_blank_gradients(model, totals["visual_tokens"])
         # The norm and the loss are read once all passes are queued: each read waits for the device.
@@ -130,7 +134,7 @@ def train(config: Config) -> str:
         if guard.allows(planned, loss, grad_norm, micro_batches):
             saver.wait_for_copy()  # a save under way still copies the weights that are about to change
             optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # frees the gradients, also those of a step that was left out
 
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         values["data_seconds"] = round(data_seconds, 4)
@@ -140,8 +144,9 @@ def train(config: Config) -> str:
 
         is_last = step == len(steps)
         evaluates = is_last or (config.eval_every and step % config.eval_every == 0)
-        state = {"step": step}
+        state = {"step": step}  # of the checkpoint, if one is due
         if held_out and evaluates and not stopping:
+            # A signal leaves the evaluation, to save in time what a scheduler is about to end.
             state["eval_loss"] = stop.unless_stopped(evaluate, step, held_out, evaluation)
             stopping = state["eval_loss"] is None
         ends_early = bool(stopping) and not is_last
@@ -149,7 +154,7 @@ def train(config: Config) -> str:
             saver.save(model, optimizer, state, is_last=ends_early)
         if ends_early:
             stop.end(step, saver)
-        run.restart_clock()
+        run.restart_clock()  # evaluating and saving are no part of the next step's time
 
     saver.wait()
     save_model(model, processor, budget, run.directory, run.say)

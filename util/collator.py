@@ -92,6 +92,7 @@ class Collator:
             predicts = torch.nonzero(row_supervised[1:]).flatten()
             supervised_index.append(predicts + start)
             targets.append(row_ids[1:][predicts])
+            # Images and videos apart, since their patches have other sizes; the tower sees images first.
             for medium, (begin, end) in zip(sample.media, spans, strict=True):
                 kind = videos if medium.is_video else images
                 kind.add(medium, begin + start, end + start)
@@ -113,15 +114,21 @@ class Collator:
             grid_thw=joined([torch.tensor([grid[:3]]) for grid in grids], torch.int64, 3),
             vision_segments=tower_segments(grids),
             where=[sample.where for sample in samples],
-            counts={
-                "samples": len(samples),
-                "tokens": start if samples else 0,
-                "visual_tokens": len(visual_index),
-                "supervised_tokens": len(target_ids),
-            },
+            counts=count(len(samples), start, len(visual_index), len(target_ids)),
         )
 
 
+def count(samples: int, tokens: int, visual_tokens: int, supervised_tokens: int) -> dict[str, int]:
+    """What the log counts of a batch; the token that stands in for no sample is none."""
+    return {
+        "samples": samples,
+        "tokens": tokens if samples else 0,
+        "visual_tokens": visual_tokens,
+        "supervised_tokens": supervised_tokens,
+    }
+
+
+# A rank whose share of a step is used up still runs forward passes, for the others gather their weights with it.
 NO_SAMPLE = Sample(Encoded([0], [False], []), [], "")
 
 
@@ -147,6 +154,7 @@ def expand(encoded: Encoded, grids: list[Grid]) -> tuple[torch.Tensor, torch.Ten
     repeats = torch.ones(len(ids), dtype=torch.int64)
     for placeholder, grid in zip(encoded.placeholders, grids, strict=True):
         repeats[placeholder] = grid.tokens
+    # A placeholder becomes as many tokens as its medium has; every other token stays one.
     ends = repeats.cumsum(0)
     begins = ends - repeats
     spans = [(int(begins[place]), int(ends[place])) for place in encoded.placeholders]
@@ -164,11 +172,13 @@ def mrope_positions(length: int, spans: list[tuple[int, int]], grids: list[Grid]
     positions = torch.empty(3, length, dtype=torch.int64)
     token, position = 0, 0
     for (begin, end), grid in zip(spans, grids, strict=True):
+        # text: one position after another, the same on all three axes
         positions[:, token:begin] = torch.arange(position, position + begin - token)
         position += begin - token
+        # a medium: each token has its place on the merged grid, counted from where the text ended
         axes = [torch.arange(size) for size in (grid.t, grid.h // MERGE, grid.w // MERGE)]
         positions[:, begin:end] = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + position
-        position += max(len(axis) for axis in axes)
+        position += max(len(axis) for axis in axes)  # what follows comes after the longest axis, not after the tokens
         token = end
     positions[:, token:] = torch.arange(position, position + length - token)
     return positions
@@ -179,4 +189,5 @@ def patch_positions(grid: Grid) -> torch.Tensor:
     shape = (grid.h // MERGE, MERGE, grid.w // MERGE, MERGE)
     row = torch.arange(grid.h)[:, None].expand(grid.h, grid.w).reshape(shape).transpose(1, 2).flatten()
     column = torch.arange(grid.w).expand(grid.h, grid.w).reshape(shape).transpose(1, 2).flatten()
+    # The tower rotates by place in the frame alone: every pair of frames has the same angles.
     return torch.stack([row, column], dim=1).repeat(grid.t, 1)

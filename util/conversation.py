@@ -38,6 +38,8 @@ def render(messages: list[dict], processor) -> list[Piece]:
     A supervised piece is an assistant's content, `<|im_end|>` and the newline after it. What precedes it is exactly
     the prompt that generation sees.
     """
+    # The template runs once, with a mark in place of each answer: what stands between the marks is exactly what the
+    # template puts around answers, whatever it is.
     masked = [{**m, "content": MARK} if m["role"] == "assistant" else m for m in messages]
     rendered = processor.tokenizer.apply_chat_template(masked, chat_template=processor.chat_template, tokenize=False)
     prompt, *rest = rendered.split(MARK)
@@ -47,6 +49,7 @@ def render(messages: list[dict], processor) -> list[Piece]:
     pieces = [Piece(prompt, False)]
     for answer, following in zip(answers, rest, strict=True):
         pieces.append(Piece(answer + END_OF_TURN, True))
+        # The end of a turn is learned with the answer; else a tuned model would not know when to stop.
         if following != END_OF_TURN:
             pieces.append(Piece(following[len(END_OF_TURN) :], False))
     return pieces
@@ -62,9 +65,10 @@ def encode(pieces: list[Piece], processor) -> Encoded:
 
     Returns ids with one placeholder token for each image or video. Length is counted in tokens.
     """
-    media_ids = (processor.image_token_id, processor.video_token_id)
+    media_ids = (processor.image_token_id, processor.video_token_id)  # read from the checkpoint, never written here
     encoded = Encoded([], [], [])
     for piece in pieces:
+        # Apart from its neighbours: no token may lie on both sides of a boundary of supervision.
         ids = processor.tokenizer(piece.text, add_special_tokens=False)["input_ids"]
         start = len(encoded.input_ids)
         encoded.placeholders += [start + offset for offset, token in enumerate(ids) if token in media_ids]

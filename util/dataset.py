@@ -135,6 +135,7 @@ class Examples(Sequence):
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The samples of an epoch (`epoch_samples`,) in order: a function of (seed, epoch) alone, so that resuming
         needs no replay. Those that are left out have their places in it, too: else every later one would move."""
+        # A generator of its own: nothing else that draws random numbers can move the order.
         generator = torch.Generator().manual_seed((seed << 20) + epoch)
         parts = [torch.zeros(0, dtype=torch.int64)]
         begin = 0
@@ -174,6 +175,7 @@ class Samples(Dataset):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Sample:
+        # Text and pixels meet in the collator; here a medium is one placeholder in the text.
         example = self.example(index)
         media = self._media(example, vision.load, self.shrunk.get(index))
         return Sample(self._encode(example), media, example.where)
@@ -192,6 +194,7 @@ class Samples(Dataset):
 
     def with_boxes(self, example: Example) -> Example:
         """The same with its boxes written as text, for which the sizes of the images they lie in are read."""
+        # A box is written in thousandths of its picture, whose size has to be known first.
         if not (images := boxes.images_of(example.messages)):
             return example
         sizes = self._reading(example, self.reader.image_sizes, list(images.values()))

@@ -68,8 +68,10 @@ class PackedLoss(nn.Module):
         language_model = self.model.model.language_model
         hidden = embeddings[None]  # (1, T, D)
         position_embeddings = language_model.rotary_emb(hidden, batch.position_ids[:, None])
+        # transformers' own model would build a mask of T x T; these layers take where each sample begins and ends.
         for layer in language_model.layers:
             hidden = layer(hidden, position_embeddings=position_embeddings, segments=batch.segments)
+        # A prompt's rows have no target. Of 152,000 logits a row, none is made that nobody asks for.
         supervised = hidden[0].index_select(0, batch.supervised_index)
         return language_model.norm(supervised)  # row by row, so the other rows need none
 
@@ -92,7 +94,7 @@ class PackedLoss(nn.Module):
         angles = batch.vision_position_ids[:, :, None] * visual.rotary_pos_emb.inv_freq.float()  # (P, 2, width / 4)
         angles = angles.flatten(1).repeat(1, 2)
         position_embeddings = (angles.cos(), angles.sin())
-        segments = batch.vision_segments
+        segments = batch.vision_segments  # an image sees itself, and of a video each pair of frames
         for block in visual.blocks:
             hidden = block(
                 hidden,
@@ -116,6 +118,7 @@ class PackedLoss(nn.Module):
 
     def normalise(self, patches: torch.Tensor) -> torch.Tensor:
         """uint8 (P, 3 * n) -> (P, 3 * n) in the dtype of compute, normalised by channel."""
+        # Bytes travel to the device, an eighth of what the processor's floats would take.
         pixels = patches.unflatten(1, (3, -1)).to(self.pixel_scale.dtype)
         pixels = pixels * self.pixel_scale[:, None] + self.pixel_shift[:, None]
         return pixels.flatten(1).to(self.dtype)

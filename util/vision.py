@@ -134,12 +134,15 @@ def smart_resize(height: float, width: float, least: float, most: float) -> tupl
     """
     if max(height, width) > MOST_ASPECT * min(height, width):
         raise ValueError(f"{width}x{height} pixels: one side is more than {MOST_ASPECT} times the other; crop it")
+    # The nearest multiples of 28, and only where these are too many or too few pixels is the picture scaled.
     new_height = max(FACTOR, round(height / FACTOR) * FACTOR)
     new_width = max(FACTOR, round(width / FACTOR) * FACTOR)
     if new_height * new_width > most:
         scale = math.sqrt(height * width / most)
+        # Downwards, so that `most` holds; a side of a narrow picture stays 28 all the same.
         new_height = max(FACTOR, math.floor(height / scale / FACTOR) * FACTOR)
         new_width = max(FACTOR, math.floor(width / scale / FACTOR) * FACTOR)
+        # Where one side could not become smaller, the other has to: qwen-vl-utils goes above `most` here.
         longest = max(FACTOR, math.floor(most / FACTOR / FACTOR) * FACTOR)
         if new_height * new_width > most:
             new_height = min(new_height, longest)
@@ -355,6 +358,7 @@ def patchify(frames: Iterable[torch.Tensor], grid: Grid, frames_per_patch: int) 
     rows = grid.h // MERGE
     columns = grid.w // MERGE
     shape = (grid.t, rows, columns, MERGE, MERGE, 3, frames_per_patch, PATCH, PATCH)
+    # Written frame by frame into one tensor: a list of frames would take the memory of a video twice.
     patches = torch.empty(shape, dtype=torch.uint8)
     for number, frame in enumerate(frames):
         blocks = frame.unflatten(2, (columns, MERGE, PATCH)).unflatten(1, (rows, MERGE, PATCH))
