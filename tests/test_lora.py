@@ -361,14 +361,14 @@ def test_the_config_names_a_base_that_others_find(trained, tiny_path):
 
 
 @pytest.mark.parametrize("kind", ["lora", "merged"])
-def test_the_lines_of_the_readme_open_it(tiny_path, tmp_path, kind):
+def test_the_lines_of_the_page_open_it(tiny_path, tmp_path, kind):
     """Run as a user would, in a process that knows nothing of this project; the answer is ours."""
     changes = {**KINDS["lora"], "max_steps": 2, "learning_rate": 2e-3}  # so little that it still answers something
     run = Path(finetune.train(Config(**settings(tiny_path, tmp_path / "run", **changes))))
     if kind == "merged":
         merge_run(str(run), tmp_path / "merged")
         run = tmp_path / "merged"
-    lines = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    lines = (ROOT / "docs" / "serving.md").read_text().split("```python\n")[1].split("```")[0]
     assert 'run = "train_output/latest"' in lines
     (tmp_path / "lines.py").write_text(lines.replace('"train_output/latest"', repr(str(run))))
     done = subprocess.run(
