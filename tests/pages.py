@@ -72,7 +72,8 @@ def command_lines(script: str) -> list[list[str]]:
 def commands_in_prose(text: str) -> list[list[str]]:
     """Commands that stand in a sentence as `code`, and those of blocks that are only indented."""
     text = prose(text)
-    indented = re.findall(r"^    ((?:python|\./)\S* .*)$", text, re.MULTILINE)
+    # of those, what they do comes after three spaces or more
+    indented = re.findall(r"^    ((?:python|\./)\S* .*?)(?: {3,}.*)?$", text, re.MULTILINE)
     spans = [" ".join(span.split()) for span in CODE_SPAN.findall(text)]
     spans = [span for span in spans if re.match(r"(python|pip install|vllm|modelscope) |\./\w", span)]
     return [words for line in indented + spans for words in command_lines(line)]

@@ -42,7 +42,6 @@ FOREIGN_FLAGS = {
     "srun": {"--nodes", "--ntasks-per-node", "--gpus-per-node"},
     "modelscope": {"--local_dir"},
     "pip": {"--no-build-isolation"},
-    "pytest": {"--slow", "--cov"},
 }  # fmt: skip
 # Of other programs than the script they stand before; else the script itself reads a variable.
 FOREIGN_VARIABLES = {
@@ -54,7 +53,7 @@ FOREIGN_VARIABLES = {
 }
 FOREIGN_PACKAGES = {"modelscope": "downloads the model from where it is fast in China; nothing here imports it"}
 ADDED_FLAGS = {"--z_loss"}  # which docs/adding.md adds, as its example
-PYTEST_FLAGS = {"--slow", "--cov", "-k", "-x", "-q", "-n", "-m", "-s", "-v"}
+PYTEST_FLAGS = {"--slow", "--cov", "--durations", "-k", "-x", "-q", "-n", "-m", "-s", "-v"}
 
 
 class Stopped(BaseException):
@@ -156,8 +155,9 @@ def check_python(arguments: list[str]) -> str | None:
     if script in TRAINING:
         return read_by_its_parser(lambda words: parse_arguments("", words), flags)
     if script == "benchmarks/train_step.py":  # what it does not know itself are settings of a training
-        unknown = script_stopped(script, flags).unknown
-        return read_by_its_parser(lambda words: parse_arguments("", words), unknown)
+        stopped: list[Stopped] = []
+        problem = read_by_its_parser(lambda words: stopped.append(script_stopped(script, words)), flags)
+        return problem or read_by_its_parser(lambda words: parse_arguments("", words), stopped[0].unknown)
     return refusal(lambda: script_stopped(script, flags))
 
 
@@ -316,7 +316,7 @@ def test_the_loss_that_is_added_works_as_the_page_says(
     monkeypatch,
 ):
     """The method and the test of the page, put in their places; the setting is handed over as the page says."""
-    _, method, test = blocks_below("## A loss")
+    _setting, method, test = blocks_below("## A loss")
     place = dict(vars(loss_module))
     exec(method, place)
     monkeypatch.setattr(loss_module.PackedLoss, "token_losses", place["token_losses"])
