@@ -27,6 +27,7 @@ from matplotlib import font_manager  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 from util.collator import Batch, Collator  # noqa: E402
+from util.command_line import UserError, run_command  # noqa: E402
 from util.dataset import Examples, Samples  # noqa: E402
 from util.model import load_processor  # noqa: E402
 from util.vision import Budget  # noqa: E402
@@ -62,13 +63,13 @@ def main() -> None:
 
 
 def save(picture: Image.Image, file: Path) -> None:
-    """Write a picture with a small palette. Raises SystemExit where it is too large to be kept in a repository."""
+    """Write a picture with a small palette. Raises UserError where it is too large to be kept in a repository."""
     small = picture.convert("RGB").quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     small.save(file, optimize=True)
     size = file.stat().st_size
     print(f"{file}: {picture.width}x{picture.height}, {size:,} bytes")
     if size > MOST_BYTES:
-        raise SystemExit(f"{file} has {size:,} bytes, above {MOST_BYTES:,}; make it smaller")
+        raise UserError(f"{file} has {size:,} bytes, above {MOST_BYTES:,}; make it smaller")
 
 
 def font(size: int, name: str = "DejaVu Sans", weight: str = "normal") -> ImageFont.FreeTypeFont:
@@ -214,7 +215,7 @@ def printed_in_a_terminal(command: list[str]) -> str:
         printed += piece
     os.close(ours)
     if process.wait() != 0:
-        raise SystemExit(f"{' '.join(command)} failed")
+        raise UserError(f"{' '.join(command)} failed")
     return printed.decode().replace("\r\n", "\n")
 
 
@@ -251,12 +252,12 @@ def loss_curve(run: Path) -> Image.Image:
 
 
 def report(page: Path) -> Image.Image:
-    """The top of a report, as a browser shows it. Raises SystemExit where there is no browser."""
+    """The top of a report, as a browser shows it. Raises UserError where there is no browser."""
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     chromium = next(filter(None, map(shutil.which, names)), None)
     driver = shutil.which("chromedriver")
     if not chromium or not driver:
-        raise SystemExit("the report needs a Chromium and its chromedriver on PATH")
+        raise UserError("the report needs a Chromium and its chromedriver on PATH")
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -274,4 +275,4 @@ def report(page: Path) -> Image.Image:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
