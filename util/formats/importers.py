@@ -291,7 +291,7 @@ def from_openai(entry: dict, dropped: Counter) -> dict:
 
 
 def from_own(entry: dict, dropped: Counter) -> dict:
-    """This project's format (README.md, "Your own data"), unchanged but for keys that say nothing."""
+    """This project's format (docs/data.md), unchanged but for keys that say nothing."""
     dropped.update(keys.check_entry(entry))
     messages = []
     for where, turn in turns_of(entry, "messages"):
