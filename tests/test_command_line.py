@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import finetune
 from tests.official import official_config
 from util import run_folder
-from util.command_line import run_command
+from util.command_line import COMMON_NAMES, UserError, harmless_settings, run_command, settings_parser
 from util.config import Config, parse_arguments
 from util.cost.flops import forward_flops
 from util.cost.memory import count_parameters
@@ -42,6 +44,89 @@ def test_help_names_every_flag_and_imports_nothing_heavy():
     for item in dataclasses.fields(Config):
         assert f"--{item.name}" in done.stdout, item.name
         assert item.metadata["help"].split()[0] in done.stdout
+
+
+def test_help_begins_with_what_everybody_sets():
+    """In 80 columns and 24 lines --model and --data are seen; then the groups follow in their order."""
+    printed = settings_parser(Config, "Trains.").format_help().splitlines()
+    first_screen = "\n".join(printed[:24])
+    assert "--model MODEL" in first_screen
+    assert "--data [DATA ...]" in first_screen
+    titles = [line.rstrip(":") for line in printed if line and not line.startswith((" ", "usage", "Trains"))]
+    assert titles == ["options", "essentials", "data", "model", "run", "optimizer", "memory and speed", "evaluation",
+                      "saving", "adapters", "many GPUs", "remote media", "tracking and hub"]  # fmt: skip
+    assert all(item.metadata["group"] in titles for item in dataclasses.fields(Config))
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("--lr", "--learning_rate"), ("--learning-rate", "--learning_rate"), ("--epoch", "--epochs"),
+     ("--batch_size", "--global_batch_size"), ("--max_token", "--max_tokens"), ("--lora-rank", "--lora_rank"),
+     ("--no-check-memory", "--no-check_memory"), ("--gradient_checkpointing", "--activation_checkpointing")],
+)  # fmt: skip
+def test_a_wrong_flag_names_the_one_that_was_meant(typed, meant, capsys):
+    assert f"unknown flag {typed}; did you mean {meant}?" in refused(capsys, typed, "3")
+
+
+def test_a_flag_like_no_other_names_the_list(capsys):
+    assert "unknown flag --telescope; --help lists them all" in refused(capsys, "--telescope", "3")
+
+
+def test_every_common_name_leads_to_a_flag():
+    known = {f"--{item.name}" for item in dataclasses.fields(Config)}
+    assert set(COMMON_NAMES.values()) <= known
+    assert not set(COMMON_NAMES) & known
+
+
+AT_LEAST_ONE = ("fetch_concurrency", "epochs", "max_steps", "global_batch_size", "micro_batch_size", "max_tokens",
+                "min_pixels", "max_pixels", "video_max_tokens", "keep", "shard_group_size", "lora_alpha")  # fmt: skip
+NOT_NEGATIVE = ("fetch_retries", "learning_rate", "vision_learning_rate", "merger_learning_rate", "weight_decay",
+                "max_grad_norm", "eval_every", "eval_samples", "num_workers", "lora_rank", "lora_dropout",
+                "warmup_ratio")  # fmt: skip
+ABOVE_ZERO = ("video_fps", "fetch_timeout", "cache_max_gib")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [*((name, 0, "at least 1") for name in AT_LEAST_ONE), *((name, -1, "at least 0") for name in NOT_NEGATIVE[:-2]),
+     *((name, 0, "above 0") for name in ABOVE_ZERO), ("video_max_frames", 3, "at least 4"),
+     ("warmup_ratio", 1.5, "between 0 and 1"), ("warmup_ratio", -0.5, "between 0 and 1"),
+     ("lora_dropout", 1.0, "at least 0 and below 1"), ("lora_dropout", -0.1, "at least 0 and below 1"),
+     ("weight_decay", math.nan, "at least 0")],
+)  # fmt: skip
+def test_every_number_has_its_range(name, value, rule):
+    with pytest.raises(UserError, match=rf"(?m)--{name} {value}: must be {rule}$"):
+        Config(**{name: value})
+    if not math.isnan(value):
+        inside = {"at least 1": 1, "at least 0": 0, "above 0": 0.5, "at least 4": 4}.get(rule, 0.5)
+        Config(**{name: inside})
+
+
+def test_what_a_resumed_run_may_change():
+    """Where and how it computes, not what: written by hand, so that a new setting is thought about."""
+    assert harmless_settings(Config) == {
+        "output_dir", "micro_batch_size", "max_tokens", "on_bad_sample", "device", "attention",
+        "activation_checkpointing", "compile", "check_memory", "check_disk", "eval_data", "eval_every", "eval_samples",
+        "eval_metrics", "save_every", "keep", "sharding", "shard_group_size", "resume", "resume_anyway", "num_workers",
+        "fetch_concurrency", "fetch_retries", "fetch_timeout", "cache_dir", "cache_max_gib", "report_to", "project",
+        "run_name", "push_to_hub", "push_every_save", "hub_private",
+    }  # fmt: skip
+
+
+def test_the_commands_are_listed_and_a_wrong_one_is_named(capsys):
+    from util.__main__ import COMMANDS, main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    for name in ("show", "check", "convert", "chartqa", "export", "push", "merge", "compare", "report", "track"):
+        assert re.search(rf"^  {name} +\w.{{20}}", printed, re.MULTILINE), name
+    assert len(COMMANDS) == 10
+    with pytest.raises(SystemExit) as ended:
+        main(["exprot"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "python -m util: unknown command 'exprot'; did you mean export?\n"
 
 
 def test_defaults_survive_the_command_line():
