@@ -20,7 +20,7 @@ import finetune
 from tests import runs
 from tests.hub_server import TOKEN, USER, HubServer
 from util.config import Config
-from util.publish import hub as pushing
+from util.publish import hub_files
 from util.publish.settings import HubSettings, invalid_hub_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,6 +169,19 @@ def test_files_of_a_model_that_was_there_before_do_not_stay(hub, run):
     assert files["notes.txt"] == b"mine"
 
 
+def test_weights_are_sent_from_where_they_lie(hub, run, tmp_path):
+    """A copy of a large model would need as much disk again; and nothing that a push writes is left."""
+    staged, temporary = tmp_path / "staged", tmp_path / "temporary"
+    staged.mkdir()
+    temporary.mkdir()
+    hub_files.stage(run, run, None, "someone/my-model", staged)
+    for name in UNCHANGED:
+        assert (staged / name).samefile(run / name), f"{name} was copied"
+    push(hub, run, TMPDIR=str(temporary))
+    assert hub.files("my-model")["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    assert list(temporary.iterdir()) == []
+
+
 def test_a_push_that_cannot_be_is_one_message(hub, run, tmp_path):
     hub.faults = {"POST /api/repos/create": deque([403] * 9)}
     said = push(hub, run, expect=1)
@@ -296,7 +309,7 @@ def test_paths_become_names():
         "nested": {"base_model_name_or_path": "Qwen/Qwen2-VL-7B-Instruct", "tilde": "~/thing"}, "schedule": "cosine",
         "template": "{{ x }}\n/home", "division": "1/2", "end": "</s>",
     }  # fmt: skip
-    assert pushing.publishable(settings) == {
+    assert hub_files.publishable(settings) == {
         "model": "Qwen/Qwen2-VL-2B-Instruct", "data": ["a.jsonl*2", "b.json", "c.json"], "learning_rate": 1e-5,
         "other": "thing", "nested": {"base_model_name_or_path": "Qwen/Qwen2-VL-7B-Instruct", "tilde": "thing"},
         "schedule": "cosine", "template": "{{ x }}\n/home", "division": "1/2", "end": "</s>",
@@ -309,7 +322,7 @@ def test_the_card_of_an_adapter():
     settings = {"model": "Qwen/Qwen2-VL-2B-Instruct", "dtype": "bfloat16", "data": [], "freeze": ["vision"]}
     lines = [{"step": 1, "loss": 2.0, "samples": 8}, {"step": 1, "eval_loss": 1.5, "eval_anls": 0.25},
              {"step": 2, "loss": 1.0, "samples": 8}, {"step": 2, "eval_loss": 1.75, "eval_anls": 0.5}]  # fmt: skip
-    card = ModelCard(pushing.model_card(settings, lines, True, "me/adapter"))
+    card = ModelCard(hub_files.model_card(settings, lines, True, "me/adapter"))
     assert card.data.base_model == "Qwen/Qwen2-VL-2B-Instruct"
     assert card.data.library_name == "peft"
     for words in ("A LoRA adapter for Qwen/Qwen2-VL-2B-Instruct (not trained: vision), after 2 steps of training on 16",
