@@ -190,6 +190,8 @@ def test_a_push_that_cannot_be_is_one_message(hub, run, tmp_path):
     assert said.strip().endswith(f"later: python -m util push {run} my-model")
     assert hub.requests.count("POST /api/repos/create") == 1, "asking again does not help"
     assert "no model in it" in push(hub, tmp_path, expect=1)
+    (tmp_path / "config.json").write_text("{}")
+    assert f"{tmp_path}: there is no training_config.json in it" in push(hub, tmp_path, expect=1)
     hub.close()
     assert "NOT PUSHED" in push(hub, run, expect=1, patience=1)
 

@@ -22,7 +22,7 @@ from util.command_line import UserError, command_parser
 from util.publish.beside import Beside, Training
 from util.publish.hub_files import WEIGHTS, stage
 from util.publish.settings import HubSettings, invalid_hub_settings
-from util.run_folder import complete_checkpoints, step_of
+from util.run_folder import SETTINGS, complete_checkpoints, step_of
 
 PATIENCE = float(os.environ.get("HUB_TIMEOUT", 60))  # seconds to wait for one answer
 FIRST_PAUSE = PATIENCE / 6  # seconds between the first attempt and the second; each later pause is 3 times as long
@@ -181,6 +181,8 @@ def folder_of(path: Path) -> Iterator[tuple[Path, Path, int | None]]:
     if not (path / "state.json").exists():
         if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             raise UserError(f"{path}: no model in it; name a finished run or a checkpoint")
+        if not (path / SETTINGS).exists():
+            raise UserError(f"{path}: there is no {SETTINGS} in it, which says how it was trained; name a run")
         yield path, path, None
         return
     from util.publish.export import export  # torch, which a push of a finished run does not need
