@@ -1,8 +1,8 @@
 """Programs that run beside the training, so that nothing they do can touch it: they may wait, fail, hang or print.
 
-Each is a command of this project (`python -m util COMMAND`) in a process of its own. What it tells is said above the
-progress bar; what its libraries print goes into a file. It ends by itself when the training does, in whatever way that
-happens.
+Each is a command of this project (`python -m util COMMAND`) in a process of its own. What it tells the user is said
+above the progress bar; what its libraries print goes into a file. It ends by itself when the training ends, also when
+the training is killed.
 """
 
 import os
@@ -19,6 +19,7 @@ from typing import IO
 from util.run_folder import ROOT
 from util.signals import kept_from_children
 
+# Beginnings of the environment variables by which a process knows that it is a rank of a job
 OF_A_RANK = (
     "TORCHELASTIC_",
     "LAUNCH_FOLDER",
@@ -35,7 +36,8 @@ class Beside:
     """A running `python -m util COMMAND ARGUMENTS`.
 
     `log`: a path, or an open file, for what it prints. `patience`: how many seconds it has to end when it is asked to;
-    None: as many as it takes. `otherwise`: said where it fails without a word, which begins with NOT, or is killed.
+    None: as many as it takes. `otherwise`: said when it fails or is killed and its last line has not said so; a line
+    says so with a NOT in it, such as NOT PUSHED.
     """
 
     def __init__(
@@ -49,11 +51,11 @@ class Beside:
     ) -> None:
         self.say, self.patience, self.otherwise = say, patience, otherwise
         errors = open(log, "a") if isinstance(log, Path) else log
-        # A session of its own: a Ctrl-C is for the training, which tells it when to end; and it is killed with all
-        # that it has started.
-        # It is no rank, and its failure is none of the job.
+        # It gets a session of its own, because a Ctrl-C is for the training, which tells it when to end, and because
+        # a session can be killed with everything that was started in it.
+        # It must not take itself for a rank of the job, which would end with it if it failed.
         environment = {key: value for key, value in os.environ.items() if not key.startswith(OF_A_RANK)}
-        with kept_from_children():  # a scheduler signals other sessions, too
+        with kept_from_children():  # a scheduler's signals reach other sessions, too
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "util", command, *arguments], cwd=ROOT, env=environment, text=True, bufsize=1,
                 start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
@@ -71,35 +73,35 @@ class Beside:
             self.say(self.otherwise)
 
     def end(self) -> None:
-        """Ask it to end, wait, and kill it where it does not."""
+        """Ask it to end, wait for as long as its patience says, and kill what is still running."""
         with suppress(OSError, ValueError):  # it may be gone already
             self.process.stdin.close()
         try:
             self.process.wait(self.patience)
         except subprocess.TimeoutExpired:
             pass
-        finally:  # a Ctrl-C while waiting, too; and what it has started must not outlive it
+        finally:  # after a Ctrl-C while waiting, too: what it has started must not outlive it
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.listener.join(5)
 
 
 class Training:
-    """The other side: what a program that runs beside the training knows of it."""
+    """The training, as a program that runs beside it sees it: whether it has ended, and a line to its user."""
 
     def __init__(self) -> None:
         self._told = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(2, 1)  # what libraries print is no message
+        os.dup2(2, 1)  # what libraries print goes to the log, and not to the user
         self.has_ended = False
 
     def tell(self, text: str) -> None:
-        """A line for the user."""
+        """Say one line to the user of the training."""
         with suppress(OSError):  # nobody listens any more
             self._told.write(" ".join(text.split()) + "\n")
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long, or until the training is over; whether it is."""
+        """Wait for `seconds`, or until the training is over. Whether it is over."""
         if not self.has_ended:
-            # Its end of the pipe is closed when it ends, by a kill too
+            # Standard input is a pipe from the training: it is closed when the training ends, also by a kill
             self.has_ended = bool(select.select([0], [], [], seconds)[0])
         return self.has_ended

@@ -22,11 +22,11 @@ UNFINISHED = ".unfinished_model"
 def save_model(
     packed: PackedLoss, processor, budget: vision.Budget, directory: Path, say: Callable[[str], None] = print
 ) -> None:
-    """Write a model in training in the published format, as `write_published` does; of one with adapters these alone.
+    """Write the model that is being trained in the published format; of a model with adapters, the adapters alone.
 
-    bf16 compute saves bf16 weights, as the official checkpoints are. Of several ranks the first writes, and all take
-    part: sharded weights are gathered one at a time. Where writing fails (a full disk, a server that is away), it is
-    tried again as long as the process lives, as nothing else may hold what was trained.
+    bf16 compute saves bf16 weights, as the official checkpoints are. All ranks must call this, because sharded weights
+    are gathered one at a time; the first rank writes. Where writing fails (a full disk, a server that is away), it is
+    tried again as long as the process lives, because there may be no other copy of what was trained.
     """
     model = packed.model
     weights = {}
@@ -37,7 +37,7 @@ def save_model(
         weights[name] = tensor.detach().to("cpu", dtype) if ranks.is_first() else None
 
     def write() -> str:
-        """ "" or why it failed."""
+        """Why writing failed; an empty text where it did not."""
         if not ranks.is_first():
             return ""
         try:
@@ -54,8 +54,8 @@ def save_model(
 def write_published(model: nn.Module, weights: dict[str, torch.Tensor], processor, directory: Path) -> None:
     """Write weights, config and processor in the published format, which plain transformers opens; adapters in peft's.
 
-    Of `model` only the config and the names are used; `weights` are by its parameters' names, all in one precision.
-    The config comes last: where it is, all is.
+    Of `model` only the config and the names of the parameters are used. `weights`: the tensors to write by those names,
+    all in one precision. The config is moved to `directory` last: where it is, all other files are, too.
     """
     unfinished = directory / UNFINISHED
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -65,7 +65,7 @@ def write_published(model: nn.Module, weights: dict[str, torch.Tensor], processo
     else:
         model.save_pretrained(unfinished, state_dict=weights)
         for config in (model.config, model.config.text_config, model.config.vision_config):
-            config.dtype = next(iter(weights.values())).dtype  # save_pretrained names that of the model in training
+            config.dtype = next(iter(weights.values())).dtype  # save_pretrained wrote that of the model in training
         model.config.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
     # transformers before 5, vLLM and others read these two instead of processor_config.json and chat_template.jinja
@@ -76,7 +76,7 @@ def write_published(model: nn.Module, weights: dict[str, torch.Tensor], processo
     (unfinished / "preprocessor_config.json").write_text(json.dumps(older, indent=2) + "\n")
     template = {"chat_template": processor.chat_template}
     (unfinished / "chat_template.json").write_text(json.dumps(template, indent=2, ensure_ascii=False) + "\n")
-    # the config comes last: where it is, all is
+    # The config comes last: where it is, all other files are
     for file in sorted(unfinished.iterdir(), key=lambda file: file.name in ("config.json", "adapter_config.json")):
         file.replace(directory / file.name)
     unfinished.rmdir()

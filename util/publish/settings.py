@@ -59,10 +59,10 @@ def missing_trackers(config: TrackerSettings) -> list[str]:
 
 
 def invalid_hub_settings(config) -> list[str]:
-    """A message for each combination of hub settings of a Config that cannot be."""
+    """A message for each setting of the hub that is invalid, alone or together with others. `config`: a Config."""
     found = []
     name = config.push_to_hub
-    # A name of the hub: letters, digits, and . _ - inside of them, without two of - or . in a row.
+    # A name on the hub: letters, digits and _, with . and - between them; neither -- nor .. occurs in it.
     part = r"[A-Za-z0-9_](?!.*(--|\.\.))[A-Za-z0-9._-]{0,95}(?<![.-])"
     if name is not None and not re.fullmatch(rf"({part}/)?{part}", name):
         found.append(f"--push_to_hub {name}: must be NAME or OWNER/NAME of letters, digits, and . _ - inside of them")

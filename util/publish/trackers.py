@@ -3,7 +3,7 @@
     python -m util track train_output/my_run wandb     # sends what that tracker does not have yet
 
 For each tracker a process follows metrics.jsonl. So a tracker that raises, is slow or hangs never touches the training,
-and what could not be sent is sent later, from that file.
+and what could not be sent can be sent later from that file.
 """
 
 import argparse
@@ -43,6 +43,7 @@ def start(config: TrackerSettings, directory: Path, first_step: int, say: Callab
 
 
 def later(directory: Path, name: str) -> str:
+    """The command that sends the rest later."""
     return f"later: python -m util track {directory} {name}"
 
 
@@ -56,14 +57,14 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.where = f"tensorboard --logdir {folder / 'tensorboard'}"
-        # What an earlier process wrote of this step and later ones is no longer shown.
+        # A resumed run repeats steps: what was written earlier from this step on is no longer shown.
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=since)
         self.writer.add_text("settings", "\n".join(f"- {key}: `{value}`" for key, value in settings.items()), since)
 
     def log(self, values: dict[str, float], step: int) -> None:
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
-        self.writer.flush()  # another thread of it writes
+        self.writer.flush()  # values wait in a queue until a thread writes them
 
     def close(self) -> None:
         self.writer.close()
@@ -97,7 +98,8 @@ class Wandb:
             config=settings, settings=wandb.Settings(console="off", silent=True, x_stats_pid=os.getppid()),
         )  # fmt: skip
         self.where = self.run.url or f"wandb sync {Path(self.run.dir).parent}"
-        # It refuses steps that it has seen, but a resumed run repeats those after its checkpoint: so they are values.
+        # wandb refuses steps that it has seen, but a resumed run repeats the steps after its checkpoint. So the step is
+        # logged as a value like others, and all charts are drawn over it.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -112,13 +114,15 @@ TRACKERS = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}
 
 
 def send(directory: Path, name: str, since: int | None, training: Training) -> bool:
-    """Send a run's lines from step `since` on (None: those not sent yet), until the training has ended and all are
-    sent, or cannot be. Whether all are."""
+    """Send the lines of a run's metrics to a tracker as they come, until the training ends. Whether all were sent.
+
+    `since`: the first step to send; None: go on after what the tracker has.
+    """
     folder = directory / "trackers"
     folder.mkdir(exist_ok=True)
     state_file = folder / f"{name}.json"
-    state = read_state(state_file) if since != 1 else new_state()  # a run from the start is another run
-    since = since or state["sent"]  # of the last step sent, a line may have been missing
+    state = read_state(state_file) if since != 1 else new_state()  # from step 1 on it is a new run there
+    since = since or state["sent"]  # that step again, because its second line, of an evaluation, may be missing
     settings = settings_to_show(directory)
     tracker, position, pause, is_opened, is_told = None, 0, 1.0, False, False
     while True:
@@ -162,7 +166,7 @@ def send(directory: Path, name: str, since: int | None, training: Training) -> b
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """TimeoutError in what takes longer: waiting for a network, a lock or a disk is broken off."""
+    """A block that raises TimeoutError when it takes longer, also while it waits for a network, a lock or a disk."""
 
     def give_up(number, frame):
         raise TimeoutError(f"no answer within {seconds:g} s")
@@ -205,7 +209,10 @@ def settings_to_show(directory: Path) -> dict:
 
 
 def new_state() -> dict:
-    """`id`: of this run in the tracker; `sent`: the last step that it has; `opened`: whether it knows the run."""
+    """What is remembered of a run in a tracker between two processes.
+
+    `id`: the run's name there. `sent`: the last step that was sent. `opened`: whether the run was begun there.
+    """
     return {"id": uuid.uuid4().hex[:16], "sent": 0, "opened": False}
 
 
