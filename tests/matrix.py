@@ -327,7 +327,7 @@ PROCESSOR_FILES = {"tokenizer.json", "tokenizer_config.json", "processor_config.
                    "preprocessor_config.json", "chat_template.json"}  # fmt: skip
 WHOLE_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
-OWN_FILES = {"training_config.json", "metrics.jsonl", "loss.png"}
+OWN_FILES = {"training_config.json", "metrics.jsonl", "samples.jsonl", "loss.png"}
 
 
 def check_it_ended(shop: Workshop, run: dict) -> None:

@@ -34,7 +34,12 @@ def step(run: Path, number: int) -> Path:
 def test_the_last_checkpoint_is_the_final_model_file_by_file(run, tmp_path):
     export(step(run, 4), tmp_path / "out")
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {path.name for path in run.iterdir()} - {"checkpoints", "metrics.jsonl", "loss.png"}
+    assert files == {path.name for path in run.iterdir()} - {
+        "checkpoints",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "loss.png",
+    }
     for name in files:
         assert filecmp.cmp(run / name, tmp_path / "out" / name, shallow=False), name
 

@@ -271,7 +271,7 @@ def test_what_was_not_sent_is_sent_later(fake, tmp_path):
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert done.returncode == 1
     assert done.stdout.strip() == f"wandb: NOT ALL SENT (no network); later: python -m util track {run} wandb"
-    done = subprocess.run([*command[:3], str(tmp_path), "wandb"], cwd=ROOT, text=True, capture_output=True, timeout=60)
+    done = subprocess.run([*command[:4], str(tmp_path), "wandb"], cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert done.returncode == 2
     assert "not a run directory" in done.stderr
 
@@ -301,7 +301,7 @@ def test_a_training_that_is_killed_leaves_no_tracker_behind(tiny_path, tmp_path)
         assert time.time() < deadline
         time.sleep(0.1)
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    (child,) = [n for n in children if b"util.publish.trackers" in Path(f"/proc/{n}/cmdline").read_bytes()]
+    (child,) = [n for n in children if b"util\0track" in Path(f"/proc/{n}/cmdline").read_bytes()]
     job.kill()
     job.communicate(timeout=30)
     while Path(f"/proc/{child}").exists() and "\nState:\tZ" not in Path(f"/proc/{child}/status").read_text():

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from util.command_line import UserError, command_parser
 from util.publish.beside import Beside, Training
@@ -113,55 +113,92 @@ class Wandb:
 TRACKERS = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}
 
 
+class Sender:
+    """What one tracker has of a run's metrics, and what it still lacks.
+
+    `since`: the first step to send; None: go on after what the tracker has.
+    """
+
+    def __init__(self, directory: Path, name: str, since: int | None, training: Training) -> None:
+        self.metrics = directory / METRICS
+        self.settings = settings_to_show(directory)
+        self.name = name
+        self.training = training
+        self.folder = directory / "trackers"
+        self.folder.mkdir(exist_ok=True)
+        self.state_file = self.folder / f"{name}.json"
+        self.state = new_state() if since == 1 else read_state(self.state_file)  # from step 1 on it is a new run there
+        # The last step that it has is sent again, because its second line, of an evaluation, may be missing.
+        self.since = since or self.state["sent"]
+        self.tracker: Any = None
+        self.position = 0  # in the file of metrics
+        self.is_announced = False
+
+    def open(self) -> None:
+        """Begin with the tracker, or begin again after it failed."""
+        with within(PATIENCE):
+            self.tracker = TRACKERS[self.name](self.folder, self.settings, self.state, self.since)
+        self.position = 0
+        if not self.is_announced:
+            self.training.tell(f"{self.name}: {self.tracker.where}")
+        self.state["opened"] = self.is_announced = True
+
+    def send_new_lines(self) -> None:
+        """Send the lines that were written since the last call. Raises whatever the tracker raises."""
+        if self.tracker is None:
+            self.open()
+        for line, end in new_lines(self.metrics, self.position):
+            if line["step"] >= self.since:
+                with within(PATIENCE):
+                    self.tracker.log(dict(scalars(line)), line["step"])
+                self.state["sent"] = line["step"]
+            self.position = end
+        write_state(self.state_file, self.state)
+
+    def close(self) -> None:
+        with within(PATIENCE):
+            self.tracker.close()
+
+    def let_go(self) -> None:
+        """Forget a tracker that failed, so that the next attempt begins with a new one."""
+        self.since = max(self.since, self.state["sent"])
+        with suppress(Exception):
+            if self.tracker:
+                self.close()
+        self.tracker = None
+
+
 def send(directory: Path, name: str, since: int | None, training: Training) -> bool:
     """Send the lines of a run's metrics to a tracker as they come, until the training ends. Whether all were sent.
 
     `since`: the first step to send; None: go on after what the tracker has.
     """
-    folder = directory / "trackers"
-    folder.mkdir(exist_ok=True)
-    state_file = folder / f"{name}.json"
-    state = read_state(state_file) if since != 1 else new_state()  # from step 1 on it is a new run there
-    since = since or state["sent"]  # that step again, because its second line, of an evaluation, may be missing
-    settings = settings_to_show(directory)
-    tracker, position, pause, is_opened, is_told = None, 0, 1.0, False, False
+    sender = Sender(directory, name, since, training)
+    pause = 1.0
+    has_failed = False
     while True:
-        is_last = training.wait(EVERY if tracker else 0)  # asked before reading, so that no line comes in between
+        is_last = training.wait(EVERY if sender.tracker else 0)  # asked before reading: no line comes in between
         try:
-            if tracker is None:
-                with within(PATIENCE):
-                    tracker, position = TRACKERS[name](folder, settings, state, since), 0
-                if not is_opened:
-                    training.tell(f"{name}: {tracker.where}")
-                state["opened"] = is_opened = True
-            for line, end in new_lines(directory / METRICS, position):
-                if line["step"] >= since:
-                    with within(PATIENCE):
-                        tracker.log(dict(scalars(line)), line["step"])
-                    state["sent"] = line["step"]
-                position = end
-            write_state(state_file, state)
+            sender.send_new_lines()
             if is_last:
-                with within(PATIENCE):
-                    tracker.close()
+                sender.close()
                 return True
-            if is_told:
-                training.tell(f"{name}: goes on")
-            pause, is_told = 1.0, False
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             if is_last:
                 training.tell(f"{name}: NOT ALL SENT ({reason}); {later(directory, name)}")
                 return False
-            if not is_told:
+            if not has_failed:
                 training.tell(f"{name}: {reason}; the training goes on without it, and it is tried again")
-            is_told, since = True, max(since, state["sent"])
-            with suppress(Exception), within(PATIENCE):
-                if tracker:
-                    tracker.close()
-            tracker = None
+            has_failed = True
+            sender.let_go()
             training.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+        else:
+            if has_failed:
+                training.tell(f"{name}: goes on")
+            has_failed = False
+            pause = 1.0
 
 
 @contextmanager
