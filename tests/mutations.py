@@ -985,6 +985,7 @@ def stand_ins(model: str) -> tuple[Callable, Callable]:
     from util import model as models
     from util.config import Config
     from util.cost import memory
+    from util.publish import save_model
 
     config, processor = models.load_config(model), models.load_processor(model)
     counts = memory.count_parameters(config, Config())
@@ -1005,7 +1006,7 @@ def stand_ins(model: str) -> tuple[Callable, Callable]:
         (directory / "model.safetensors").touch()
 
     quick = {(models, "load_config"): lambda path: config, (models, "load_processor"): lambda path: processor,
-             (models, "build_model"): lambda *arguments: OneWeight(), (models, "save_model"): save,
+             (models, "build_model"): lambda *arguments: OneWeight(), (save_model, "save_model"): save,
              (memory, "count_parameters"): lambda *_: counts, (log, "draw_loss"): lambda directory: None}  # fmt: skip
 
     def train_quickly(settings):

@@ -25,6 +25,7 @@ from util.command_line import run_training
 from util.config import Config
 from util.cost import measure
 from util.loss import PackedLoss
+from util.publish import save_model
 from util.results import evaluate
 
 moment, folder, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
@@ -66,13 +67,13 @@ elif moment == "data":
 elif moment == "step":
     waiting(PackedLoss, "forward", lambda packed, *_: packed.training and is_logged(1))
 elif moment == "loss":
-    waiting(PackedLoss, "forward", lambda packed, *_: not packed.training)
+    waiting(PackedLoss, "score")
 elif moment == "answers":
     waiting(evaluate.Answerer, "read")
 elif moment == "save":
     waiting(FileSystemWriter, "write_data")
 elif moment == "final save":
-    waiting(model, "save_model")
+    waiting(save_model, "save_model")
 
 if __name__ == "__main__":
     multiprocessing.set_start_method(settings.pop("start_method", "fork"), force=True)

@@ -560,7 +560,8 @@ def test_steps_are_those_of_the_rules_on_any_number_of_ranks():
             steps = steps_of(tokens, order, config, Dealing(costs, rank, ranks))
             found = list(steps.after(0))
             assert [step.micro_batches for step in found] == [plan[rank] for plan in wanted]
-            assert [step.samples for step in found] == [sum(tokens[i] is not None for i in b) for b in batches]
+            usable = [[i for i in batch if tokens[i] is not None] for batch in batches]
+            assert [sorted(step.samples) for step in found] == [sorted(batch) for batch in usable]
             assert len(steps) == len(batches)
             done = rng.randrange(len(batches) + 1)
             assert list(steps.after(done)) == found[done:], "resuming is going on at a place"

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def when_it_waits(monkeypatch, action) -> list:
         assert len(waits) < 10, "it goes on failing"
         action(len(waits))
 
-    monkeypatch.setattr(disk.time, "sleep", instead)
+    monkeypatch.setattr(disk, "time", SimpleNamespace(sleep=instead))
     return waits
 
 

@@ -274,6 +274,7 @@ def test_evaluation_leaves_the_random_state_as_it_was(tiny_path, processor):
     from torch.utils.data import DataLoader
 
     from util.collator import Collator
+    from util.data.bad_samples import LenientCollator
     from util.dataset import Samples, load_examples
     from util.model import build_model
     from util.results.evaluate import evaluate_answers, evaluate_loss
@@ -284,7 +285,9 @@ def test_evaluation_leaves_the_random_state_as_it_was(tiny_path, processor):
     model = build_model(config, str(tiny_path), processor, device)
     samples = Samples(load_examples(config.eval_data, processor), processor, budget)
     state = torch.get_rng_state()
-    totals = evaluate_loss(model, DataLoader(samples, batch_sampler=[[0, 1], [2]], collate_fn=Collator()), device)
+    totals = evaluate_loss(
+        model, DataLoader(samples, batch_sampler=[[0, 1], [2]], collate_fn=LenientCollator(Collator())), device
+    )
     assert (totals["samples"], totals["skipped"]) == (3, 0)
     assert torch.equal(torch.get_rng_state(), state)
     assert evaluate_answers(model, samples, device, config)["questions"] == 2

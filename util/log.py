@@ -242,6 +242,8 @@ def draw_loss(directory: Path) -> None:
     lines = read_metrics(directory)
     steps = [line["step"] for line in lines if line.get("loss") is not None]
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    if not steps:
+        raise ValueError(f"{METRICS} has no step")
     evaluated = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
     window = max(1, len(losses) // 50)
     means = [sum(losses[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(losses))]
