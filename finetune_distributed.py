@@ -37,7 +37,7 @@ def train(config: Config) -> str:
     from util.vision import Budget
 
     torch.manual_seed(config.seed)
-    world = distributed.start(config, faults.collective_timeout())
+    world = distributed.join_group(config, faults.collective_timeout())
     config = faults.continue_after_restart(config)
     device = world.device
     dtype = choose_dtype(config.dtype, device)
@@ -158,7 +158,7 @@ def train(config: Config) -> str:
 
     saver.wait()
     save_model(model, processor, budget, run.directory, run.say)
-    distributed.stop()
+    distributed.wait_for_all()
     stop.restore()
     run.finish(len(steps) - first, sizes.left_out, guard.left_out)
     stop.check_last_evaluation()

@@ -48,7 +48,7 @@ def main() -> None:
     out = Path(sys.argv[2])
     for number, settings in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         config = Config(**settings)
-        world = distributed.start(config, 600)
+        world = distributed.join_group(config, 600)
         torch.manual_seed(config.seed)
         path = find_model(config.model, world.device)
         packed = distributed.build_model(config, path, load_config(path), load_processor(path), world)
@@ -56,7 +56,7 @@ def main() -> None:
         losses = token_losses(packed)
         if world.is_first:
             torch.save({"held": held, "losses": losses}, out / f"{number}.pt")
-    distributed.stop()
+    distributed.wait_for_all()
 
 
 if __name__ == "__main__":

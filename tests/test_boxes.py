@@ -304,7 +304,7 @@ def test_a_perfect_answer_scores_one():
 
 def test_boxes_are_drawn(folder):
     picture = Image.open(folder / "wide.png")
-    drawn = boxes.draw(
+    drawn = boxes.draw_boxes(
         picture, [boxes.LabelledBox("dog", (100.0, 60.0, 300.0, 160.0)), boxes.LabelledBox(None, (0, 0, 400, 200))]
     )
     assert picture.getpixel((100, 100)) == (255, 255, 255), "the picture itself stays"

@@ -65,7 +65,7 @@ def two_gpus(monkeypatch):
 def test_the_chosen_gpu_is_the_current_one(two_gpus):
     second = torch.device("cuda", 1)
     assert choose_device("cuda:1") == second
-    assert distributed.start(Config(device="cuda:1"), 60).device == second
+    assert distributed.join_group(Config(device="cuda:1"), 60).device == second
     assert two_gpus == [second, second]
     for name in ("auto", "cuda", "cuda:0"):
         assert choose_device(name) == torch.device("cuda", 0)
@@ -75,10 +75,10 @@ def test_the_chosen_gpu_is_the_current_one(two_gpus):
 def test_each_process_of_a_machine_takes_its_own_gpu(two_gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert distributed.start(Config(), 60).device == torch.device("cuda", 1)
+    assert distributed.join_group(Config(), 60).device == torch.device("cuda", 1)
     assert two_gpus == [torch.device("cuda", 1)]
     with pytest.raises(UserError, match="--device cuda:1 names one GPU for the 2 processes"):
-        distributed.start(Config(device="cuda:1"), 60)
+        distributed.join_group(Config(device="cuda:1"), 60)
 
 
 def test_lengths_are_known_without_the_device():

@@ -36,7 +36,7 @@ from tests.test_video_reader import FILES, encode, h264
 from util import vision
 from util.command_line import parse
 from util.data import fetch
-from util.data.fetch import FetchError, FetchSettings, identity, is_remote, local_path, localise, open_media, shown
+from util.data.fetch import FetchError, FetchSettings, identity, is_remote, local_path, localise, open_media, printable
 from util.data.video_reader import VideoError, VideoReader
 
 BASE = FetchSettings()
@@ -276,8 +276,8 @@ def test_file_scheme(tmp_path):
 
 
 def test_messages_hold_no_secret():
-    assert shown(f"https://me:{SECRET}@h/a.jpg?X-Amz-Signature={SECRET}#{SECRET}") == "https://h/a.jpg?..."
-    assert shown("s3://bucket/a?b#c.jpg") == "s3://bucket/a?b#c.jpg"
+    assert printable(f"https://me:{SECRET}@h/a.jpg?X-Amz-Signature={SECRET}#{SECRET}") == "https://h/a.jpg?..."
+    assert printable("s3://bucket/a?b#c.jpg") == "s3://bucket/a?b#c.jpg"
 
 
 def test_data_uri(tmp_path):

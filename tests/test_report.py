@@ -500,7 +500,7 @@ def opened(picture: dict) -> Image.Image:
 def test_frames_are_those_that_the_model_saw(decode_all):
     """Of a budget of 4 frames qwen-vl-utils takes the first, the last, and two between."""
     frames = decode_all(VIDEO["video"])
-    drawn = reports.draw(VIDEO, Budget(video_max_frames=4), 10**6)
+    drawn = reports.draw_picture(VIDEO, Budget(video_max_frames=4), 10**6)
     assert drawn["caption"].startswith("all 4 frames that the model saw, 0.0 to ")
     seen = np.linspace(0, len(frames) - 1, 4).round().astype(int)
     sheet = opened(drawn)
@@ -518,8 +518,8 @@ def test_frames_are_those_that_the_model_saw(decode_all):
 def test_pictures_are_upright_and_on_white():
     with Image.open(MEDIA / "0016_rotated_0.jpg") as stored:
         assert stored.getexif()[0x0112] in (6, 8)
-        assert opened(reports.draw(image("0016_rotated_0.jpg"), Budget(), 10**6)).size == stored.size[::-1]
-    drawn = opened(reports.draw(image("0017_transparent_0.png"), Budget(), 10**6))
+        assert opened(reports.draw_picture(image("0016_rotated_0.jpg"), Budget(), 10**6)).size == stored.size[::-1]
+    drawn = opened(reports.draw_picture(image("0017_transparent_0.png"), Budget(), 10**6))
     with Image.open(MEDIA / "0017_transparent_0.png") as stored:
         x, y = np.argwhere(np.asarray(stored.convert("RGBA"))[..., 3].T == 0)[0]
     assert min(drawn.getpixel((int(x), int(y)))) > 240
@@ -536,7 +536,7 @@ def test_pictures_are_upright_and_on_white():
     ],
 )
 def test_what_cannot_be_read_is_said_in_its_place(item):
-    drawn = reports.draw(item, Budget(), 10**6)
+    drawn = reports.draw_picture(item, Budget(), 10**6)
     assert drawn["type"] == item["type"]
     assert len(drawn["problem"]) > 5
 

@@ -79,7 +79,7 @@ def measured(processor, tmp_path, monkeypatch):
         assert list(sizes) == list(fresh)
         assert sizes.mark() == fresh.mark()
         assert sizes.left_out == fresh.left_out
-        assert sizes.problems(sizes.left_out) == fresh.problems(fresh.left_out)
+        assert sizes.refusals(sizes.left_out) == fresh.refusals(fresh.left_out)
         assert samples.shrunk == plain.shrunk
         return sizes, seen
 

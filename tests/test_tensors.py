@@ -106,7 +106,7 @@ def test_the_tensors_of_a_run(state, kind, tiny_path, tmp_path):
         for action in STATES[state][-1:]:
             getattr(run, action)()
 
-    tensors, _ = checkpoint.gather(run.model, run.optimizer)
+    tensors, _ = checkpoint.tensors_and_scalars(run.model, run.optimizer)
     for name, tensor in tensors.items():
         assert tensor.dtype == torch.float32, f"a checkpoint would hold {name} in {tensor.dtype}"
     again()

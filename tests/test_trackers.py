@@ -151,7 +151,7 @@ def test_a_resumed_run_goes_on_in_the_tracker_and_a_fresh_one_is_another(name, t
     for first_step, last_step in ((0, 2), (2, 3), (0, 1)):
         lines = "".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, last_step + 1))
         (run / "metrics.jsonl").write_text(lines)
-        (program,) = trackers.start(TrackerSettings(report_to=[name]), run, first_step, told.append)
+        (program,) = trackers.start_trackers(TrackerSettings(report_to=[name]), run, first_step, told.append)
         program.end()
         if name == "wandb":
             newest = max(run.glob("trackers/wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
@@ -229,7 +229,7 @@ def test_a_tracker_that_fails(name, fake, tmp_path):
     run.mkdir()
     (run / "training_config.json").write_text("{}")
     (run / "metrics.jsonl").write_text("")
-    (program,) = trackers.start(TrackerSettings(report_to=["wandb"]), run, 0, told.append)
+    (program,) = trackers.start_trackers(TrackerSettings(report_to=["wandb"]), run, 0, told.append)
     for line in LINES:
         with open(run / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")

@@ -108,7 +108,7 @@ class Saver:
         self.problem = ""
         final = self.folder / f"step_{state['step']:06d}"
         unfinished = self.folder / f".unfinished_{final.name}"
-        tensors, scalars = gather(model, optimizer)
+        tensors, scalars = tensors_and_scalars(model, optimizer)
         tensors |= {random_key(kind): read() for kind, (read, _) in random_states().items()}
         state["optimizer"] = scalars
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -135,7 +135,7 @@ class Saver:
         "eval_loss")."""
         self.wait()
         steps = [step_of(path) for path in complete_checkpoints(self.run)]
-        if step not in ranks.gather(steps)[0]:
+        if step not in ranks.gather_on_all(steps)[0]:
             self.save(model, optimizer, {"step": step}, is_last=True)
 
     def wait_for_copy(self) -> None:
@@ -278,7 +278,7 @@ def check_shared(folder: Path) -> None:
     name = f".probe_{uuid.uuid4().hex}"
     if ranks.is_first():
         (folder / name).touch()
-    probe = folder / ranks.gather(name)[0]  # all ranks wait here until it is there
+    probe = folder / ranks.gather_on_all(name)[0]  # all ranks wait here until it is there
     try:
         check_seen(probe, f"--output_dir {folder.parent}")
     finally:
@@ -288,7 +288,7 @@ def check_shared(folder: Path) -> None:
 
 def check_seen(path: Path, flag: str) -> None:
     """Raise UserError, on all ranks, where some of them do not see what is there for the first."""
-    seen = ranks.gather((socket.gethostname(), path.exists()))
+    seen = ranks.gather_on_all((socket.gethostname(), path.exists()))
     if blind := sorted({host for host, is_there in seen if not is_there}):
         raise UserError(
             f"{flag}: what {seen[0][0]} has there is not seen on {', '.join(blind)}. Checkpoints are written and read "
@@ -369,7 +369,9 @@ def random_key(kind: str) -> str:
     return f"random.{kind}.{rank}" if rank else f"random.{kind}"
 
 
-def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
+def tensors_and_scalars(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
     """Weights and optimizer state as one flat dict of tensors, and what of the optimizer's state is no tensor."""
     tensors = {f"model.{name}": parameter.detach() for name, parameter in trained_parameters(model).items()}
     scalars: dict[str, dict] = {}

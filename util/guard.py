@@ -167,10 +167,10 @@ class StopSignal:
         self.restore()
         self.run.close()
         steps = [run_folder.step_of(path) for path in run_folder.complete_checkpoints(self.run.directory)]
-        is_saved = ranks.gather(step in steps)[0]
+        is_saved = ranks.gather_on_all(step in steps)[0]
         where = self._where(step, is_saved)
         how = f"go on with: {run_folder.command(self.run.directory)}"
-        shares = ranks.gather((self.name, self.failure))
+        shares = ranks.gather_on_all((self.name, self.failure))
         failed = {rank: failure for rank, (_, failure) in enumerate(shares) if failure}
         if failed:
             raise Ended(f"{told(failed)}\nstopped {where}; {how}", max(code for _, code in failed.values()))
@@ -187,7 +187,7 @@ class StopSignal:
 
     def check_last_evaluation(self) -> None:
         """Raises Ended where the run is complete but for its last evaluation, whose data could not be read."""
-        if failed := {rank: failure for rank, failure in enumerate(ranks.gather(self.failure)) if failure}:
+        if failed := {rank: failure for rank, failure in enumerate(ranks.gather_on_all(self.failure)) if failure}:
             code = max(code for _, code in failed.values())
             raise Ended(f"{told(failed)}\nthe model is saved, but not evaluated after its last step", code)
 
@@ -218,8 +218,8 @@ class FiniteGuard:
             return True
         self.left_out += 1
         self.in_a_row += 1
-        names: list[str] = []
-        for share in ranks.gather([batch.where for batch in batches]):
+        names = []
+        for share in ranks.gather_on_all([batch.where for batch in batches]):
             names += chain.from_iterable(share)
         what = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
         self.say(f"step {step.number}: {what}: this update is left out. Its samples: {'; '.join(names)}")

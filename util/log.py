@@ -81,7 +81,7 @@ class Run:
         if self.directory.resolve().parent == run_folder.RUNS:
             point_latest_at(self.directory)
         self.bar = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
-        self.beside = trackers.start(self.config, self.directory, first_step, self.say)
+        self.beside = trackers.start_trackers(self.config, self.directory, first_step, self.say)
         self.beside += hub.start(self.config, self.directory, self.say)
         self.last = time.perf_counter()
 
@@ -138,7 +138,7 @@ class Run:
             shown = ", ".join(f"{LABELS[name]} {share(scores[name])}" for name in self.config.eval_metrics)
             text += f"; {scores['questions']} answers: {shown}"
         if skipped:
-            text += f"; held-out samples left out: {bad_samples.describe(left_out.reasons)}"
+            text += f"; held-out samples left out: {bad_samples.reasons_in_words(left_out.reasons)}"
         self.say(text)
         return loss
 

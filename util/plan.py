@@ -7,7 +7,7 @@ import torch
 from util.config import Config
 from util.cost import disk
 from util.cost.measure import CUT, describe_unused
-from util.cost.memory import GIB, describe, free_bytes, peak_bytes
+from util.cost.memory import GIB, free_bytes, parts_in_words, peak_bytes
 from util.cost.sizes import Sizes
 from util.data import bad_samples
 from util.data.loader import worker_count
@@ -42,7 +42,7 @@ def print_plan(
         **of_the_steps(config, steps),
         "memory": memory_in_words(needs, run.device),
         "output": str(relative(run.directory)),
-        "disk": disk.describe(run.directory, counts, config, dtype),
+        "disk": disk.room_in_words(run.directory, counts, config, dtype),
         **what_is_unusual(config, sizes, steps, evaluation),
     }
     width = max(map(len, facts))
@@ -108,7 +108,7 @@ def of_the_steps(config: Config, steps: Steps) -> dict[str, str]:
 
 def memory_in_words(needs: dict[str, float], device: torch.device) -> str:
     beside = f", beside {peak_bytes(device) / GIB:.2f} for Python and its libraries" if device.type == "cpu" else ""
-    return f"{sum(needs.values()) / GIB:.2f} GiB forecast{beside}: {describe(needs)}"
+    return f"{sum(needs.values()) / GIB:.2f} GiB forecast{beside}: {parts_in_words(needs)}"
 
 
 def what_is_unusual(config: Config, sizes: Sizes, steps: Steps, evaluation: Steps | None) -> dict[str, str]:
@@ -117,8 +117,8 @@ def what_is_unusual(config: Config, sizes: Sizes, steps: Steps, evaluation: Step
     survey = steps.survey
     if left_out := sizes.left_out:
         facts["left out"] = (
-            f"{left_out.total():,} of {len(sizes):,} samples: {bad_samples.describe(left_out)}; their places stay "
-            f"empty: as many steps, of {survey.samples / len(steps):.1f} samples on average"
+            f"{left_out.total():,} of {len(sizes):,} samples: {bad_samples.reasons_in_words(left_out)}; their places "
+            f"stay empty: as many steps, of {survey.samples / len(steps):.1f} samples on average"
         )
         if survey.empty_steps:
             facts["left out"] += f"; {survey.empty_steps:,} steps have none and change nothing"

@@ -17,7 +17,7 @@ def are_several() -> bool:
     return rank_and_size()[1] > 1
 
 
-def gather(value: object) -> list:
+def gather_on_all(value: object) -> list:
     """Every rank's value, in order of their ranks; all ranks get the list, so all must call."""
     shares = [value]
     if are_several():

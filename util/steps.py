@@ -162,7 +162,7 @@ class Steps:
         survey = Survey(self.dealing.ranks)
         for _, _, block in self._blocks(0, part, parts):
             survey.add(block, self.sizes)
-        whole = Survey.joined(ranks.gather(survey))
+        whole = Survey.joined(ranks.gather_on_all(survey))
         usable = self.sizes.usable
         columns = (self.sizes.tokens, self.sizes.patches, self.sizes.supervised)
         whole.heaviest_samples = heaviest(np.stack([column[usable] for column in columns], axis=1))

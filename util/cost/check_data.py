@@ -150,7 +150,7 @@ class Decoding:
             return str(error)
         if decoded == promised:
             return ""
-        return f"{fetch.shown(path)}: {promised - decoded:,} of {promised:,} frames cannot be decoded whole"
+        return f"{fetch.printable(path)}: {promised - decoded:,} of {promised:,} frames cannot be decoded whole"
 
 
 def decode_all(notes: list[Note], config: CheckSettings) -> list[str]:
@@ -209,7 +209,7 @@ def forecast(config: Config, path: str, samples, sizes, device) -> dict[str, str
         "steps": f"{len(steps):,} of at most {config.global_batch_size} samples in {config.epochs} epoch(s), "
         f"{steps.survey.fewest} to {steps.survey.most} forward passes each",
         "tokens": f"{tokens:,} an epoch",
-        "memory": f"{needed / memory.GIB:.2f} GiB at the peak on {device}{fits}: {memory.describe(needs)}",
+        "memory": f"{needed / memory.GIB:.2f} GiB at the peak on {device}{fits}: {memory.parts_in_words(needs)}",
         "time": f"{took}; evaluating, saving and waiting for data come on top",
     }
 
@@ -278,7 +278,7 @@ def overview(files: list[str], findings: list) -> dict[str, str]:
             f"{len(shrunk):,} to fit --max_tokens, {before:,} to {after:,} tokens; the first is {shrunk[0].note.where}"
         )
     if refused := Counter(finding.reason for finding in findings if not finding.size):
-        lines["refused"] = f"{refused.total():,}: {bad_samples.describe(refused)}"
+        lines["refused"] = f"{refused.total():,}: {bad_samples.reasons_in_words(refused)}"
     return lines
 
 

@@ -73,7 +73,7 @@ def needs(counts: dict, config: Config, dtype: torch.dtype) -> tuple[int, int, i
     return model_bytes(counts, config, dtype), checkpoint_bytes(counts, config, dtype), most
 
 
-def describe(folder: Path, counts: dict, config: Config, dtype: torch.dtype) -> str:
+def room_in_words(folder: Path, counts: dict, config: Config, dtype: torch.dtype) -> str:
     """A line of the plan: what will be written, and what is free."""
     model, checkpoint, most = needs(counts, config, dtype)
     parts = f"model {gigabytes(model)}"
@@ -135,7 +135,7 @@ def until_saved(
     """
     told = None
     while True:
-        failed = [problem for problem in ranks.gather(save()) if problem]
+        failed = [problem for problem in ranks.gather_on_all(save()) if problem]
         if not failed:
             break
         if failed[0] != told:

@@ -70,14 +70,14 @@ def measure(
     skip_long = {"stop": False, "skip": True, "shrink": skip}[settings.on_long_sample]
     left_out = sizes.left_out
     refused = [reason for reason in left_out if not (skip_long if reason == "too long" else skip)]
-    stop_on(sizes.problems(refused), sum(left_out[reason] for reason in refused))
+    stop_on(sizes.refusals(refused), sum(left_out[reason] for reason in refused))
     if left_out:
-        told = sizes.problems(left_out)
+        told = sizes.refusals(left_out)
         if not len(sizes.usable):
-            raise DataError(f"no sample is left: {bad_samples.describe(left_out)}; the first: {told[0]}")
+            raise DataError(f"no sample is left: {bad_samples.reasons_in_words(left_out)}; the first: {told[0]}")
         samples.examples.left_out = frozenset(np.flatnonzero(~sizes.is_usable).tolist())
         if ranks.is_first():
-            print(f"left out: {bad_samples.describe(left_out)}")
+            print(f"left out: {bad_samples.reasons_in_words(left_out)}")
             for problem in told:
                 print(f"  {problem}")
             if (more := left_out.total() - MOST_TOLD) > 0:
@@ -105,7 +105,7 @@ def find_sizes(
 
     found, told = Table.of(findings_of(Chunks(samples, own, max_tokens, on_long_sample), num_workers))
     told = [problem._replace(sample=int(own[problem.sample])) for problem in told]
-    shares = ranks.gather((found.without("files"), told))
+    shares = ranks.gather_on_all((found.without("files"), told))
     tables, told_by_rank = zip(*shares, strict=True)
     order = np.argsort(np.concatenate([known, *(unknown[share::count] for share in range(count))]), kind="stable")
     table = Table.joined([before_on_all, *tables]).take(order)

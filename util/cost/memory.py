@@ -124,7 +124,7 @@ def check(
     if ways:
         remedy = "Settings that fit:\n" + "\n".join(ways[:4])
     raise UserError(
-        f"not enough memory on {device}: the run needs {needed / GIB:.1f} GiB ({describe(parts)}), "
+        f"not enough memory on {device}: the run needs {needed / GIB:.1f} GiB ({parts_in_words(parts)}), "
         f"{free / GIB:.1f} GiB are free.\n{remedy}\nSmaller images help too (--max_pixels). "
         "--no-check_memory goes ahead all the same."
     )
@@ -147,7 +147,7 @@ def remedies(config: Config, device: torch.device) -> Iterator[tuple[dict, Confi
             continue
 
 
-def describe(parts: dict[str, float]) -> str:
+def parts_in_words(parts: dict[str, float]) -> str:
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
 
 

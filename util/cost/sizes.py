@@ -205,7 +205,7 @@ class Sizes(Sequence):
         """The samples that are shrunk, in the order of the files."""
         return np.flatnonzero(self.table.numbers["cap"])
 
-    def problems(self, reasons: Container[str]) -> list[str]:
+    def refusals(self, reasons: Container[str]) -> list[str]:
         """The first problems of some reasons, in the order of the files; at most `MOST_TOLD`."""
         found = sorted(problem for problem in self.told if problem.reason in reasons)
         return [problem.text for problem in found[:MOST_TOLD]]

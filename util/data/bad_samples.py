@@ -72,7 +72,7 @@ def key_of(reason: str) -> str:
     return f"skipped_{reason.lower().replace(' ', '_')}"
 
 
-def describe(reasons: Counter) -> str:
+def reasons_in_words(reasons: Counter) -> str:
     """`2 no such file, 1 too long`, the most frequent first."""
     return ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common() if number)
 
@@ -91,7 +91,7 @@ class Tally:
 
     def summary(self, at_start: Counter | None = None) -> str:
         """A line for the end of a run, or "". `at_start`: samples left out of every epoch, by reason."""
-        parts = [f"{describe(at_start)} from the start"] if at_start else []
+        parts = [f"{reasons_in_words(at_start)} from the start"] if at_start else []
         if any(self.reasons.values()):
-            parts.append(f"{describe(self.reasons)} while training, counted each time")
+            parts.append(f"{reasons_in_words(self.reasons)} while training, counted each time")
         return f"samples left out: {'; '.join(parts)}" if parts else ""

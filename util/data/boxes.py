@@ -180,7 +180,7 @@ def middle(number: int, length: int) -> float:
     return (min(max(number, 0), CELLS - 1) + 0.5) * length / CELLS
 
 
-def draw(image, boxes: list[LabelledBox]):
+def draw_boxes(image, boxes: list[LabelledBox]):
     """A copy of a PIL image with boxes and their labels drawn on it, a colour per label."""
     from PIL import ImageDraw, ImageFont
 

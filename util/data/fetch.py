@@ -91,7 +91,7 @@ def local_path(path: str) -> str:
     return plain if os.path.exists(plain) and not os.path.exists(decoded) else decoded
 
 
-def shown(path: str) -> str:
+def printable(path: str) -> str:
     """A path as messages show it: without user, password and query, which may be secrets; `data:` shortened."""
     if scheme_of(path) == "data":
         return path if len(path) <= LONGEST_NAME else f"{path[: LONGEST_NAME - 3]}..."
@@ -178,14 +178,14 @@ def decode_data(path: str) -> "Content":
     """The bytes of a `data:` URI (RFC 2397). Raises FetchError."""
     head, comma, body = path.partition(",")
     if not comma:
-        raise FetchError(f"{shown(path)}: no comma in it; a data URI is data:image/png;base64,AAAA...")
+        raise FetchError(f"{printable(path)}: no comma in it; a data URI is data:image/png;base64,AAAA...")
     body = unquote_to_bytes(body)
     if head.lower().endswith(";base64"):
         try:
             body = base64.b64decode(b"".join(body.split()), validate=True)
         except ValueError as error:
-            raise FetchError(f"{shown(path)}: broken base64 ({error}); encode the file anew") from None
-    return Content(body, shown(path))
+            raise FetchError(f"{printable(path)}: broken base64 ({error}); encode the file anew") from None
+    return Content(body, printable(path))
 
 
 # ---- file objects ---------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ class RangeFile(io.RawIOBase):
     def __init__(self, blocks: "Blocks") -> None:
         self._blocks, self._position = blocks, 0
         self._zeros: list[tuple[int, int]] = []
-        self.name = shown(blocks.source.path)
+        self.name = printable(blocks.source.path)
 
     def __repr__(self) -> str:
         return self.name
@@ -397,7 +397,7 @@ class Source:
             self.size = self.held.tell()
 
     def __str__(self) -> str:
-        return shown(self.path)
+        return printable(self.path)
 
     def range(self, start: int, end: int) -> bytes:
         """The bytes from `start` to `end`. Raises FetchError; NoRangesError where `download` must be used."""

@@ -79,7 +79,7 @@ def is_empty(value: object) -> bool:
     return value is None or (isinstance(value, (str, bytes, list, dict)) and not value)
 
 
-def shown(key: object) -> str:
+def printable(key: object) -> str:
     """A key as a message shows it, however odd and long it is."""
     text = str(key)
     return text if len(text) <= 60 and text.isidentifier() else f"{text[:60]!r}"
@@ -95,7 +95,7 @@ def check_entry(entry: dict) -> list[str]:
             raise DataError(f": has {key!r} beside its messages: {REFUSED_BESIDE_MESSAGES[key]}")
         if key in LEARNING_KEYS:
             check_learning(key, value, "assistant", ": ")
-        unused.append(shown(key))
+        unused.append(printable(key))
     return unused
 
 
@@ -104,7 +104,7 @@ def check_no_media_beside(entry: dict) -> None:
     for key, value in entry.items():
         if key not in ENTRY_KEYS and (found := media_file_in(value)) is not None:
             raise DataError(
-                f": has a key {shown(key)} with {found!r:.80}, but its messages show no image or video; write "
+                f": has a key {printable(key)} with {found!r:.80}, but its messages show no image or video; write "
                 "{'type': 'image', 'image': PATH} into a user's content, or take the key out"
             )
 
@@ -134,9 +134,9 @@ def check_message(message: dict, where: str) -> list[str]:
         elif key not in SILENT_IN_MESSAGE:
             known = ", ".join(sorted(MESSAGE_KEYS))
             raise DataError(
-                f"{where}unknown key {shown(key)} of a message; known are {known}. Rename it, or take it out"
+                f"{where}unknown key {printable(key)} of a message; known are {known}. Rename it, or take it out"
             )
-        unused.append(f"messages[].{shown(key)}")
+        unused.append(f"messages[].{printable(key)}")
     return unused
 
 

@@ -154,7 +154,7 @@ def compared(split: str, kinds: list[str]) -> str | None:
     )
 
 
-def described(kinds: Iterable[str]) -> str:
+def rows_in_words(kinds: Iterable[str]) -> str:
     """`800 rows, 400 human and 400 augmented`."""
     counts = Counter(kinds)
     return f"{counted(sum(counts.values()), 'row')}, {' and '.join(f'{counts[kind]:,} {kind}' for kind in KINDS)}"
@@ -199,7 +199,7 @@ class Tally:
         elif len(self.problems) < MOST_TOLD:
             self.problems.append(str(error))
 
-    def stop(self) -> None:
+    def stop_on_bad_rows(self) -> None:
         """Raise one DataError that names the rows which cannot be used, if there are any and none may be skipped."""
         if self.problems:
             more = [f"... and {self.bad - len(self.problems):,} more"] * (self.bad > len(self.problems))
@@ -251,10 +251,10 @@ def prepare(
         if source != "drawn" and (warning := compared(split, kinds)):
             print(warning, file=sys.stderr)
         else:
-            lines.append(f"{split}: {described(kinds)}" + (", as published" if source != "drawn" else ""))
+            lines.append(f"{split}: {rows_in_words(kinds)}" + (", as published" if source != "drawn" else ""))
         chosen = sampled(kinds, share, seed, split)
         files[f"{split}.jsonl"] = read_split(opened, split, chosen, images, system_message, tally)
-    tally.stop()
+    tally.stop_on_bad_rows()
     if "test.jsonl" in files:
         files["test_plain.jsonl"] = [without_system(sample) for sample in files["test.jsonl"]]
     for name, samples in files.items():
@@ -265,7 +265,7 @@ def prepare(
         with whole_file(output / name) as writer:
             for sample in written:
                 writer.write(sample)
-        lines.append(f"wrote {output / name}: {described(sample['kind'] for sample in samples)}")
+        lines.append(f"wrote {output / name}: {rows_in_words(sample['kind'] for sample in samples)}")
         if len(written) < len(samples):
             lines[-1] += f", in {counted(len(written), 'conversation')}"
     lines += [f"{number:,} {note}" for note, number in tally.notes.items() if number]
@@ -295,9 +295,10 @@ def open_source(source: str, output: Path, seed: int, count: int, scale: int, ch
         return Hub(hub_name)
     if source != "drawn":
         return Folder(source)
-    from util.formats.draw_charts import draw
+    from util.formats.draw_charts import draw_dataset
 
-    draw(output / "drawn", {"train": count, "val": count // 10, "test": count // 10}, seed, scale, tuple(charts))
+    counts = {"train": count, "val": count // 10, "test": count // 10}
+    draw_dataset(output / "drawn", counts, seed, scale, tuple(charts))
     return Folder(str(output / "drawn"))
 
 

@@ -300,7 +300,7 @@ def convert(
                             elif len(problems) < MOST_TOLD:
                                 problems.append(said)
                 bad += skipped
-                lines.append(describe(file, formats, skipped))
+                lines.append(file_in_words(file, formats, skipped))
             if bad and not skip_bad:
                 more = [f"... and {bad - len(problems):,} more"] if bad > len(problems) else []
                 last = f"{bad:,} of {bad + writer.count:,} samples cannot be converted, so nothing is written; "
@@ -325,7 +325,7 @@ def convert_one(entry: object, dropped: Counter, join_turns: bool, media: Media,
     return name
 
 
-def describe(file: str, formats: Counter, skipped: int) -> str:
+def file_in_words(file: str, formats: Counter, skipped: int) -> str:
     """What a file held: `a.json: 1,204 samples, ShareGPT / LLaVA`."""
     named = [name if len(formats) == 1 else f"{count:,} {name}" for name, count in formats.most_common()]
     left_out = [f"{skipped:,} skipped"] if skipped else []
@@ -339,7 +339,9 @@ def summary(path: Path, count: int, media: Media, dropped: Counter) -> list[str]
         keys = ", ".join(f"{key} ({times:,})" for key, times in dropped.most_common())
         lines.append(f"left out, as training does not use it: {keys}")
     if media.missing_count:
-        few = ", ".join(map(fetch.shown, media.missing)) + (", ..." if media.missing_count > len(media.missing) else "")
+        few = ", ".join(map(fetch.printable, media.missing))
+        if media.missing_count > len(media.missing):
+            few += ", ..."
         files = counted(media.missing_count, "media file")
         lines.append(f"not found: {files} ({few}); --media_root names the folder they lie in")
     parts = [counted(count, "sample"), *(counted(media.counts[kind], kind) for kind in KINDS if media.counts[kind])]

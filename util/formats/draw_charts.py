@@ -134,7 +134,9 @@ def questions(human: list, augmented: list) -> list[Question]:
 CHARTS = {"bars": bars, "lines": lines, "pies": pies}
 
 
-def draw(folder: Path, counts: dict[str, int], seed: int = 0, scale: int = 1, kinds: tuple[str, ...] = ()) -> bool:
+def draw_dataset(
+    folder: Path, counts: dict[str, int], seed: int = 0, scale: int = 1, kinds: tuple[str, ...] = ()
+) -> bool:
     """Draw `counts[split]` charts for each split, of all `kinds` in turn, or give False where they are there already.
 
     No chart occurs twice, in no two splits either. The folder is complete or absent. Raises UserError for a folder that

@@ -514,7 +514,7 @@ def note_dropped(holder: dict, used: tuple, dropped: Counter, path: str = "", wh
             raise DataError(f"{where}has {key!r}: {keys.REFUSED[key]}")
         if key in keys.LEARNING_KEYS:
             keys.check_learning(key, value, learner(holder), where)
-        dropped[f"{path}{keys.shown(key)}"] += 1
+        dropped[f"{path}{keys.printable(key)}"] += 1
 
 
 def learner(holder: dict) -> object:

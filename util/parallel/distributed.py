@@ -59,7 +59,7 @@ class World:
         return {key: type(value)(number) for (key, value), number in zip(values.items(), total.tolist(), strict=True)}
 
 
-def start(config: Config, timeout: float) -> World:
+def join_group(config: Config, timeout: float) -> World:
     """Join the process group that torchrun set up. Without torchrun: a group of this process alone.
 
     A collective that waits longer than `timeout` seconds fails; a little later, so that faults.Watch is first to tell.
@@ -88,7 +88,7 @@ def start(config: Config, timeout: float) -> World:
     return world
 
 
-def stop() -> None:
+def wait_for_all() -> None:
     """Wait for all ranks, so that none ends while another still needs it."""
     dist.barrier()
 

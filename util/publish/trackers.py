@@ -26,7 +26,9 @@ PATIENCE = float(os.environ.get("TRACKER_TIMEOUT", 60))  # seconds for one answe
 LONGEST_PAUSE = 300.0  # seconds between two attempts
 
 
-def start(config: TrackerSettings, directory: Path, first_step: int, say: Callable[[str], None]) -> list[Beside]:
+def start_trackers(
+    config: TrackerSettings, directory: Path, first_step: int, say: Callable[[str], None]
+) -> list[Beside]:
     """A process for each chosen tracker, which sends the lines after `first_step` as they are written."""
     folder, programs = directory.resolve() / "trackers", []
     for name in dict.fromkeys(config.report_to):

@@ -217,8 +217,9 @@ def show_boxes(answer: str, images: list[dict], folder: Path) -> None:
         found = boxes.from_text(answer, *image.size)
         file = folder / (f"boxes_{number}.png" if len(images) > 1 else "boxes.png")
         folder.mkdir(parents=True, exist_ok=True)
-        boxes.draw(image, found).save(file)
-        print(f"\nboxes in pixels of {fetch.shown(item['image'])} ({image.width} x {image.height}), drawn in {file}:")
+        boxes.draw_boxes(image, found).save(file)
+        name = fetch.printable(item["image"])
+        print(f"\nboxes in pixels of {name} ({image.width} x {image.height}), drawn in {file}:")
         for label, corners in found:
             print(f"  {'  '.join(f'{value:7.1f}' for value in corners)}  {label or '(no label)'}")
 

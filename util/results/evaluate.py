@@ -64,7 +64,7 @@ def evaluate_answers(
     model.eval()
     own = stop.unless_stopped(answer_share, *asked, stop.watch) if stop else answer_share(*asked, iter)
     model.train()
-    shares = ranks.gather(own)
+    shares = ranks.gather_on_all(own)
     if any(share is None for share in shares):
         raise Stopped
     answers = [answer for share in shares for answer in share]

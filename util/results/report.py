@@ -221,7 +221,7 @@ class Pictures:
     """Pictures for the page, equal ones kept once."""
 
     def __init__(self, drawn: Iterator[dict]) -> None:
-        """`drawn`: what `draw` makes of each medium."""
+        """`drawn`: what `draw_picture` makes of each medium."""
         self.facts: list[dict] = []  # what the page knows of each without its pixels
         self.pixels: list[bytes] = []  # WebP; empty for one that cannot be read
         self.numbers: list[int] = []  # of each medium drawn, its picture
@@ -250,13 +250,13 @@ class Pictures:
 
 
 def draw_all(items: list[dict], budget: Budget, most_bytes: int) -> Iterator[dict]:
-    """`draw` for every item, in order, several at a time."""
+    """`draw_picture` for every item, in order, several at a time."""
     shown = {"desc": "report", "unit": " pictures", "dynamic_ncols": True, "leave": False, "disable": not items}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "draw") as pool:  # decoding and encoding run side by side
-        yield from tqdm(pool.map(lambda item: draw(item, budget, most_bytes), items), total=len(items), **shown)
+        yield from tqdm(pool.map(lambda item: draw_picture(item, budget, most_bytes), items), total=len(items), **shown)
 
 
-def draw(item: dict, budget: Budget, most_bytes: int) -> dict:
+def draw_picture(item: dict, budget: Budget, most_bytes: int) -> dict:
     """One image, or frames of one video, as WebP of at most about `most_bytes`; what cannot be read, as the reason."""
     kind = item["type"]
     try:
@@ -329,7 +329,7 @@ def name_of(item: dict) -> str:
     """A medium as messages show it: no secrets of a URL, and nothing of a folder that only this machine has."""
     value = item[item["type"]]
     paths = value if isinstance(value, list) else [value]
-    shown = plain(fetch.shown(paths[0]))
+    shown = plain(fetch.printable(paths[0]))
     return f"{shown} and {len(paths) - 1} more frames" if len(paths) > 1 else shown
 
 
