@@ -1,4 +1,4 @@
-"""What code that runs in one process or in several asks of them."""
+"""What code asks of the other ranks where it may run in one process or in several."""
 
 import torch
 import torch.distributed as dist
@@ -43,8 +43,8 @@ def from_first(value: object) -> object:
     return box[0]
 
 
-def any_of(flag: bool | int) -> bool:
-    """Whether it is so on any rank; all must call. Over the CPU: no GPU is waited for."""
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set on any rank; all ranks must call. It goes over the CPU, so that no GPU is waited for."""
     if not are_several():
         return bool(flag)
     ranks_where = torch.tensor(int(flag))

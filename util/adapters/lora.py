@@ -13,18 +13,22 @@ from util import run_folder
 from util.adapters.settings import VISION_TARGETS, Target, targets
 from util.command_line import UserError
 
-NF4_BLOCK, NF4_GROUP = 64, 256  # weights that share a scale, and scales that share one
+NF4_BLOCK = 64  # weights that share a scale
+NF4_GROUP = 256  # scales that share a scale of their own, as the scales are quantised, too
 
 
 # ---- counting -------------------------------------------------------------------------------------------------------
 
 
 def linear_layers(model_config) -> dict[str, dict[str, tuple[int, int, int]]]:
-    """(inputs, outputs, how many) of the linear layers that adapters know, by part and name."""
-    text, tower = model_config.text_config, model_config.vision_config
-    width, inner, depth = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    """(inputs, outputs, how many) of the linear layers that can have adapters, by part and name."""
+    text = model_config.text_config
+    tower = model_config.vision_config
+    width = text.hidden_size
+    inner = text.intermediate_size
     key_value = width // text.num_attention_heads * text.num_key_value_heads
-    embed, wide = tower.embed_dim, int(tower.embed_dim * tower.mlp_ratio)
+    embed = tower.embed_dim
+    wide = int(tower.embed_dim * tower.mlp_ratio)
     merged = embed * tower.spatial_merge_size**2
     shapes = {
         "vision": [(embed, 3 * embed), (embed, embed), (embed, wide), (wide, embed)],
@@ -33,37 +37,46 @@ def linear_layers(model_config) -> dict[str, dict[str, tuple[int, int, int]]]:
                            (width, inner), (width, inner), (inner, width)],
     }  # fmt: skip
     names = {**VISION_TARGETS, "language_model": Target.__args__}
-    count = {"vision": tower.depth, "merger": 1, "language_model": depth}
-    return {
-        part: {name: (*shape, count[part]) for name, shape in zip(names[part], shapes[part], strict=True)}
-        for part in shapes
-    }
+    count = {"vision": tower.depth, "merger": 1, "language_model": text.num_hidden_layers}
+    found = {}
+    for part in shapes:
+        named = zip(names[part], shapes[part], strict=True)
+        found[part] = {name: (inputs, outputs, count[part]) for name, (inputs, outputs) in named}
+    return found
 
 
 def count_adapters(model_config, config) -> dict[str, int]:
     """Parameters of the adapters, by part: rank x (inputs + outputs) for each layer, and its outputs under DoRA."""
-    shapes, chosen = linear_layers(model_config), targets(config)
-    each = {part: [shapes[part][name] for name in names] for part, names in chosen.items()}
-    return {
-        part: sum(count * (config.lora_rank * (i + o) + (o if config.lora_dora else 0)) for i, o, count in layers)
-        for part, layers in each.items()
-    }
+    shapes = linear_layers(model_config)
+    parameters = {}
+    for part, names in targets(config).items():
+        parameters[part] = 0
+        for name in names:
+            inputs, outputs, count = shapes[part][name]
+            of_a_layer = config.lora_rank * (inputs + outputs)
+            if config.lora_dora:
+                of_a_layer += outputs
+            parameters[part] += count * of_a_layer
+    return parameters
 
 
 def frozen_bytes(model_config, config, total: int, itemsize: int) -> float:
-    """What the model's `total` weights take beside adapters, in the precision of compute or, if so asked, in NF4."""
+    """Bytes of the model's `total` frozen weights, in the precision of compute or, with --quantize nf4, in NF4."""
     if config.quantize == "none":
         return total * itemsize
-    quantised = sum(i * o * count for i, o, count in linear_layers(model_config)["language_model"].values())
-    return (total - quantised) * itemsize + quantised * (0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_GROUP))
+    layers = linear_layers(model_config)["language_model"].values()
+    quantised = sum(inputs * outputs * count for inputs, outputs, count in layers)
+    # 4 bits, a scale of one byte for each block, and a scale of four bytes for each group of blocks
+    bytes_per_weight = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_GROUP)
+    return (total - quantised) * itemsize + quantised * bytes_per_weight
 
 
 # ---- a model with adapters ------------------------------------------------------------------------------------------
 
 
 def import_peft():
-    """peft, or UserError. What it imports on its way says things that are no concern of a user here."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    """The module peft. Raises UserError where it is not installed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and its warnings help no user here
     try:
         import peft
     except ImportError:
@@ -72,7 +85,7 @@ def import_peft():
 
 
 def import_bitsandbytes():
-    """bitsandbytes, or UserError."""
+    """The module bitsandbytes. Raises UserError where it is not installed."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for a kernel that it can do without
     try:
         import bitsandbytes
@@ -84,15 +97,18 @@ def import_bitsandbytes():
 def add_adapters(model, config) -> None:
     """Freeze the weights and put adapters beside the chosen layers; B is zero, so that nothing changes yet.
 
-    The adapters are kept in fp32 (fp64 on request) like all that is trained. Paths of modules stay as they were, but an
-    adapted layer's weight is now at `base_layer.weight`.
+    The adapters are kept in fp32 (fp64 on request), like everything that is trained. Paths of modules stay as they
+    were, but an adapted layer's weight is now at `base_layer.weight`.
     """
     peft = import_peft()
+    target_modules = []
+    for names in targets(config).values():
+        target_modules += names
     settings = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=[name for names in targets(config).values() for name in names],
+        target_modules=target_modules,
         use_dora=config.lora_dora,
         base_model_name_or_path=model.config._name_or_path,
         task_type="CAUSAL_LM",
@@ -101,7 +117,10 @@ def add_adapters(model, config) -> None:
 
 
 def inject(model, settings) -> None:
-    """peft's adapters into the model, in place and in fp32 (fp64); random numbers come from torch's generator."""
+    """Put peft's adapters into the model, in place and in fp32 (or fp64).
+
+    A's values are random, drawn from torch's global generator.
+    """
     import torch
 
     with warnings.catch_warnings():
@@ -118,7 +137,7 @@ def has_adapters(model) -> bool:
 
 
 def frozen_parameters(model) -> list:
-    """What lies under adapters; nothing of a model without them."""
+    """The weights that lie under adapters; an empty list for a model without adapters."""
     adapted = has_adapters(getattr(model, "model", model))
     return [parameter for parameter in model.parameters() if adapted and not parameter.requires_grad]
 
@@ -127,8 +146,10 @@ def frozen_parameters(model) -> list:
 
 
 def quantise(model, device) -> None:
-    """The linear layers of the language model in NF4 with doubly quantised scales (QLoRA, arXiv 2305.14314), in place
-    and on `device`; the embedding, head, norms, tower and merger stay as they are. A layer at a time is moved."""
+    """Quantise the linear layers of the language model to NF4 with doubly quantised scales (QLoRA, arXiv 2305.14314).
+
+    In place: one layer at a time is moved to `device`. Embedding, head, norms, tower and merger stay as they are.
+    """
     bitsandbytes = import_bitsandbytes()
     for owner, name, linear in quantisable(model):
         four_bit = bitsandbytes.nn.Linear4bit(
@@ -143,11 +164,11 @@ def quantise(model, device) -> None:
         # Its kernel for CPUs with AVX512-BF16 rounds to bf16 in evaluation, and repacks the weights for good.
         four_bit.support_avx512bf16_for_cpu = False
         setattr(owner, name, four_bit.to(device))
-    model.is_loaded_in_4bit = True  # what peft goes by
+    model.is_loaded_in_4bit = True  # by this peft knows that the model is quantised
 
 
 def round_to_nf4(model) -> None:
-    """Give the same linear layers the values that NF4 keeps of them, in plain form."""
+    """Round the weights of the same linear layers to what NF4 can hold, and keep them in their own precision."""
     functional = import_bitsandbytes().functional
     for _, _, linear in quantisable(model):
         packed, state = functional.quantize_4bit(linear.weight.data, compress_statistics=True, quant_type="nf4")
@@ -158,31 +179,30 @@ def quantisable(model) -> list[tuple]:
     """(module, name of its linear layer, the layer) of the language model's layers."""
     import torch
 
-    layers = model.model.language_model.layers
-    return [
-        (owner, name, child)
-        for owner in layers.modules()
-        for name, child in owner.named_children()
-        if isinstance(child, torch.nn.Linear)
-    ]
+    found = []
+    for owner in model.model.language_model.layers.modules():
+        for name, child in owner.named_children():
+            if isinstance(child, torch.nn.Linear):
+                found.append((owner, name, child))
+    return found
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def is_adapter(path: str) -> bool:
-    """Is this folder or hub name an adapter in peft's format?"""
+    """Whether this folder or hub name is an adapter in peft's format."""
     return (Path(path) / "adapter_config.json").is_file() if Path(path).is_dir() else is_adapter_on_hub(path)
 
 
 @cache
 def is_adapter_on_hub(name: str) -> bool:
-    """Asked once: the answer may cost a request."""
+    """Whether a hub name is an adapter. The hub is asked once for each name, as the answer may cost a request."""
     from transformers.utils import find_adapter_config_file
 
     try:
         return find_adapter_config_file(name) is not None
-    except (OSError, ValueError):  # no name that a hub could have
+    except (OSError, ValueError):  # the hub could not have such a name
         return False
 
 
@@ -192,7 +212,7 @@ def base_of(path: str) -> str:
 
 
 def read_settings(path: str):
-    """An adapter's LoraConfig. Raises UserError for a file that is none."""
+    """An adapter's LoraConfig. Raises UserError where the file cannot be read or is of another kind of adapter."""
     peft = import_peft()
     try:
         settings = peft.PeftConfig.from_pretrained(path)
@@ -204,7 +224,7 @@ def read_settings(path: str):
 
 
 def quantised_in_training(path: str) -> bool:
-    """Was the base of this adapter kept in NF4 while it was trained, as its training_config.json says?"""
+    """Whether the base of this adapter was kept in NF4 while it was trained, by its training_config.json."""
     return run_folder.read_settings(path).get("quantize") == "nf4"
 
 
@@ -237,17 +257,19 @@ def write_adapters(model, weights: dict, directory: Path) -> None:
     tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in saved.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = model.peft_config["default"]
-    settings.inference_mode = True  # who opens it wants answers
+    settings.inference_mode = True  # whoever opens the adapter wants answers
     settings.target_modules = sorted(settings.target_modules)  # a set has no order of its own
     settings.save_pretrained(directory)
 
 
 def merge(model) -> None:
-    """Add the adapters to the weights beside them, in fp32, and take them out: a plain model is left, in its dtype."""
+    """Add the adapters to the weights beside them, in fp32, and remove them: what is left is a plain model."""
     import torch
     from peft.tuners.lora import LoraLayer
 
-    for name, layer in [item for item in model.named_modules() if isinstance(item[1], LoraLayer)]:
+    # A list, because the loop changes what it walks over.
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for name, layer in adapted:
         base = layer.get_base_layer()
         dtype = base.weight.dtype
         layer.to(torch.promote_types(dtype, torch.float32))

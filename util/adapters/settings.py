@@ -42,7 +42,7 @@ class LoraSettings:
 
 
 def invalid_adapter_settings(config) -> list[str]:
-    """A message for each combination of adapter settings of a Config that cannot be."""
+    """A message for each combination of adapter settings of a Config that makes no sense."""
     if not config.lora_rank:
         given = [name for name in ("lora_vision", "lora_dora") if getattr(config, name)]
         if config.quantize != "none":
@@ -67,7 +67,9 @@ def targets(config) -> dict[str, list[str]]:
         "merger": VISION_TARGETS["merger"] if config.lora_vision else [],
         "language_model": list(dict.fromkeys(config.lora_targets)),
     }
-    return {part: [] if part in config.freeze else names for part, names in chosen.items()}
+    for part in config.freeze:
+        chosen[part] = []
+    return chosen
 
 
 def untrained_parts(config) -> list[str]:

@@ -40,7 +40,7 @@ Number = TypeVar("Number", int, float)
 
 @dataclass
 class World:
-    """This process among all."""
+    """This process among all processes of the job."""
 
     rank: int
     size: int
@@ -56,13 +56,14 @@ class World:
             return values
         total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return {key: type(value)(number) for (key, value), number in zip(values.items(), total.tolist(), strict=True)}
+        sums = zip(values.items(), total.tolist(), strict=True)
+        return {key: type(value)(number) for (key, value), number in sums}
 
 
 def join_group(config: Config, timeout: float) -> World:
     """Join the process group that torchrun set up. Without torchrun: a group of this process alone.
 
-    A collective that waits longer than `timeout` seconds fails; a little later, so that faults.Watch is first to tell.
+    A collective that waits for longer than `timeout` seconds fails.
     """
     if config.device in ("auto", "cuda") and torch.cuda.is_available():
         device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
@@ -77,6 +78,7 @@ def join_group(config: Config, timeout: float) -> World:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        # 30 seconds later than asked for, so that faults.Watch comes first: it can say where every rank is.
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout + 30), **alone)
         atexit.register(dist.destroy_process_group)
     world = World(dist.get_rank(), dist.get_world_size(), device)
@@ -94,7 +96,7 @@ def wait_for_all() -> None:
 
 
 def first_rank_first(make: Callable, *arguments):
-    """Call on rank 0, then on the others: what the first one makes or downloads, the others find."""
+    """The result of `make`, called on rank 0 first and then on the others: they find what it made or downloaded."""
     if dist.get_rank() == 0:
         made = make(*arguments)
     dist.barrier()
@@ -102,12 +104,12 @@ def first_rank_first(make: Callable, *arguments):
 
 
 def from_first_rank(decide: Callable, *arguments):
-    """What rank 0 decides, on all ranks."""
+    """The result of `decide`, called on rank 0 alone, on all ranks."""
     return ranks.from_first(decide(*arguments) if ranks.is_first() else None)
 
 
 def open_run(config: Config, resumed: Path | None, world: World):
-    """The run of rank 0, and its silent twin elsewhere: one directory, one clock, one log."""
+    """The Run on rank 0; on the other ranks a SilentRun that writes and prints nothing, with the same directory."""
     run = Run(config, world.device, resumed) if world.is_first else None
     directory = from_first_rank(lambda: str(run.directory))
     return run or SilentRun(Path(directory))
@@ -117,7 +119,10 @@ def open_run(config: Config, resumed: Path | None, world: World):
 
 
 def dealing(sizes: Sizes, config: Config, model_config, world: World) -> Dealing:
-    """By FLOPs. Each global batch holds the same samples on any number of ranks."""
+    """Deals the samples of each global batch to the ranks by their FLOPs.
+
+    A global batch holds the same samples on any number of ranks.
+    """
     return Dealing(training_flops(model_config, [sizes.columns()], config), world.rank, world.size)
 
 
@@ -136,8 +141,10 @@ def refuse_idle_ranks(steps: Steps, config: Config, world: World) -> None:
 
 
 class EvenCollator(Collator):
-    """A rank without a picture still runs every layer: gradients are summed layer by layer over all ranks, and who
-    leaves one out stops all. It gets four blank patches that no token sees and whose gradient is zero."""
+    """Gives a rank that has no picture four blank patches, which no token sees and whose gradient is zero.
+
+    Gradients are summed layer by layer over all ranks: a rank that left out the vision tower would stop them all.
+    """
 
     def __call__(self, samples: list[Sample]) -> Batch:
         batch = super().__call__(samples)
@@ -157,8 +164,10 @@ class EvenCollator(Collator):
 
 
 def shard_group(config: Config, world: World) -> int:
-    """How many ranks share one copy of the weights. Raises UserError where the ranks do not divide so."""
-    group = 1 if config.sharding == "none" else config.shard_group_size or world.size
+    """How many ranks share one copy of the weights. Raises UserError where that does not divide the ranks."""
+    group = config.shard_group_size or world.size
+    if config.sharding == "none":
+        group = 1
     if world.size % group:
         raise UserError(f"--shard_group_size {group} does not divide the {world.size} processes")
     return group
@@ -174,7 +183,7 @@ def make_mesh(config: Config, world: World) -> DeviceMesh:
 
 
 def build_model(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
-    """As model.build_model, sharded."""
+    """As model.build_model does, but sharded over the ranks."""
     if world.size == 1:
         return model.build_model(config, path, processor, world.device)
     build = build_sharded if config.quantize == "none" else build_quantised
@@ -212,17 +221,17 @@ def precision_of(module: torch.nn.Module) -> dict[str, torch.dtype]:
 
 
 def take_precision(bare: torch.nn.Module, precision: dict[str, torch.dtype]) -> None:
-    """Give a module without memory the precision that rank 0's has, tensor by tensor.
+    """Give each tensor of a module without memory the precision that it has on rank 0.
 
-    `module.to(dtype)` would cast the buffers too, and rotary frequencies in bf16 turn by whole radians too much or too
-    little in a long row.
+    `module.to(dtype)` would cast the buffers, too: with rotary frequencies in bf16 the angles of a long row are wrong
+    by whole radians.
     """
     for name, tensor in [*bare.named_parameters(), *bare.named_buffers()]:
         tensor.data = tensor.data.to(precision[name])
 
 
 def build_quantised(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
-    """Weights of 4 bits cannot be sharded: every rank has read and keeps all of them, and its shard of the adapters."""
+    """Every rank reads and keeps all weights, as 4 bits cannot be sharded; the adapters are sharded."""
     dtype = choose_dtype(config.dtype, world.device)
     quantised = load_trainable(config, path, world.device)
     packed = PackedLoss(prepare_layers(quantised, config, world.device), processor, dtype).to(world.device)
@@ -233,21 +242,24 @@ def build_quantised(config: Config, path: str, model_config, processor, world: W
 
 
 def sharding_of(config: Config, world: World) -> dict:
-    """Over which ranks, and whether a layer's weights are freed between its passes: so does ZeRO-3 alone."""
+    """Over which ranks to shard, and whether a layer's weights are freed between its passes, which only ZeRO-3 does."""
     return {"mesh": make_mesh(config, world), "reshard_after_forward": config.sharding == "full"}
 
 
 def drop_blank_gradients(packed: PackedLoss, visual_tokens: int) -> None:
-    """In a step without a picture on any rank the tower has zeros for gradients, from blank patches. On one device
-    it has none, and AdamW leaves alone what has none, but goes on with its momentum where there are zeros."""
+    """Drop the vision gradients of a step in which no rank had a picture; they are zeros, from blank patches.
+
+    On one device the tower has no gradients in such a step, and AdamW leaves weights without gradients alone; with
+    gradients of zero it would still move them by their momentum.
+    """
     if not visual_tokens:
         for name, parameter in run_parameters(packed).items():
             if part_of(name) != "language_model":
                 parameter.grad = None
 
 
-def before_backward(packed: PackedLoss, config: Config, is_last: bool) -> None:
-    """ZeRO-1 and replicas add up their gradients once a step, in its last backward pass."""
+def before_backward(packed: FSDPModule, config: Config, is_last: bool) -> None:
+    """Let ZeRO-1 and replicas sum their gradients once a step, in the last backward pass, not in each of them."""
     if dist.get_world_size() == 1:
         return
     if config.sharding == "optimizer":

@@ -22,8 +22,8 @@ from util.model import layers
 
 EVERY = 20  # steps between two comparisons of the ranks
 MEASURED = 5  # of these, the last steps are measured
-SLOW = 1.5  # a rank is slow that takes this much longer than the median for the same work
-STARVED = 0.2  # a rank is starved that waits for its data for this share of a step longer than the median
+SLOW = 1.5  # a rank that takes this many times as long as the median for the same work is slow
+STARVED = 0.2  # a rank that waits for its data longer than the median rank, by this share of a step, is starved
 
 
 def collective_timeout() -> float:
@@ -32,17 +32,19 @@ def collective_timeout() -> float:
 
 
 def continue_after_restart(config: Config) -> Config:
-    """The settings of the first rank, for all: what a command line leaves out may come from a run's files.
+    """The settings with which all ranks go on: those of the first rank, whose defaults may come from a run's files.
 
-    When torchrun starts the processes again: those that go on with the run this job began, at its newest checkpoint.
-    It is known by the process that started it, torchrun, which outlives the restart.
+    When torchrun has started the processes again, the settings continue the run that this job began, from its newest
+    checkpoint. That run is found by the process that started it: torchrun, which outlives the restart.
     """
     box = [config]
     if dist.get_rank() == 0 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         runs = [Path(config.output_dir).resolve()] if config.output_dir else sorted(run_folder.RUNS.glob("2*"))
         for run in reversed(runs):
             if launched_by(run) == launcher():
-                resume = "auto" if run_folder.complete_checkpoints(run) or config.resume == "none" else config.resume
+                has_checkpoint = bool(run_folder.complete_checkpoints(run))
+                # Without a checkpoint yet, a run that was itself resumed from another begins there again.
+                resume = "auto" if has_checkpoint or config.resume == "none" else config.resume
                 box = [replace(config, output_dir=str(run), resume=resume)]
                 break
     dist.broadcast_object_list(box, src=0)
@@ -50,11 +52,12 @@ def continue_after_restart(config: Config) -> Config:
 
 
 def launcher() -> list:
-    """What started this process: machine and process number."""
+    """What started this process, as [name of the machine, process number]."""
     return [socket.gethostname(), os.getppid()]
 
 
 def launched_by(run: Path) -> list | None:
+    """The launcher that a run's settings name; None where they name none or cannot be read."""
     try:
         return run_folder.read_settings(run)["launched_by"]
     except (OSError, ValueError, KeyError):
@@ -62,17 +65,18 @@ def launched_by(run: Path) -> list | None:
 
 
 class Watch:
-    """Where every rank is, and how fast.
+    """Knows where every rank is, and how fast it computes.
 
-    Every rank tells the job's store (torchrun's, which outlives any rank) which samples it is at. A thread ends the
-    job when its rank has not moved for `collective_timeout()` seconds: that is the case on all of them once one does
-    not come. Every 20 steps the ranks compare how long their layers computed per unit of work: what each rank spent in
-    its own layers' forward pass, waiting for others left out.
+    Every rank writes into the job's store (torchrun's, which outlives any rank) which samples it is at. A thread ends
+    the job when its rank has not moved for `collective_timeout()` seconds: once one rank hangs, no rank moves. Every
+    20 steps the ranks compare how many seconds they computed per unit of work. Only the forward passes of a rank's own
+    layers are timed, so that waiting for other ranks does not count.
     """
 
     def __init__(self, world, model: PackedLoss, run, saver, last_step: int) -> None:
         self.world, self.run, self.last_step = world, run, last_step
-        self.number, self.measuring = 0, False
+        self.number = 0  # of the step
+        self.measuring = False
         self.work = self.data_seconds = self.step_seconds = 0.0
         self.marks: list = []  # begin, end, begin, end ... of layers: seconds, or events on a GPU
         self.began = self.moved = time.monotonic()
@@ -93,7 +97,8 @@ class Watch:
 
     def begin(self, number: int, samples: list[str]) -> None:
         """A step begins; its samples of this rank are being fetched."""
-        self.number, self.began = number, time.monotonic()
+        self.number = number
+        self.began = time.monotonic()
         self.measuring = self.world.size > 1 and (number - 1) % EVERY >= EVERY - MEASURED
         if self.world.size > 1:
             self._tell("fetching", samples)
@@ -157,7 +162,9 @@ class Watch:
 
     def _tell(self, doing: str, samples: list[str]) -> None:
         self.moved = time.monotonic()
-        named = "; ".join(samples[:4]) + (f" and {len(samples) - 4} more" if len(samples) > 4 else "")
+        named = "; ".join(samples[:4])
+        if len(samples) > 4:
+            named += f" and {len(samples) - 4} more"
         place = f"{socket.gethostname()}, step {self.number}, {doing} {named or 'no sample'}"
         self.store.set(str(self.world.rank), json.dumps([time.time(), place]))
 
@@ -183,17 +190,21 @@ class Watch:
 
 
 def name_slow_ranks(computing: list[float], work: list[float], waiting: list[float], step_seconds: float) -> list[str]:
-    """A line for each rank that computes slowly for its work or waits long for its data, against the median rank.
+    """A line for each rank that, against the median rank, computes slowly for its work or waits long for its data.
 
     computing and waiting: seconds by rank; work: FLOPs by rank; step_seconds: what the measured steps took together.
     """
-    rates = {rank: seconds / flops for rank, (seconds, flops) in enumerate(zip(computing, work, strict=True)) if flops}
+    rates = {}  # seconds per FLOP of the ranks that had work
+    for rank, (seconds, flops) in enumerate(zip(computing, work, strict=True)):
+        if flops:
+            rates[rank] = seconds / flops
     lines = []
     if rates:
         usual = statistics.median_low(rates.values())
         for rank, rate in rates.items():
             if rate > SLOW * usual:
-                own, others = computing[rank], usual * work[rank]
+                own = computing[rank]
+                others = usual * work[rank]
                 lines.append(f"rank {rank} is slow: {own:.2f} s of computing for what takes the others {others:.2f} s")
     usual = statistics.median_low(waiting)
     for rank, seconds in enumerate(waiting):

@@ -19,7 +19,7 @@ from util.config import parse_arguments
 from util.run_folder import relative
 
 SCRIPT = "finetune_distributed.py"
-TOGETHER = 5.0  # seconds; torchrun kills ranks that do not end 30 s after it asked them to
+TOGETHER = 5.0  # seconds after the first failure in which another one counts as a cause, not as a consequence of it
 
 asked = ""  # the signal that this process got
 
@@ -27,15 +27,18 @@ asked = ""  # the signal that this process got
 def first_cause(failures: dict) -> tuple[str, int]:
     """What to say of the ranks that failed, and the exit code.
 
-    What failed seconds after the first was ended by torchrun. Of the others a rank killed from outside comes first: it
-    leaves no word of its own, only broken connections in the others. Else the earliest. torchrun counts whole seconds,
-    and a rank's end breaks the others' connections within milliseconds.
+    A rank that failed seconds after the first one was ended by torchrun and is no cause. Among the others, a rank that
+    was killed from outside is the cause: it leaves no message of its own, but its end breaks the connections of the
+    others within milliseconds, and they do leave messages. Without such a rank it is the earliest failure. Ranks note
+    the time themselves where they can, as torchrun counts whole seconds.
     """
     noticed = {rank: failure.error_file_data.get("seconds") or failure.timestamp for rank, failure in failures.items()}
     began = min(noticed.values())
     failures = {rank: failure for rank, failure in failures.items() if noticed[rank] <= began + TOGETHER}
     told = {rank: failure for rank, failure in failures.items() if failure.error_file_data.get("seconds")}
-    usual = (0, -signal.SIGTERM, *([-signal.SIGABRT] if told else []))  # torchrun's own, and a broken connection's
+    usual = [0, -signal.SIGTERM]  # torchrun ends ranks by SIGTERM
+    if told:
+        usual.append(-signal.SIGABRT)  # a broken connection to another rank ends a rank so
     silent = {rank: failure for rank, failure in failures.items() if rank not in told and failure.exitcode < 0}
     killed = [(rank, failure) for rank, failure in silent.items() if failure.exitcode not in usual]
     if killed:
@@ -49,14 +52,16 @@ def first_cause(failures: dict) -> tuple[str, int]:
         return f"rank {rank} ended with exit code {failure.exitcode}", max(1, failure.exitcode)
     rank = min(told, key=lambda rank: told[rank].error_file_data["seconds"])
     text = told[rank].error_file_data["message"]["extraInfo"]["py_callstack"].rstrip()
-    return (f"rank {rank} failed first:\n{text}" if text.startswith("Traceback") else text), max(1, told[rank].exitcode)
+    if text.startswith("Traceback"):
+        text = f"rank {rank} failed first:\n{text}"
+    return text, max(1, told[rank].exitcode)
 
 
 def main() -> None:
     """Start the processes and wait for them."""
     arguments = sys.argv[1:]
     if SCRIPT in arguments:
-        sys.argv[0] = SCRIPT  # it is this script's flags that are checked, and its name that a message bears
+        sys.argv[0] = SCRIPT  # the flags are those of the script, so a message about them bears its name
         parse_arguments("", arguments[arguments.index(SCRIPT) + 1 :])
     folder = os.environ["LAUNCH_FOLDER"] = tempfile.mkdtemp(prefix="launch_")
     for number in signals.SIGNALS:
@@ -72,7 +77,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> tuple[str, int]:
     """What to say at the end, and the exit code."""
-    # Else processes that are started again find the addresses of the dead ones (pytorch#135712, seen with 2.15 too).
+    # Without this, processes that are started again find the addresses of the dead ones (pytorch#135712, seen with 2.15, too).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -87,14 +92,17 @@ def run(arguments: list[str]) -> tuple[str, int]:
         run.run(settings)
     except ChildFailedError as error:
         told = any(failure.error_file_data.get("seconds") for failure in error.failures.values())
-        if asked and not told:  # ranks that did not listen yet, or heard it before this process did
+        if asked and not told:  # the ranks did not handle signals yet, or got theirs before this process did
             return ended_at_start(asked)
         return first_cause(error.failures)
     except SignalException as error:
         return f"ended by signal {error.sigval}", 128 + error.sigval
-    # Ranks that stopped left word and exited with 0, as torchrun would start others again.
+    # Ranks that stopped on a signal exited with 0, else torchrun would start them again; a file says what happened.
     stopped = signals.launch_folder() / "stopped"
-    return tuple(json.loads(stopped.read_text(encoding="utf-8"))) if stopped.exists() else ("", 0)
+    if not stopped.exists():
+        return "", 0
+    text, code = json.loads(stopped.read_text(encoding="utf-8"))
+    return text, code
 
 
 def ended_at_start(name: str) -> tuple[str, int]:
@@ -102,9 +110,10 @@ def ended_at_start(name: str) -> tuple[str, int]:
 
 
 def pass_on(number: int, frame: object) -> None:
-    """Hand a signal to the ranks and wait for what they make of it; a second SIGINT ends them."""
+    """Hand a signal to the ranks, which then save and end; a second SIGINT kills them."""
     global asked
-    name, ranks = signal.Signals(number).name, children()
+    name = signal.Signals(number).name
+    ranks = children()
     if name == asked == "SIGINT":
         for rank in ranks:
             with suppress(ProcessLookupError, PermissionError):
@@ -122,8 +131,10 @@ def pass_on(number: int, frame: object) -> None:
 
 def children() -> list[int]:
     """The processes that this one has started."""
-    tasks = Path("/proc/self/task").iterdir()
-    return [int(child) for child in " ".join((task / "children").read_text() for task in tasks).split()]
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def end_now(text: str, code: int) -> None:

@@ -3,8 +3,9 @@
 python -m util merge train_output/my_run merged              a run of --lora_rank, or any LoRA adapter of Qwen2-VL
 python -m util merge train_output/my_run merged --dtype float32
 
-What comes out opens in plain transformers, in vLLM, and as --model of a next training. It is added in fp32. An adapter
-trained over 4 bits (--quantize nf4) is added to what these 4 bits stand for, which is what it was trained with.
+The merged model opens in plain transformers, in vLLM, and as --model of a next training. The sum is computed in fp32.
+An adapter that was trained over 4 bits (--quantize nf4) is added to the weights rounded to 4 bits, because these are
+the weights it was trained with.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def merge_run(run: str, out: Path, base: str | None = None, dtype: str = "auto")
     lora.load_adapters(model, run)
     lora.merge(model)
     out.mkdir(parents=True, exist_ok=True)
-    if (Path(run) / SETTINGS).exists():  # by which the test scripts know its base and its pixel budget
+    if (Path(run) / SETTINGS).exists():  # in it the test scripts find the base model and the pixel budget
         shutil.copyfile(Path(run) / SETTINGS, out / SETTINGS)
     write_published(model, dict(model.named_parameters()), processor, out)
 
