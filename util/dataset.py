@@ -198,7 +198,7 @@ class Samples(Dataset):
         if not (images := boxes.images_of(example.messages)):
             return example
         sizes = self._reading(example, self.reader.image_sizes, list(images.values()))
-        messages = boxes.written(example.messages, dict(zip(images, sizes, strict=True)), example.where)
+        messages = boxes.with_boxes_as_text(example.messages, dict(zip(images, sizes, strict=True)), example.where)
         return replace(example, messages=messages)
 
     def _encode(self, example: Example) -> conversation.Encoded:

@@ -1,4 +1,4 @@
-"""Samples that cannot be trained on: how they are left out, counted and told."""
+"""Samples that cannot be trained on: they are left out, counted, and named on the error stream."""
 
 import sys
 from collections import Counter
@@ -13,20 +13,22 @@ REASONS = ("bad conversation", "not valid JSON", "no such file", "not fetched", 
 
 @dataclass
 class Skipped:
-    """What a data worker hands over in place of a sample that it could not read."""
+    """What a data worker returns in place of a sample that it could not read."""
 
     message: str  # names file, sample, rule and fix
     reason: str  # one of REASONS
 
 
 class Lenient:
-    """Samples by index, as a DataLoader asks for them; one that cannot be read is an error or, with "skip", a Skipped.
+    """Samples by index, as a DataLoader asks for them; one that cannot be read raises or, with "skip", gives a Skipped.
 
-    Each is said on the error stream (the first 20 of each process): no sample leaves its batch without its name told.
+    The error stream names each skipped sample (the first 20 of each process), so that none leaves its batch unseen.
     """
 
     def __init__(self, samples, on_bad_sample: str) -> None:
-        self.samples, self.on_bad_sample, self.said = samples, on_bad_sample, 0
+        self.samples = samples
+        self.on_bad_sample = on_bad_sample
+        self.said = 0  # skipped samples of this process
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -46,13 +48,13 @@ class Lenient:
 
 
 class LenientCollator:
-    """A collator of samples of which some could not be read: the batch counts them and is made of the others."""
+    """Makes a batch of the samples that could be read, and counts the others in it."""
 
     def __init__(self, collate: Callable) -> None:
         self.collate = collate
 
     def __call__(self, samples: list):
-        """`collate`'s Batch of the dataset.Samples among Samples and Skipped."""
+        """`collate`'s Batch of those of `samples` that are no Skipped; its counts tell of the Skipped."""
         read = [sample for sample in samples if not isinstance(sample, Skipped)]
         skipped = [sample for sample in samples if isinstance(sample, Skipped)]
         batch = self.collate(read)
@@ -61,13 +63,13 @@ class LenientCollator:
 
 
 def count_skipped(skipped: list[Skipped]) -> dict[str, int]:
-    """Whole numbers for the log: all that were skipped, and by reason. The same keys always, so that ranks can sum."""
+    """How many were skipped, in all and by reason, for the log. The keys are always the same, so that ranks can sum."""
     reasons = Counter(sample.reason for sample in skipped)
-    by_reason = {key_of(reason): reasons[reason] for reason in REASONS if reason != "too long"}
-    return {"skipped": len(skipped), **by_reason, "unread": 0}  # unread: of guard.Unread
+    by_reason = {metric_of(reason): reasons[reason] for reason in REASONS if reason != "too long"}
+    return {"skipped": len(skipped), **by_reason, "unread": 0}  # "unread" is counted by guard.Unread
 
 
-def key_of(reason: str) -> str:
+def metric_of(reason: str) -> str:
     """The key of a reason in metrics.jsonl: `skipped_no_such_file`."""
     return f"skipped_{reason.lower().replace(' ', '_')}"
 
@@ -78,15 +80,15 @@ def reasons_in_words(reasons: Counter) -> str:
 
 
 class Tally:
-    """What was skipped in the steps of a run: `Run` shows it in each step's line and says it at the end."""
+    """Adds up what was skipped in the steps of a run: `Run` shows it in each step's line and at the end."""
 
     def __init__(self) -> None:
         self.reasons: Counter = Counter()
 
     def take(self, values: dict) -> dict:
-        """The values of a step's line without the counts that are 0; the others are added up."""
+        """Add up the counts of a step; the values for its line, without the counts that are 0."""
         for reason in REASONS:
-            self.reasons[reason] += values.get(key_of(reason), 0)
+            self.reasons[reason] += values.get(metric_of(reason), 0)
         return {key: value for key, value in values.items() if value or not key.startswith("skipped")}
 
     def summary(self, at_start: Counter | None = None) -> str:

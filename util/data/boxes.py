@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 from util.data.lines import MOST_TEXT, DataError
 
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2, in any one unit
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2, all four in the same unit
 NUMBER = r"\s*(?P<{}>-?\d{{1,6}})\s*"
 CORNERS = rf"\({NUMBER.format('x1')},{NUMBER.format('y1')}\)\s*,\s*\({NUMBER.format('x2')},{NUMBER.format('y2')}\)"
-CELLS = 1000
+CELLS = 1000  # along each side of an image
 LABEL = "<|object_ref_start|>", "<|object_ref_end|>"
 BOX = "<|box_start|>", "<|box_end|>"
 KEYS = ("type", "label", "bbox", "image_index")
@@ -61,14 +61,17 @@ def check_item(item: dict, where: str) -> dict:
     """A box item with `bbox` as a list of boxes, or the text item of a label alone; or DataError."""
     if unknown := sorted(set(item) - set(KEYS)):
         raise DataError(f"{where}unknown key {unknown[0]!r} in an item of type box; known are {', '.join(KEYS)}")
-    label, boxes = item.get("label"), item.get("bbox")
+    label = item.get("label")
+    boxes = item.get("bbox")
     if label is not None and (not isinstance(label, str) or not label.strip() or "<|" in label):
         raise DataError(f"{where}the label of a box is text without '<|', which begins the model's marks, is {label!r}")
     if boxes is None:
         if label is None or "image_index" in item:
             raise DataError(f"{where}a box has no 'bbox'; {RULE}")
         return {"type": "text", "text": to_text(label, [], 1, 1)}
-    boxes = boxes if isinstance(boxes, list) and boxes and isinstance(boxes[0], list) else [boxes]
+    is_list_of_boxes = isinstance(boxes, list) and boxes and isinstance(boxes[0], list)
+    if not is_list_of_boxes:
+        boxes = [boxes]
     for box in boxes:
         if not isinstance(box, list) or len(box) != 4 or not all(map(is_position, box)):
             raise DataError(f"{where}bbox {box!r:.80} is not 4 numbers; {RULE}")
@@ -82,7 +85,12 @@ def check_item(item: dict, where: str) -> dict:
 
 
 def is_position(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15  # NaN is not below
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) < 1e15  # False for NaN, too
+
+
+def image_items(items: list[dict]) -> list[dict]:
+    return [item for item in items if item["type"] == "image"]
 
 
 def choose_images(items: list[dict], before: list[dict], where: str) -> list[dict]:
@@ -90,30 +98,34 @@ def choose_images(items: list[dict], before: list[dict], where: str) -> list[dic
     DataError where it could be several images or none."""
     if not any(item["type"] == "box" for item in items):
         return items
-    messages = [[item for item in message["content"] if item["type"] == "image"] for message in before]
-    messages.append([item for item in items if item["type"] == "image"])
-    total = sum(map(len, messages))
-    nearest = next((number for number in reversed(range(len(messages))) if messages[number]), None)
+    images = [image_items(message["content"]) for message in before]
+    images.append(image_items(items))  # by message
+    total = sum(map(len, images))
+    with_images = [number for number, of_message in enumerate(images) if of_message]
 
-    def chosen(box: dict) -> int:
-        if nearest is None:
+    def choose(box: dict) -> int:
+        if not with_images:
             raise DataError(
                 f"{where}a box with no image at or before it; it lies in an image (of a video: give the frame as one)"
             )
-        index, known = box.get("image_index"), f"images 0 to {total - 1} stand at or before this message"
+        index = box.get("image_index")
         if index is not None:
             if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < total:
-                raise DataError(f"{where}image_index {index!r:.40} of a box names no image; {known}")
+                raise DataError(
+                    f"{where}image_index {index!r:.40} of a box names no image; images 0 to {total - 1} stand at or "
+                    "before this message"
+                )
             return index
-        first = sum(map(len, messages[:nearest]))
-        if len(messages[nearest]) > 1:
+        nearest = with_images[-1]
+        first = sum(map(len, images[:nearest]))
+        if len(images[nearest]) > 1:
             raise DataError(
-                f"{where}a box could lie in any of images {first} to {first + len(messages[nearest]) - 1}; say which "
+                f"{where}a box could lie in any of images {first} to {first + len(images[nearest]) - 1}; say which "
                 "by its key 'image_index', counted from 0 over the conversation"
             )
         return first
 
-    return [{**item, "image_index": chosen(item)} if item["type"] == "box" else item for item in items]
+    return [{**item, "image_index": choose(item)} if item["type"] == "box" else item for item in items]
 
 
 def labels_of(items: list[dict]) -> list[str]:
@@ -123,12 +135,18 @@ def labels_of(items: list[dict]) -> list[str]:
 
 def images_of(messages: list[dict]) -> dict[int, dict]:
     """The image items that boxes of checked messages lie in, by their number in the conversation."""
-    wanted = {item["image_index"] for message in messages for item in message["content"] if item["type"] == "box"}
-    images = [item for message in messages for item in message["content"] if item["type"] == "image"] if wanted else []
+    wanted = set()
+    images = []
+    for message in messages:
+        for item in message["content"]:
+            if item["type"] == "box":
+                wanted.add(item["image_index"])
+            elif item["type"] == "image":
+                images.append(item)
     return {number: images[number] for number in sorted(wanted)}
 
 
-def written(messages: list[dict], sizes: dict[int, tuple[int, int]], where: str) -> list[dict]:
+def with_boxes_as_text(messages: list[dict], sizes: dict[int, tuple[int, int]], where: str) -> list[dict]:
     """Checked messages with every box as text; `sizes`: (width, height) of the images of `images_of`. DataError for a
     box that is not inside of its image."""
 
@@ -144,12 +162,16 @@ def written(messages: list[dict], sizes: dict[int, tuple[int, int]], where: str)
                 )
         return {"type": "text", "text": to_text(item.get("label"), item["bbox"], width, height)}
 
-    messages = [{**message, "content": [as_text(item) for item in message["content"]]} for message in messages]
-    length = sum(len(item.get("text", "")) for message in messages for item in message["content"])
+    written = []
+    length = 0  # characters
+    for message in messages:
+        items = [as_text(item) for item in message["content"]]
+        length += sum(len(item.get("text", "")) for item in items)
+        written.append({**message, "content": items})
     if length > MOST_TEXT:
         raise DataError(f"{where}: {length:,} characters of text with its boxes, above {MOST_TEXT:,}; make several "
                         "samples of it", "too long")  # fmt: skip
-    return messages
+    return written
 
 
 # ---- from text to pixels --------------------------------------------------------------------------------------------
@@ -158,19 +180,22 @@ def written(messages: list[dict], sizes: dict[int, tuple[int, int]], where: str)
 def from_text(text: str, width: int, height: int) -> list[LabelledBox]:
     """The boxes of an answer in pixels of an image, in their order; [] where it has none. Never raises.
 
-    A box has the label that it follows with nothing but marks, other boxes of it, spaces and signs between. What lies
-    outside of the image is brought to its edge, and reversed corners are put in order.
+    A box belongs to the label before it, unless a word stands between the two. Corners outside of the image are moved
+    to its edge, and reversed corners are put in order.
     """
-    found, label, end = [], None, 0
+    found = []
+    label = None
+    end = 0  # of the match before
     for match in SOUGHT.finditer(text):
         if match["label"] is not None:
             label = match["label"].strip() or None
         else:
-            if re.search(r"\w", re.sub(r"<\|\w+\|>", "", text[end : match.start()])):
+            between = re.sub(r"<\|\w+\|>", "", text[end : match.start()])  # the model's marks are no words
+            if re.search(r"\w", between):
                 label = None
-            xs, ys = (sorted(middle(int(match[name]), side) for name in names)
-                      for names, side in ((("x1", "x2"), width), (("y1", "y2"), height)))  # fmt: skip
-            found.append(LabelledBox(label, (xs[0], ys[0], xs[1], ys[1])))
+            x1, x2 = sorted([middle(int(match["x1"]), width), middle(int(match["x2"]), width)])
+            y1, y2 = sorted([middle(int(match["y1"]), height), middle(int(match["y2"]), height)])
+            found.append(LabelledBox(label, (x1, y1, x2, y2)))
         end = match.end()
     return found
 
@@ -185,15 +210,16 @@ def draw_boxes(image, boxes: list[LabelledBox]):
     from PIL import ImageDraw, ImageFont
 
     picture = image.convert("RGB")
-    canvas, labels = ImageDraw.Draw(picture), list(dict.fromkeys(box.label for box in boxes))
+    canvas = ImageDraw.Draw(picture)
+    labels = list(dict.fromkeys(box.label for box in boxes))  # each once, in the order of the boxes
     line = max(2, min(picture.size) // 150)
     font = ImageFont.load_default(max(12, min(picture.size) // 25))
     for label, (x1, y1, x2, y2) in boxes:
         colour = COLOURS[labels.index(label) % len(COLOURS)]
         canvas.rectangle((x1, y1, x2, y2), outline=colour, width=line)
         if label:
-            place = canvas.textbbox((0, 0), label, font)
-            top = y1 - place[3] - line if y1 > place[3] + line else y1 + line
-            canvas.rectangle((x1, top, x1 + place[2] + 2 * line, top + place[3] + line), fill=colour)
+            _, _, width, height = canvas.textbbox((0, 0), label, font)
+            top = y1 - height - line if y1 > height + line else y1 + line  # above the box, else inside of it
+            canvas.rectangle((x1, top, x1 + width + 2 * line, top + height + line), fill=colour)
             canvas.text((x1 + line, top), label, "white", font)
     return picture

@@ -1,7 +1,8 @@
 """Decoded, resized frames kept on disk (`--cache_dir`), so that from the second epoch on nothing is decoded again.
 
 An entry is one file: a header, then the uint8 patches as `vision.load` gives them, which are mapped into memory, not
-read. Its name is a hash of all that decides the pixels, so an entry is never out of date, only no longer asked for.
+read. Its name is a hash of everything that decides the pixels, so an entry is never out of date: where something
+changes, another name is asked for.
 """
 
 import errno
@@ -31,19 +32,20 @@ VERSION = 2  # raise it when vision.py or video_reader.py make other pixels of t
 MAGIC = b"patches\0"
 # CRC-32 of the rest and the key; magic; t, h, w, capped, cut, bytes per patch; CRC-32 of the patches
 HEADER = struct.Struct("<I8s7I24x")
-ENTRY = re.compile(r"[0-9a-f]{64}\.patches")  # nothing in the folder but what is named like these is ever deleted
+# Only files with names of these two forms are ever deleted: the folder may hold other files, too.
+ENTRY = re.compile(r"[0-9a-f]{64}\.patches")
 UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.unfinished")
-TOUCH_SECONDS = 60  # an entry's time of last use is this exact
-PAUSE_SECONDS = 60  # after a failure nothing is stored for so long
+TOUCH_SECONDS = 60  # an entry's time of last use is exact to so many seconds
+PAUSE_SECONDS = 60  # after a failure nothing is stored for so many seconds
 COUNTS = ("hits", "misses", "stored", "not_stored", "damaged", "evicted")
-ROWS = 1021  # of counts, dealt to processes by their id
+ROWS = 1021  # of counts: a process uses the row that its process number gives
 
 
 class FrameCache:
-    """`load` and `read_grid` of util.vision, out of a folder where they can be; may be sent to data workers.
+    """Answers as `load` and `read_grid` of util.vision do, from a folder where it can; may be sent to data workers.
 
-    `max_gib`: all entries, those being written included, take at most so many GiB. `url_identity`: what `identity`
-    calls for a path with "://" in it; without the function such paths are not cached. Any number of processes may
+    `max_gib`: all entries, those being written included, take at most so many GiB. `url_identity`: the function that
+    `identity` calls for a path with "://" in it; without one such paths are not cached. Any number of processes may
     share the folder, and be killed. It belongs on a local disk: Linux keeps the pages of a deleted file while they are
     mapped, but not over a network if another machine deletes it. UserError: a folder or size that cannot be used.
     """
@@ -54,10 +56,12 @@ class FrameCache:
         if not max_gib > 0:
             raise UserError(f"--cache_max_gib {max_gib}: must be above 0")
         self.directory = Path(os.path.abspath(os.path.expanduser(directory)))
-        self.max_bytes, self.url_identity = max_gib * 2**30, url_identity
+        self.max_bytes = max_gib * 2**30
+        self.url_identity = url_identity
         # Shared with the workers, without a lock, which a killed worker would never give back: each has its own row.
         self._counts = torch.zeros(ROWS, len(COUNTS), dtype=torch.int64).share_memory_()
-        self._has_warned, self._paused_until = False, 0.0  # seconds of time.monotonic
+        self._has_warned = False
+        self._paused_until = 0.0  # seconds of time.monotonic
         try:
             os.makedirs(self.directory, exist_ok=True)
             tempfile.TemporaryFile(dir=self.directory).close()
@@ -70,17 +74,23 @@ class FrameCache:
             ) from None
 
     def load(self, item: dict, budget: "Budget", read: Callable | None = None) -> "Medium":
-        """What `read(item, budget)` gives (default: vision.load), and only its errors; patches of a hit are mapped."""
+        """What `read(item, budget)` gives (default: vision.load); its errors are the only ones that are raised.
+
+        The patches of an entry are mapped into memory, not read.
+        """
         from util import vision
 
         key = self.key(item, budget)
         medium = self._find(key, with_pixels=True)
-        self._count("misses" if medium is None else "hits")
-        if medium is None:
-            medium = (read or vision.load)(item, budget)
-            # Asked again, so that a file which changed meanwhile is not stored under its former identity.
-            is_stored = key is not None and key == self.key(item, budget) and self._try_to_store(key, medium)
-            self._count("stored" if is_stored else "not_stored")
+        if medium is not None:
+            self._count("hits")
+            return medium
+        self._count("misses")
+        medium = (read or vision.load)(item, budget)
+        # The key is made again, so that a file which changed meanwhile is not stored under its former identity.
+        is_unchanged = key is not None and key == self.key(item, budget)
+        is_stored = is_unchanged and self._try_to_store(key, medium)
+        self._count("stored" if is_stored else "not_stored")
         return medium
 
     def read_grid(self, item: dict, budget: "Budget", read: Callable | None = None) -> "Grid":
@@ -88,22 +98,24 @@ class FrameCache:
         from util import vision
 
         grid = self._find(self.key(item, budget), with_pixels=False)
-        return (read or vision.read_grid)(item, budget) if grid is None else grid
+        if grid is None:
+            grid = (read or vision.read_grid)(item, budget)
+        return grid
 
     def statistics(self) -> dict[str, int | float]:
-        """COUNTS so far, of this process and of all that this object was sent to; `hit_ratio`, 0 before any use."""
+        """COUNTS so far, of this process and of all that this object was sent to; and `hit_ratio`, 0 before any use."""
         counts = dict(zip(COUNTS, self._counts.sum(0).tolist(), strict=True))
         return {**counts, "hit_ratio": counts["hits"] / max(1, counts["hits"] + counts["misses"])}
 
     def identity(self, path: str) -> str | None:
-        """Text that changes when a file's content does; None: not to be cached. OSError where there is no file."""
+        """A text that changes when a file's content does; None: not to be cached. OSError where there is no file."""
         if "://" in path:
             return self.url_identity(path) if self.url_identity else None
         status = os.stat(path)
         return f"{os.path.realpath(path)} {status.st_size} {status.st_mtime_ns}"
 
     def key(self, item: dict, budget: "Budget") -> str | None:
-        """64 hexadecimal digits from all that decides the pixels; None where a file's identity cannot be known."""
+        """64 hexadecimal digits from everything that decides the pixels; None where a file's identity is unknown."""
         import av
         import PIL
         import torch
@@ -111,20 +123,22 @@ class FrameCache:
 
         from util import vision
 
-        kind, source = item["type"], item[item["type"]]
-        is_video, is_list = kind == "video", isinstance(source, list)
+        kind = item["type"]
+        source = item[kind]
+        is_video = kind == "video"
+        is_list = isinstance(source, list)
         try:
             identities = [self.identity(path) for path in (source if is_list else [source])]
-        except OSError:  # reading it will say what is wrong, with the name of the sample
+        except OSError:  # reading the file will say what is wrong with it, and name the sample
             return None
         if None in identities:
             return None
         decoder = av.__version__ if is_video and not is_list else PIL.__version__
         constants = [VERSION, torch.__version__, torchvision.__version__, decoder, vision.PATCH, vision.MERGE,
                      vision.TEMPORAL, vision.IMAGE_PIXELS, vision.FRAME_PIXELS, vision.TOTAL_PIXELS]  # fmt: skip
-        # Left out is what is known not to matter: a key or a setting that is new some day counts.
-        useless = ("video_fps", "video_max_frames") if is_list else () if is_video else ("video_",)
-        limits = {name: value for name, value in asdict(budget).items() if not name.startswith(useless)}
+        # All settings and keys count but those that are known not to matter, so that a new one counts from the start.
+        without_effect = settings_without_effect(is_video, is_list)
+        limits = {name: value for name, value in asdict(budget).items() if not name.startswith(without_effect)}
         own = {name: value for name, value in item.items() if name not in (kind, "text")}
         text = json.dumps([constants, is_list, identities, own, limits], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -146,7 +160,7 @@ class FrameCache:
         return None
 
     def _try_to_store(self, key: str, medium: "Medium") -> bool:
-        """Whether an entry is there now. Where the disk is full or cannot be written to, training goes on without."""
+        """Whether the entry is there now. A disk that is full or cannot be written to does not end training."""
         if os.path.exists(self._path(key)):  # another process was faster
             return True
         if time.monotonic() < self._paused_until:
@@ -162,7 +176,7 @@ class FrameCache:
     def _store(self, key: str, medium: "Medium") -> None:
         """Write an entry under another name, then rename it: it is complete or absent, whoever else writes it.
 
-        It is not flushed to disk, which takes time: what a power failure makes of it, the checksums show.
+        It is not flushed to the disk, which would take time; checksums show the damage that a power failure does.
         """
         pixels = medium.patches.contiguous().flatten().numpy()
         fields = MAGIC, *medium.grid, medium.patches.shape[1], zlib.crc32(pixels)
@@ -184,9 +198,9 @@ class FrameCache:
     def _create(self, unfinished: Path, size: int) -> BinaryIO:
         """A new file of `size` bytes, opened, locked and within the cap. OSError where there is no room for it.
 
-        The lock file holds the bytes in use, an estimate that errs upwards only (what is never finished, or is deleted
-        as damaged, stays counted), so all entries are looked at only where it would pass the cap. Then a tenth of the
-        cap becomes free, so that the next look is far off.
+        The lock file holds an estimate of the bytes in use. It is never too low (a file that is never finished, or is
+        deleted as damaged, stays counted), so all entries are looked at only where the estimate would pass the cap.
+        Then a tenth of the cap is freed, so that this seldom happens.
         """
         if size > self.max_bytes:
             raise OSError(errno.EFBIG, f"an entry of {size / 2**30:.2f} GiB is above --cache_max_gib")
@@ -200,8 +214,8 @@ class FrameCache:
             os.pwrite(lock, (total + size).to_bytes(8, "little"), 0)
             file = open(unfinished, "xb")
             try:
-                fcntl.flock(file, fcntl.LOCK_EX)  # held until it is closed, by a kill too: its writer lives
-                file.truncate(size)  # _tidy counts it as large as it will be
+                fcntl.flock(file, fcntl.LOCK_EX)  # shows that its writer lives: a kill, too, closes and unlocks it
+                file.truncate(size)  # so that _tidy counts the size that it will have
             except OSError:
                 file.close()
                 raise
@@ -209,7 +223,7 @@ class FrameCache:
 
     @contextmanager
     def _lock(self) -> Iterator[int]:
-        """Only one process or thread at a time creates, counts and deletes."""
+        """The open lock file: only one process or thread at a time creates, counts and deletes."""
         descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -219,8 +233,12 @@ class FrameCache:
             os.close(descriptor)
 
     def _tidy(self, room: float) -> int:
-        """Delete what dead writers left, then the least recently used entries above `room` bytes; the bytes in use."""
-        entries, total = [], 0
+        """Delete what dead writers left, then the least recently used entries until at most `room` bytes are in use.
+
+        Returns the bytes in use.
+        """
+        entries = []
+        total = 0
         for path in self.directory.glob("[0-9a-f][0-9a-f]/*"):
             with suppress(OSError):  # deleted meanwhile, or its writer lives
                 status = path.stat()
@@ -247,15 +265,27 @@ class FrameCache:
         self._counts[os.getpid() % ROWS, COUNTS.index(name)] += 1
 
     def _warn(self, error: OSError) -> None:
-        """Say once per process that the cache does not do its work; the statistics say how often."""
+        """Say once per process that the cache does not work; the statistics tell how often."""
         if not self._has_warned:
             self._has_warned = True
-            reason = f"--cache_dir {self.directory}: {error.strerror or error}"
-            warnings.warn(f"{reason}. Training goes on and decodes what is not cached", RuntimeWarning, stacklevel=2)
+            problem = f"--cache_dir {self.directory}: {error.strerror or error}"
+            warnings.warn(f"{problem}. Training goes on and decodes what is not cached", RuntimeWarning, stacklevel=2)
+
+
+def settings_without_effect(is_video: bool, is_list: bool) -> tuple[str, ...]:
+    """Beginnings of the names of budget settings that never change the pixels of such a medium."""
+    if is_list:  # of a list of frames every one is taken
+        return ("video_fps", "video_max_frames")
+    if is_video:
+        return ()
+    return ("video_",)
 
 
 def read_entry(path: Path, key: str, with_pixels: bool) -> "Medium | Grid":
-    """The Medium of an entry, mapped, which marks it as used; or its grid. OSError: ENOENT without, EIO if damaged."""
+    """The Medium of an entry, mapped into memory, which marks the entry as used; or only its grid.
+
+    OSError: ENOENT where there is no entry, EIO where it is damaged.
+    """
     import torch
 
     from util.vision import Grid, Medium
@@ -269,8 +299,10 @@ def read_entry(path: Path, key: str, with_pixels: bool) -> "Medium | Grid":
         is_whole = is_whole and own_checksum == zlib.crc32(header[4:] + key.encode())
         if is_whole and not with_pixels:
             return grid
-        # Read, not mapped: the process does not grow, and a bad disk is an error here, not a signal that kills later.
-        buffer, found = memoryview(bytearray(2**20)), 0
+        # The checksum is made by reading, not over the mapping: the process does not grow, and a bad disk raises here
+        # instead of killing the process by a signal later.
+        buffer = memoryview(bytearray(2**20))
+        found = 0
         while is_whole and (count := file.readinto(buffer)):
             found = zlib.crc32(buffer[:count], found)
         if not is_whole or found != checksum:
@@ -279,9 +311,9 @@ def read_entry(path: Path, key: str, with_pixels: bool) -> "Medium | Grid":
             with suppress(OSError):
                 os.utime(file.fileno(), ns=(time.time_ns(), status.st_mtime_ns))
     try:
-        # Private: whoever writes into the tensor changes a copy. torch keeps no open file per mapping, mmap does.
+        # Not shared: whoever writes into the tensor changes a copy. And unlike mmap, torch keeps no file open for it.
         mapped = torch.from_file(str(path), shared=False, size=status.st_size, dtype=torch.uint8)
     except RuntimeError:  # deleted since it was opened
         raise FileNotFoundError(errno.ENOENT, "gone") from None
-    # By way of NumPy, because a tensor that torch knows to be a mapping cannot be sent from a data worker.
+    # Through NumPy, because a tensor that torch knows to be a mapping cannot be sent from a data worker.
     return Medium(torch.from_numpy(mapped[HEADER.size :].view(grid.patches, columns).numpy()), grid)

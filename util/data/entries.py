@@ -1,7 +1,7 @@
-"""One entry of a data file -> checked messages in one form, or the one line that says what is wrong and what mends it.
+"""One entry of a data file -> checked messages in one form, or one line that says what is wrong and how to mend it.
 
-The same for training (util/dataset.py) and for `python -m util convert`, whose every sample goes through here before
-it is written: what convert writes, training takes. Only light modules are imported, so that convert starts at once.
+Training (util/dataset.py) and `python -m util convert` both check every sample here, so training takes what convert
+writes. Only light modules are imported, so that convert starts at once.
 """
 
 import os
@@ -34,6 +34,8 @@ def check_messages(
     unused = set() if unused is None else unused
     check_keys_of(entry, unused)
     checked = []
+    kinds = set()  # of all content items
+    length = 0  # characters of text
     for where, message in tools.turns(entry):
         before = checked[-1]["role"] if checked else None
         check_turn(message, before, where)
@@ -48,11 +50,13 @@ def check_messages(
                 "question"
             )
         checked.append({"role": role, "content": items})
+        kinds.update(item["type"] for item in items)
+        length += len(conversation.text_of(items))
     if checked[-1]["role"] != "assistant":
         raise DataError(f": ends with a {checked[-1]['role']} message, so nothing is supervised; add the answer")
-    if (length := sum(len(text_of(message["content"])) for message in checked)) > MOST_TEXT:
+    if length > MOST_TEXT:
         raise DataError(f": {length:,} characters of text, above {MOST_TEXT:,}; make several samples of it", "too long")
-    if len(entry) > 1 and not any(item["type"] in KINDS for message in checked for item in message["content"]):
+    if len(entry) > 1 and kinds.isdisjoint(KINDS):
         keys.check_no_media_beside(entry)
     return checked
 
@@ -98,7 +102,7 @@ def check_content(content: object, role: str, folder: Path | None, where: str, u
 def check_text(text: str, forbidden: Collection[str], where: str) -> None:
     """DataError for a message's text, its items joined, that would control the conversation or is no text."""
     try:
-        text.encode()  # fails for halves of surrogate pairs alone, and many times faster than looking for them
+        text.encode()  # fails only for halves of surrogate pairs, and is many times faster than looking for them
     except UnicodeEncodeError:
         raise DataError(f"{where}text holds half of a surrogate pair, which is no character; repair the file") from None
     if found := [token for token in forbidden if token in text]:
@@ -145,10 +149,11 @@ def check_keys(item: dict) -> None:
     if unknown := sorted(set(item) - known):
         raise ValueError(f"unknown key {unknown[0]!r} in an item of type {kind}; known are {', '.join(sorted(known))}")
     for key in set(item) & set(numbers):
-        value, zero_is_fine = item[key], key in ("video_start", "video_end")
+        value = item[key]
+        zero_is_fine = key in ("video_start", "video_end")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e15 < value < 1e15:
             raise ValueError(f"{key} must be a number, is {value!r:.40}")
-        if value < (0 if zero_is_fine else 1e-9):  # below, a product of two would be no number
+        if value < (0 if zero_is_fine else 1e-9):  # the product of two smaller ones could become 0
             raise ValueError(f"{key} must be {'at least' if zero_is_fine else 'above'} 0, is {value!r}")
     if ("resized_height" in item) != ("resized_width" in item):
         raise ValueError("resized_height and resized_width come together")
@@ -162,7 +167,7 @@ def check_keys(item: dict) -> None:
 
 
 def cut(pattern: re.Pattern, text: str) -> Iterator[tuple[str, str | None]]:
-    """The stretches of a text between matches, with None, and the matches, each with its first group."""
+    """A text in pieces: each stretch between matches with None, and each match with its first group."""
     begin = 0
     for found in pattern.finditer(text):
         if found.start() > begin:
@@ -174,10 +179,10 @@ def cut(pattern: re.Pattern, text: str) -> Iterator[tuple[str, str | None]]:
 
 
 def place_at_tags(items: list[dict], where: str) -> list[dict]:
-    """The items of a message, its images and videos where `<image>` and `<video>` stand in its text, in order.
+    """The items of a message, its images and videos moved, in order, to the tags `<image>` and `<video>` of its text.
 
-    Other formats write such tags; to this one they would be text, and the model would learn to read them. DataError
-    where a message has not as many tags of a kind as it has media.
+    Other formats write such tags. Here they would be text, and the model would learn to read them. DataError where the
+    number of tags of a kind is not the number of the message's media.
     """
     text = text_of(items)
     if "<image>" not in text and "<video>" not in text:
@@ -196,10 +201,8 @@ def place_at_tags(items: list[dict], where: str) -> list[dict]:
     placed = []
     for item in items:
         if item["type"] == "text":
-            placed += [
-                {"type": "text", "text": part} if kind not in waiting else waiting[kind].pop(0)
-                for part, kind in cut(MARKER, item["text"])
-            ]
+            for part, kind in cut(MARKER, item["text"]):
+                placed.append(waiting[kind].pop(0) if kind in waiting else {"type": "text", "text": part})
         elif item["type"] not in waiting:
             placed.append(item)
     return placed
@@ -209,7 +212,7 @@ def place_at_tags(items: list[dict], where: str) -> list[dict]:
 
 
 def resolve_path(path: object, folder: Path, where: str) -> str:
-    """A media path as written if absolute or remote, else under the data file's folder, else under the current one."""
+    """A media path as it is written if absolute or remote, else below the data file's folder or the current one."""
     if not isinstance(path, str) or not path or "\0" in path:
         raise DataError(f"{where}a media path must be a non-empty string, is {path!r}")
     if fetch.is_remote(path):
@@ -217,7 +220,7 @@ def resolve_path(path: object, folder: Path, where: str) -> str:
     path = fetch.local_path(path)
     tried = [Path(path)] if os.path.isabs(path) else [folder / path, Path.cwd() / path]
     for candidate in tried:
-        if os.path.isfile(candidate):  # unlike Path.is_file, False for a path too long or not allowed to be looked at
+        if os.path.isfile(candidate):  # False, not an error as of Path.is_file, where a path is too long or not allowed
             return str(candidate)
     refuse_base64(path, where)
     raise DataError(
@@ -227,7 +230,7 @@ def resolve_path(path: object, folder: Path, where: str) -> str:
 
 
 def refuse_base64(path: str, where: str) -> None:
-    """DataError for the bytes of a file, as text, where its path should be."""
+    """DataError where a file's content in base64 stands in place of its path."""
     if BASE64.match(path):
         raise DataError(
             f"{where}{len(path):,} characters of base64 ({path[:16]!r}...) where a path should be; write "
@@ -236,7 +239,7 @@ def refuse_base64(path: str, where: str) -> None:
 
 
 def mistaken(path: str, tried: Collection) -> str:
-    """What a path that names no file may be mistaken for, and what to write, as the end of a message; or nothing."""
+    """The end of a message: what a path that names no file may be, and what to write; "" where nothing is known."""
     if any(os.path.isdir(candidate) for candidate in tried):
         return "; it is a folder, and a video may be the list of its images, in their order: ['FOLDER/0.jpg', ...]"
     if "\\" in path:

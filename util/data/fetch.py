@@ -1,9 +1,9 @@
 """Media from anywhere: local paths, `file://`, `data:`, `http(s)://`, and every store that fsspec has a package for.
 
-`s3://` needs the package s3fs, `gs://` gcsfs, `oss://` ossfs, `http(s)://` aiohttp; credentials come from where these
-packages look for them. A remote file is read by ranges, each repeated with back-off where another try may help. What
-was read lies in an unnamed temporary file until the file object is gone, so that no byte is transferred twice. A store
-whose package is not asynchronous (ossfs) keeps to that package's time limits.
+`s3://` needs the package s3fs, `gs://` gcsfs, `oss://` ossfs, `http(s)://` aiohttp, which find credentials in their own
+places. A remote file is read by ranges; a request that fails is repeated where another try may help, after ever longer
+waits. What was read is kept in an unnamed temporary file until the file object is gone, so that no byte is transferred
+twice. For a store whose package is not asynchronous (ossfs) the time limits are those of that package.
 """
 
 import base64
@@ -19,19 +19,20 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import BinaryIO
 from urllib.parse import unquote, unquote_to_bytes
 
 from util.command_line import UserError
 from util.data.settings import FetchSettings
 
-BLOCK = 2**16  # bytes, what a file is cached by and the least that is asked for
+BLOCK = 2**16  # bytes: a file is cached and asked for in whole blocks
 FIRST_BYTES = 2**18  # bytes of a video that are fetched as it is opened
-MOST_READ_AHEAD = 2**22  # bytes, what reading on and on asks for at a time
+MOST_READ_AHEAD = 2**22  # bytes that a request asks for at most where a file is read from one end to the other
 LONGEST_REQUEST = 2**23  # bytes; a longer stretch is several requests, so that a time-out costs only one of them
-SMALLEST_GAP = 2**20  # bytes; a stretch of media data below this is read, as asking around it takes longer
-FIRST_WAIT, LONGEST_WAIT = 0.5, 20.0  # seconds, the upper bounds of the first and of any wait before another try
+SMALLEST_GAP = 2**20  # bytes; less media data than this is read, as leaving it out would take longer
+FIRST_WAIT = 0.5  # seconds, the upper bound of the wait before the second try; it doubles with each further one
+LONGEST_WAIT = 20.0  # seconds, the upper bound of any wait
 LONGEST_NAME = 80  # characters of a `data:` URI that a message shows
 
 # Headers and fields of fsspec's `info` that change when a file does, the most telling first.
@@ -50,7 +51,8 @@ CREDENTIALS |= {"s3a": CREDENTIALS["s3"], "gcs": CREDENTIALS["gs"], "https": CRE
 CREDENTIAL_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound",
                      "TokenRetrievalError", "UnauthorizedSSOTokenError", "SSOTokenLoadError", "RefreshError",
                      "DefaultCredentialsError"}  # fmt: skip
-PASSING_STATUSES = {408, 425, 429, 500, *range(502, 600)}  # HTTP; 501 is a server that never will
+# Errors that another try may overcome. HTTP status 501 is not among them: that server does not know the request.
+PASSING_STATUSES = {408, 425, 429, 500, *range(502, 600)}
 PASSING_CODES = {"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "Throttling"}  # S3's
 
 CONNECTING = threading.Lock()  # so that threads that start together make one file system and not one each
@@ -78,47 +80,53 @@ def scheme_of(path: str) -> str:
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is none of a local file: `data:`, or any scheme but `file://`."""
+    """Whether a path has a scheme other than `file://`: `data:`, `https://`, `s3://` ..."""
     return scheme_of(path) not in ("", "file")
 
 
 def local_path(path: str) -> str:
-    """The path that `file://` stands for, percent-decoded unless it is the undecoded one that exists."""
+    """The path that `file://` stands for, percent-decoded unless only the path as it is written exists."""
     if scheme_of(path) != "file":
         return path
     plain = re.sub("^localhost(?=/)", "", path[len("file://") :])
     decoded = unquote(plain)
-    return plain if os.path.exists(plain) and not os.path.exists(decoded) else decoded
+    only_plain_exists = os.path.exists(plain) and not os.path.exists(decoded)
+    return plain if only_plain_exists else decoded
 
 
 def printable(path: str) -> str:
     """A path as messages show it: without user, password and query, which may be secrets; `data:` shortened."""
-    if scheme_of(path) == "data":
+    scheme = scheme_of(path)
+    if scheme == "data":
         return path if len(path) <= LONGEST_NAME else f"{path[: LONGEST_NAME - 3]}..."
     path = re.sub(r"(?<=://)[^/?#]*@", "", path)
-    return re.sub(r"[?#].*", "?...", path, flags=re.DOTALL) if scheme_of(path) in ("http", "https") else path
+    if scheme in ("http", "https"):
+        path = re.sub(r"[?#].*", "?...", path, flags=re.DOTALL)
+    return path
 
 
-# ---- what a session calls -------------------------------------------------------------------------------------------
+# ---- what the readers of media call ---------------------------------------------------------------------------------
 
 
 def open_media(path: str, settings: FetchSettings) -> str | BinaryIO:
-    """A local path for a local file, else a seekable file object to read, whose text is the path.
+    """A local path for a local file, else a seekable file object to read; str() of it is the path.
 
-    `data:` is decoded into memory. A remote file is asked for its size and then read by ranges as they are needed, or
-    downloaded where the server does not send ranges. Raises FetchError, now or while reading.
+    `data:` is decoded into memory. For a remote file the server is asked for the size, and then for ranges as they are
+    needed; where it does not send ranges, the file is downloaded. Raises FetchError, now or while reading.
     """
     scheme = scheme_of(path)
     if scheme in ("", "file"):
         return local_path(path)
-    return decode_data(path) if scheme == "data" else RangeFile(Blocks(Source(path, settings)))
+    if scheme == "data":
+        return decode_data(path)
+    return RangeFile(Blocks(Source(path, settings)))
 
 
 def identity(path: str, settings: FetchSettings) -> str:
-    """A text that changes with the path and when the file changes: the key of what was computed from it.
+    """A text that changes with the path and when the file changes: a key for what was computed from the file.
 
-    It rests on size and modification time of a local file, on size and ETag (else modification time) of a remote one;
-    a server that tells neither is taken at its size. Raises FetchError.
+    It is made of size and modification time of a local file, of size and ETag (else modification time) of a remote one,
+    and of the size alone where a server tells nothing else. Raises FetchError.
     """
     scheme = scheme_of(path)
     if scheme in ("", "file"):
@@ -142,36 +150,42 @@ def localise(items: list[dict], settings: FetchSettings, whole_images: bool = Tr
     which is enough for their size. At most `fetch_concurrency` files are fetched at a time, in threads; local paths
     stay as they are and start none. Raises the FetchError of the first item, in order, that cannot be fetched.
     """
-
-    def fetch(path: str, is_image: bool) -> str | BinaryIO:
-        file = open_media(path, settings)
-        if isinstance(file, RangeFile):
-            if is_image and whole_images:
-                return file.content()
-            file.prefetch(0, FIRST_BYTES)  # every reader begins there: wait for it together with the others
-        return file
-
-    wanted = []  # (path, is image) in order
+    paths = []  # of all items, in order
+    whole = []  # whether each is to be fetched whole
     for item in items:
         value = item[item["type"]]
         is_image = item["type"] == "image" or isinstance(value, list)
-        wanted += [(path, is_image) for path in (value if isinstance(value, list) else [value]) if scheme_of(path)]
-    remote = sum(is_remote(path) and scheme_of(path) != "data" for path, _ in wanted)
+        for path in value if isinstance(value, list) else [value]:
+            if scheme_of(path):
+                paths.append(path)
+                whole.append(is_image and whole_images)
+    remote = sum(is_remote(path) and scheme_of(path) != "data" for path in paths)
+    fetch = partial(fetch_media, settings=settings)
     if remote > 1 and settings.fetch_concurrency > 1:
         with ThreadPoolExecutor(min(remote, settings.fetch_concurrency), "fetch") as pool:
-            files = list(pool.map(lambda job: fetch(*job), wanted))
+            files = iter(list(pool.map(fetch, paths, whole)))
     else:
-        files = [fetch(*job) for job in wanted]
-    following = iter(files)
+        files = iter(list(map(fetch, paths, whole)))
 
-    def replaced(path: str) -> str | BinaryIO:
-        return next(following) if scheme_of(path) else path
+    localised = []
+    for item in items:
+        value = item[item["type"]]
+        if isinstance(value, list):
+            value = [next(files) if scheme_of(path) else path for path in value]
+        elif scheme_of(value):
+            value = next(files)
+        localised.append({**item, item["type"]: value})
+    return localised
 
-    return [
-        {**item, item["type"]: [replaced(path) for path in value] if isinstance(value, list) else replaced(value)}
-        for item in items
-        for value in [item[item["type"]]]
-    ]
+
+def fetch_media(path: str, whole: bool, settings: FetchSettings) -> str | BinaryIO:
+    """What `open_media` gives, the whole file or its first bytes already here. Raises FetchError."""
+    file = open_media(path, settings)
+    if isinstance(file, RangeFile):
+        if whole:
+            return file.content()
+        file.prefetch(0, FIRST_BYTES)  # every reader begins there, and threads wait for it side by side
+    return file
 
 
 def decode_data(path: str) -> "Content":
@@ -192,13 +206,14 @@ def decode_data(path: str) -> "Content":
 
 
 class Content(io.BytesIO):
-    """A file in memory that knows its path. Offers what RangeFile offers, as everything is here."""
+    """A file in memory that knows its path. It has the methods of RangeFile, and nothing is left to be fetched."""
 
     failure = None
 
     def __init__(self, content: bytes, name: str) -> None:
         super().__init__(content)
-        self.name, self._content = name, content
+        self.name = name
+        self._content = content
 
     def __repr__(self) -> str:  # PIL names a file that is no image by this
         return self.name
@@ -219,15 +234,16 @@ class Content(io.BytesIO):
 
 
 class RangeFile(io.RawIOBase):
-    """A remote file, read by ranges as they are needed; a cursor over blocks that its other cursors share.
+    """A remote file, read by ranges as they are needed. Several RangeFiles of one file share its blocks.
 
-    Read by one thread at a time. A read raises FetchError where a fetch failed for good; it stays in `failure`, as
-    FFmpeg takes a failed read for the end of the file.
+    Only one thread at a time may read. A read raises FetchError where a fetch failed for good. The error is kept in
+    `failure`, because FFmpeg takes a failed read for the end of the file.
     """
 
     def __init__(self, blocks: "Blocks") -> None:
-        self._blocks, self._position = blocks, 0
-        self._zeros: list[tuple[int, int]] = []
+        self._blocks = blocks
+        self._position = 0
+        self._zeros: list[tuple[int, int]] = []  # stretches (start, end) that read as zeros where they are not here
         self.name = printable(blocks.source.path)
 
     def __repr__(self) -> str:
@@ -275,7 +291,7 @@ class RangeFile(io.RawIOBase):
         return RangeFile(self._blocks)
 
     def is_here(self) -> bool:
-        """Whether all of the file is here, so that reading any of it asks nobody."""
+        """Whether all of the file is here, so that reading it sends no request."""
         return self._blocks.is_complete()
 
     def prefetch(self, start: int, end: int) -> None:
@@ -286,16 +302,20 @@ class RangeFile(io.RawIOBase):
     def skim_media_data(self) -> bool:
         """From now on read the media data of an MP4 file that is not here yet as zeros, without fetching it.
 
-        This is for a demuxer that is asked for packets' times and not for what is in them: it takes those from the
+        This is for a demuxer that is asked for packets' times and not for what is in them: it takes the times from the
         index (`moov`, `moof`). The media data lies in top-level `mdat` boxes (ISO/IEC 14496-12, 4.2 and 8.1.1). False,
-        and nothing changes, where a box of media data is so small that asking around it takes longer than reading it.
+        and nothing changes, where a box of media data is so small that leaving it out takes longer than reading it.
         """
-        size, found, start = self._blocks.source.size, [], 0
+        size = self._blocks.source.size
+        found = []
+        start = 0  # of a box
         while start + 8 <= size:
             head = b"".join(self._blocks.read(start, min(start + 16, size), []))
-            length, header = int.from_bytes(head[:4]), 8
+            length = int.from_bytes(head[:4])
+            header = 8  # bytes
             if length == 1:  # the length follows in 64 bits
-                length, header = int.from_bytes(head[8:16]), 16
+                length = int.from_bytes(head[8:16])
+                header = 16
             elif length == 0:  # to the end of the file
                 length = size - start
             if length < header:
@@ -318,12 +338,13 @@ class Blocks:
         self._count = -(-source.size // BLOCK)
         self._file = source.held or tempfile.TemporaryFile(prefix="fetch-")
         self._here = set(range(self._count)) if source.held else set()  # numbers of blocks
-        self._next, self.ahead = 0, 1  # block after the last fetch, and how many the read before took from there
+        self._next = 0  # the block after those fetched last
+        self.ahead = 1  # how many blocks the last fetch took
 
     def read(self, start: int, end: int, zeros: list[tuple[int, int]]) -> Iterator[bytes]:
-        """The bytes from `start` to `end` in pieces, as zeros what lies in `zeros` (sorted) and is not here.
+        """The bytes from `start` to `end` in pieces. Raises FetchError.
 
-        Raises FetchError.
+        `zeros`: sorted stretches (start, end) that are given as zeros where they are not here.
         """
         while start < end:
             number = start // BLOCK
@@ -335,8 +356,12 @@ class Blocks:
                     yield bytes(stop - start)
                     start = stop
                     continue
-                # Who reads on where the last fetch ended gets twice as much, so that a whole file is few requests.
-                self.ahead = min(2 * self.ahead, MOST_READ_AHEAD // BLOCK) if number == self._next else 1
+                # A reader that goes on where the last fetch ended gets twice as much, so that a whole file takes few
+                # requests.
+                if number == self._next:
+                    self.ahead = min(2 * self.ahead, MOST_READ_AHEAD // BLOCK)
+                else:
+                    self.ahead = 1
                 self.fetch(number, number + self.ahead)
             yield os.pread(self._file.fileno(), stop - start, start)
             start = stop
@@ -345,7 +370,7 @@ class Blocks:
         return len(self._here) == self._count
 
     def fetch(self, first: int, end: int) -> None:
-        """Bring the blocks from `first` up to `end` here. Raises FetchError, the same again after it did once."""
+        """Fetch the blocks from `first` up to `end`. Raises FetchError, and after a failure always the same one."""
         if self.failure:
             raise self.failure
         try:
@@ -367,7 +392,7 @@ class Blocks:
                     self.source.download(self._file)
                     self._here.update(range(self._count))
                     return
-                # At a position of its own: a forked process shares the file's.
+                # pwrite, as the position of the file itself is shared with processes that were forked.
                 if os.pwrite(self._file.fileno(), content, start) < len(content):
                     raise OSError(errno.ENOSPC, f"no space for {self.source}; name another folder in TMPDIR")
                 self._here.update(range(first, stop))
@@ -379,7 +404,10 @@ class Blocks:
 
 
 class Source:
-    """A remote file: its size in bytes, its version, and requests for its bytes, repeated where that may help."""
+    """A remote file: its size in bytes, its version, and requests for its bytes, repeated where that may help.
+
+    `held`: the whole file, where its size could not be known without it; else None.
+    """
 
     def __init__(self, path: str, settings: FetchSettings) -> None:
         self.path, self.settings = path, settings
@@ -390,8 +418,8 @@ class Source:
         self.version = {name: str(info[name]) for name in VERSION_FIELDS if info.get(name)}
         self.sends_ranges = info.get("partial", True)
         self.size = info.get("size") or 0
-        self.held: BinaryIO | None = None  # the whole file, if its size was not to be had without it
-        if not self.size:  # some servers say 0, too, as they do not make the content for a HEAD request
+        self.held: BinaryIO | None = None
+        if not self.size:  # 0, too: some servers answer so, as they do not make the content for a HEAD request
             self.held = tempfile.TemporaryFile(prefix="fetch-")
             self._persist(lambda: self._whole(self.held))
             self.size = self.held.tell()
@@ -423,7 +451,7 @@ class Source:
         if file.tell() != self.size:
             raise self._changed()
 
-    # One try each; any exception may come out.
+    # Each of these makes one try and may raise any exception.
 
     def _info(self) -> dict:
         store = self._store()
@@ -459,10 +487,11 @@ class Source:
             file.write(store.cat_file(store._strip_protocol(self.path)))
         file.flush()
 
-    # fsspec gives no headers with the content; these do, to see that it belongs to the version that was opened.
+    # fsspec gives no headers with the content. These requests look at them, to see that the content belongs to the
+    # version that was opened.
 
     def _http_request(self, session, store, **headers: str):
-        """A GET request in fsspec's session for the content as stored: compressed, its positions would be others."""
+        """A GET request in fsspec's session for the content as it is stored, as ranges of a compressed one differ."""
         headers = {**store.kwargs.get("headers", {}), "Accept-Encoding": "identity", **headers}
         return session.get(store.encode_url(self.path), **{**store.kwargs, "headers": headers})
 
@@ -478,7 +507,8 @@ class Source:
     async def _http_whole(self, store, file: BinaryIO) -> None:
         import asyncio
 
-        loop, session = asyncio.get_running_loop(), await store.set_session()
+        loop = asyncio.get_running_loop()
+        session = await store.set_session()
         async with asyncio.timeout(self.settings.fetch_timeout) as limit, self._http_request(session, store) as answer:
             answer.raise_for_status()
             self._check(answer.headers, "")
@@ -488,7 +518,9 @@ class Source:
 
     async def _s3_range(self, store, start: int, end: int) -> bytes:
         bucket, key, version = store.split_path(store._strip_protocol(self.path))
-        names = {"Bucket": bucket, "Key": key} | ({"VersionId": version} if version else {})
+        names = {"Bucket": bucket, "Key": key}
+        if version:
+            names["VersionId"] = version
         answer = await store._call_s3("get_object", **names, Range=f"bytes={start}-{end - 1}")
         async with answer["Body"] as body:
             self._check(answer, answer.get("ContentRange", ""))
@@ -497,19 +529,22 @@ class Source:
     def _check(self, told: dict, content_range: str) -> None:
         """ChangedError where an answer's size or version differs from that at opening.
 
-        A store's ETag decides. Behind an http address may stand servers that make an ETag each of their own for the
-        same file: there every version field must differ.
+        For a store its first version field decides, the ETag. Behind an http address there may be several servers, each
+        with an ETag of its own for the same file: there the file has changed only if every version field differs.
         """
-        known = [(then, str(told[name])) for name, then in self.version.items() if told.get(name)]
-        known = known if self.is_http else known[:1]
         size = content_range.rpartition("/")[2]
-        if (size.isdigit() and int(size) != self.size) or (known and all(then != now for then, now in known)):
+        if size.isdigit() and int(size) != self.size:
+            raise ChangedError
+        is_same = [then == str(told[name]) for name, then in self.version.items() if told.get(name)]
+        if not self.is_http:
+            is_same = is_same[:1]
+        if is_same and not any(is_same):
             raise ChangedError
 
     def _changed(self) -> FetchError:
         return FetchError(f"{self}: changed while it was read; leave the data alone during a run and start again")
 
-    # Patience.
+    # Time limits and further tries.
 
     def _store(self):
         """fsspec's file system for this path in this process."""
@@ -529,11 +564,13 @@ class Source:
         Between tries it waits a random time below a bound that doubles ("full jitter": AWS Architecture Blog,
         "Exponential Backoff And Jitter"), so that workers that failed together do not come back together.
         """
-        begin, tries = time.monotonic(), self.settings.fetch_retries + 1
+        begin = time.monotonic()
+        tries = self.settings.fetch_retries + 1
         for number in range(tries):
             if number:
-                # A generator of its own: what training draws from `random` must not depend on the network.
-                time.sleep(random.SystemRandom().uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2 ** (number - 1))))
+                longest = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (number - 1))
+                # Not from the global generator: what training draws from it must not depend on the network.
+                time.sleep(random.SystemRandom().uniform(0, longest))
             try:
                 return request()
             except (FetchError, NoRangesError):
@@ -541,7 +578,7 @@ class Source:
             except ChangedError:
                 raise self._changed() from None
             except Exception as error:
-                # What the libraries say may hold signed addresses and keys: only our own words go on.
+                # The libraries' messages may hold signed addresses and keys, so none of them is passed on.
                 problem, fix = judge(error, self.path, self.settings.fetch_timeout)
                 if fix:
                     raise FetchError(f"{self}: {problem}; {fix}") from None
@@ -556,9 +593,10 @@ class Source:
 def connect(scheme: str, timeout: float, concurrency: int, process: int):
     """fsspec's file system for a scheme, made once in each process; ImportError where its package is missing.
 
-    fsspec's event loop is a thread, which a forked process lacks, so a worker needs a file system of its own. None is
-    ever dropped: fsspec closes it wherever the garbage collector happens to run, which can hold up its own event loop,
-    and in a worker would take the parent's connections away, as the two share what polls them.
+    fsspec's event loop is a thread, which a forked process lacks, so each worker needs a file system of its own. The
+    cache never drops one: fsspec would close it wherever the garbage collector happens to run, which can block its own
+    event loop, and in a worker would close the parent's connections, as both processes share the object that polls
+    them.
     """
     import fsspec
     from fsspec.config import conf
@@ -572,21 +610,21 @@ def connect(scheme: str, timeout: float, concurrency: int, process: int):
     elif scheme in ("s3", "s3a"):
         options["config_kwargs"] = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 0},
                                     "max_pool_connections": max(10, concurrency)}  # fmt: skip
-    for name, ours in options.items():  # what the user configures for fsspec comes first
+    for name, ours in options.items():  # the user's configuration of fsspec takes precedence
         options[name] = {**ours, **conf.get(scheme, {}).get(name, {})}
     # fsspec's own cache would hold one per thread.
     store = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
     if hasattr(store, "_call_s3"):
-        store.retries = 1  # tries are counted here, not in three places
+        store.retries = 1  # because Source._persist counts the tries
     return store
 
 
 def judge(error: Exception, path: str, timeout: float) -> tuple[str, str | None]:
-    """What a failed request means: (the problem, its fix), the fix None where another try may help."""
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    root, names, scheme = chain[-1], {type(link).__name__ for link in chain}, scheme_of(path)
+    """What a failed request means, as (problem, fix); the fix is None where another try may help."""
+    chain = chain_of(error)
+    root = chain[-1]
+    names = {type(link).__name__ for link in chain}
+    scheme = scheme_of(path)
     status, code = status_of(chain)
     label = f"{status or ''} {code}".strip() or type(root).__name__.replace("FileNotFoundError", "404")
     access = CREDENTIALS.get(scheme, f"see the documentation of fsspec on {scheme}://")
@@ -620,6 +658,14 @@ def judge(error: Exception, path: str, timeout: float) -> tuple[str, str | None]
     return f"the connection failed ({label})", None
 
 
+def chain_of(error: BaseException) -> list[BaseException]:
+    """An exception and the ones that caused it, the first cause last."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    return chain
+
+
 def status_of(chain: list[BaseException]) -> tuple[int | None, str]:
     """The HTTP status and the store's error code (S3's names) in a chain of exceptions, as far as they are known."""
     status, code = None, ""
@@ -631,5 +677,7 @@ def status_of(chain: list[BaseException]) -> tuple[int | None, str]:
             code = code or ("" if named.isdigit() else named)
         told = [vars(link).get(name) for name in ("status", "status_code", "code")]  # aiohttp, Azure, gcsfs
         told.append(getattr(response, "status_code", None))  # requests
-        status = status or next((value for value in told if isinstance(value, int) and 300 <= value < 600), None)
+        statuses = [value for value in told if isinstance(value, int) and 300 <= value < 600]
+        if statuses:
+            status = status or statuses[0]
     return status, code

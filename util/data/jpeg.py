@@ -1,7 +1,7 @@
 """Photos, faster than PIL hands them over: torchvision's decoder writes the pixels where they are needed.
 
-The same libjpeg-turbo stands behind both and gives the same pixels (tested); PIL then copies them twice. torchvision
-0.29 calls its decoder deprecated: where it is gone, or in any doubt, PIL decodes.
+Both use libjpeg-turbo and give the same pixels (tested), but PIL copies them twice afterwards. torchvision 0.29 calls
+its decoder deprecated: where it is gone, or in any doubt, PIL decodes.
 """
 
 import warnings
@@ -18,7 +18,7 @@ except ImportError:
 def decode(image: Image.Image) -> torch.Tensor | None:
     """Pixels (3, H, W), uint8 in channels-last memory, of an opened, untouched RGB JPEG; None: let PIL decode it.
 
-    A file without its end marker is PIL's: libjpeg would fill what is missing with grey and say nothing.
+    A file without its end marker is left to PIL: libjpeg would fill what is missing with grey and say nothing.
     """
     if decode_jpeg is None or image.format != "JPEG" or image.mode != "RGB":
         return None

@@ -1,6 +1,6 @@
-"""Which keys of a data file are known, which say nothing to training, and which would change it and are refused.
+"""Which keys of a data file are known, which have no effect on training, and which would change it and are refused.
 
-A key is never ignored without a word, whether training reads a file or `util.formats.convert` does:
+No key is ignored silently, neither by training nor by `python -m util convert`:
 
 - of a sample, those that change what is trained are refused (media, weights, preferences ... beside the messages);
   any other, such as `id`, is counted and said;
@@ -18,7 +18,7 @@ MEDIA_KEYS = ("image", "images", "video", "videos")
 ENTRY_KEYS = frozenset(("messages", "tools", "kind"))
 MESSAGE_KEYS = frozenset(("role", "content", "tool_calls", "tool_call_id"))
 
-# What says nothing to training: it is counted and said.
+# These have no effect on training: they are counted, and the user is told.
 SILENT_IN_MESSAGE = frozenset((
     "name", "id", "uuid", "message_id", "index", "turn", "timestamp", "created", "created_at", "date", "source",
     "model", "lang", "language", "metadata", "meta",
@@ -53,7 +53,7 @@ REFUSED |= {
     "system": "it is not read there; make it the first message, {'role': 'system', 'content': ...}",
     "history": "earlier turns are messages; put them into 'messages'",
 }
-# The same beside messages in this project's format, where more than one reading would be possible.
+# Refused beside messages in this project's format: there these keys, too, could be understood in several ways.
 REFUSED_BESIDE_MESSAGES = REFUSED | dict.fromkeys(
     MEDIA_KEYS, "media are items of a user's content; write {'type': 'image', 'image': PATH} there"
 )

@@ -16,8 +16,10 @@ MOST_TEXT = 1_000_000  # characters of a sample; ten times as many take gigabyte
 
 
 class DataError(UserError):
-    """Data that cannot be trained on; the message names file, sample, rule and fix, `reason` is one of its few kinds
-    (bad_samples.REASONS), by which samples that are left out are counted."""
+    """Data that cannot be trained on. The message names file, sample, rule and fix.
+
+    `reason` is one of the few of bad_samples.REASONS, by which samples that are left out are counted.
+    """
 
     def __init__(self, message: str, reason: str = "bad conversation") -> None:
         super().__init__(message)
@@ -25,17 +27,30 @@ class DataError(UserError):
 
 
 def shortened(message: object, most: int = 600) -> str:
-    """A message without its middle where that is long: a name in the data may have a million characters."""
+    """A message, without its middle if it is long: a name in the data may have a million characters."""
     text = str(message)
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def stop_on(problems: list[str], count: int | None = None) -> None:
-    """Raise one DataError that shows the problems (20 in full), if there are any. `count`: of all, where these are the
-    first of them."""
+    """Raise one DataError that shows the problems (20 in full), if there are any.
+
+    `count`: the number of all problems, where `problems` holds only the first of them.
+    """
     if problems:
-        more = (count or len(problems)) - MOST_TOLD
-        raise DataError("\n".join(problems[:MOST_TOLD] + [f"... and {more} more"] * (more > 0)))
+        raise DataError("\n".join(first_of(problems, count)))
+
+
+def first_of(lines: list[str], count: int | None = None, hint: str = "") -> list[str]:
+    """The first 20 lines and, where there are more, one that says how many and gives the hint.
+
+    `count`: the number of all lines, where `lines` holds only the first of them.
+    """
+    first = lines[:MOST_TOLD]
+    more = (count or len(lines)) - len(first)
+    if more > 0:
+        first.append(f"... and {more:,} more{hint}")
+    return first
 
 
 def split_weight(file: str) -> tuple[str, float]:
@@ -76,26 +91,33 @@ def open_entries(file: str) -> Sequence:
 
 
 def parse(text: str, file: str, line: int | None = None):
-    """JSON, or DataError with file, line and reason."""
+    """The value of JSON text. DataError with file, line and what is wrong."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        deep = isinstance(error, RecursionError)
-        reason = "nested too deeply" if deep else getattr(error, "msg", str(error).split(";")[0])
+        if isinstance(error, RecursionError):
+            problem = "nested too deeply"
+        else:
+            problem = getattr(error, "msg", str(error).split(";")[0])
         where = line or getattr(error, "lineno", 1)
-        fix = "; where each line is a sample, name the file .jsonl" if reason == "Extra data" and line is None else ""
-        raise DataError(f"{file}, line {where}: not valid JSON ({reason}){fix}", "not valid JSON") from None
+        fix = ""
+        if problem == "Extra data" and line is None:
+            fix = "; where each line is a sample, name the file .jsonl"
+        raise DataError(f"{file}, line {where}: not valid JSON ({problem}){fix}", "not valid JSON") from None
 
 
 class JsonLines(Sequence):
-    """The lines of a `.jsonl` file that are not blank, found by an index of offsets (16 bytes a line) and parsed when
-    asked for. Lines are read at their offset and not mapped: touched pages of a mapping would count as this process's
-    memory, in every data worker anew.
+    """The lines of a `.jsonl` file that are not blank, found by an index of offsets and parsed when asked for.
+
+    The index takes 16 bytes a line. Lines are read at their offset and not mapped into memory: the touched pages of a
+    mapping would count as memory of every process that touches them, and so of each data worker.
     """
 
     def __init__(self, file: str) -> None:
-        self.file, self.descriptor = file, None
-        ends, position = [], 0
+        self.file = file
+        self.descriptor = None
+        ends = []
+        position = 0
         with open(file, "rb", buffering=0) as handle:
             while chunk := handle.read(CHUNK):
                 ends.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + position)
@@ -109,7 +131,7 @@ class JsonLines(Sequence):
             blank[line] = not self._read(starts[line], ends[line]).strip()
         self.starts, self.ends = starts[~blank], ends[~blank]
         if len(self.starts) > 1:
-            # No JSON of one line ends so: the first line begins a list that goes on over the others.
+            # A whole sample in one line neither begins nor ends like the first line of a list written over many lines.
             first = self._read(self.starts[0], min(self.ends[0], self.starts[0] + 64)).strip()
             last = self._read(max(self.starts[0], self.ends[0] - 64), self.ends[0]).strip()
             if first.startswith(b"[") and last.endswith((b"[", b"{", b",")):
@@ -128,7 +150,7 @@ class JsonLines(Sequence):
             raise DataError(message, "not valid JSON") from None
         try:
             return parse(text, self.file, 1)
-        except DataError:  # counting lines is for those who need it
+        except DataError:  # only a message needs the line's number, so lines are counted only here
             before = self._read(0, self.starts[index]).count(b"\n")
             return parse(text, self.file, before + 1)
 
@@ -136,13 +158,15 @@ class JsonLines(Sequence):
         return {**self.__dict__, "descriptor": None}  # a spawned data worker opens the file itself
 
     def raw_lines(self) -> Iterator[memoryview]:
-        """Every line's bytes, many of them read at a time."""
+        """The bytes of every line; CHUNK bytes of the file are read at a time."""
         begin = 0
         while begin < len(self):
             end = max(begin + 1, int(np.searchsorted(self.ends, self.starts[begin] + CHUNK)))
-            first, text = int(self.starts[begin]), memoryview(self._read(self.starts[begin], self.ends[end - 1]))
-            starts, ends = self.starts[begin:end] - first, self.ends[begin:end] - first
-            for start, stop in zip(starts.tolist(), ends.tolist(), strict=True):
+            first = int(self.starts[begin])
+            text = memoryview(self._read(first, self.ends[end - 1]))
+            starts = (self.starts[begin:end] - first).tolist()
+            ends = (self.ends[begin:end] - first).tolist()
+            for start, stop in zip(starts, ends, strict=True):
                 yield text[start:stop]
             begin = end
 
@@ -153,7 +177,7 @@ class JsonLines(Sequence):
 
 
 def digests(entries: Sequence) -> np.ndarray:
-    """A number (n,) uint64 of each entry's text: equal ones are equal, others differ (but once in 2**64 pairs)."""
+    """A hash of each entry's text, (n,) uint64: equal texts have equal hashes, and others (nearly always) do not."""
     if isinstance(entries, JsonLines):
         found = [digest(line) for line in entries.raw_lines()]
     else:
@@ -162,4 +186,5 @@ def digests(entries: Sequence) -> np.ndarray:
 
 
 def digest(text: bytes | memoryview) -> bytes:
+    """8 bytes of BLAKE2b."""
     return hashlib.blake2b(text, digest_size=8).digest()

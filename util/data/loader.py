@@ -17,10 +17,10 @@ atexit.register(signals.kill_workers)  # before multiprocessing's own wait for t
 
 
 class Loader(DataLoader):
-    """torch's DataLoader, its workers out of reach of signals; they end with this process, however that ends.
+    """torch's DataLoader with workers that signals to the job do not reach, and that end however this process ends.
 
-    A worker that dies is told by the next batch that is asked for, and not, as torch does it, by an exception in
-    whatever line the main thread is at: a step's update would be left half done.
+    The death of a worker is raised when the next batch is asked for. torch would raise it in whatever line the main
+    thread is at, and could leave a step's update half done.
     """
 
     def __iter__(self):
@@ -36,7 +36,7 @@ class Loader(DataLoader):
         return batches
 
     def begin(self) -> Iterator:
-        """The batches, the first of them made before this returns: if it is refused, then here and now."""
+        """An iterator over the batches. The first one is made at once, so that what is wrong with it is raised here."""
         batches = iter(self)
         for first in batches:
             return chain([first], batches)
@@ -60,7 +60,7 @@ def packed_batches(
 
 
 def worker_count(config, device: torch.device) -> int:
-    """Data worker processes: as asked, else up to 8 with a GPU, and 1 beside a CPU that is busy training."""
+    """Data worker processes: --num_workers, else up to 8 with a GPU, and 1 beside a CPU that is busy training."""
     if config.num_workers is not None:
         return config.num_workers
     return min(8, usable_cpus()) if device.type == "cuda" else 1

@@ -1,6 +1,6 @@
 """Where images and videos come from: files of this machine, remote ones (fetch.py), and the cache of frames (cache.py).
 
-The one way by which training, evaluation and both test scripts read them.
+Training, evaluation and both test scripts read media only through this.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ class MediaReader:
         return sizes
 
     def statistics(self) -> dict[str, float]:
-        """What the log says of the cache: the share of media that came out of it so far."""
+        """The share of media that came out of the cache so far, for the log; without a cache an empty dict."""
         return {"cache_hit_ratio": round(self.cache.statistics()["hit_ratio"], 4)} if self.cache else {}
 
     def _fetch_and_read(self, read: Callable, whole: bool, item: dict, budget: vision.Budget):

@@ -1,11 +1,11 @@
-"""Tools, tool calls and what they gave -> plain messages, so that agents' episodes train as any conversation does.
+"""Tools, tool calls and tool results -> plain messages, so that agents' episodes train as any conversation does.
 
-Read are OpenAI's keys: `tools` beside `messages`, `tool_calls` in an assistant message, and messages of role `tool`,
-whose content may hold images (the next screenshot). Qwen2-VL's chat template knows none of them; written is what the
-templates of Qwen2.5 and Qwen-Agent (fncall_prompts/nous_fncall_prompt.py) write and what servers parse as "hermes": the
-tools at the end of the system message, `<tool_call>` with JSON in the assistant's turn, `<tool_response>` in a user's
-turn. All of it is plain text to the tokenizer. The assistant's turns, calls included, are supervised as ever; tools and
-what they gave are not.
+The keys are OpenAI's: `tools` beside `messages`, `tool_calls` in an assistant message, and messages of role `tool`,
+whose content may hold images (the next screenshot). Qwen2-VL's chat template knows none of them. So they are written as
+the templates of Qwen2.5 and Qwen-Agent (fncall_prompts/nous_fncall_prompt.py) write them and servers parse them (their
+name is "hermes"): the tools at the end of the system message, `<tool_call>` with JSON in the assistant's turn,
+`<tool_response>` in a user's turn. All of it is plain text to the tokenizer. The assistant's turns are supervised,
+calls included; tools and their results are not.
 """
 
 import json
@@ -17,7 +17,7 @@ from util.data.lines import DataError
 DEFAULT_SYSTEM = "You are a helpful assistant."  # what Qwen2-VL's chat template writes where there is no system message
 CALL = "<tool_call>\n", "\n</tool_call>"
 RESPONSE = "<tool_response>\n", "\n</tool_response>"
-# The words that models of the family were trained with and that servers send: every character of them counts.
+# Models of the family were trained with these words, and servers send them: every character counts.
 SYSTEM = """# Tools
 
 You may call one or more functions to assist with the user query.
@@ -36,12 +36,13 @@ A_CALL = "a tool call is {'type': 'function', 'function': {'name': ..., 'argumen
 
 
 def turns(entry: dict) -> Iterator[tuple[str, dict]]:
-    """The messages of an entry as plain ones, each after the words that name it in an error: `, message 3: `.
+    """The messages of an entry as plain ones, each as (the words that name it in an error, `, message 3: `; message).
 
-    Messages of tools in a row become one user message. What is wrong apart from tools is left for others to say.
-    DataError for tools, calls and answers that break a rule.
+    Messages of role `tool` in a row become one user message. Only what concerns tools is checked here: DataError for
+    tools, calls and results that break a rule.
     """
-    tools, messages = read_tools(entry.get("tools")), entry["messages"]
+    tools = read_tools(entry.get("tools"))
+    messages = entry["messages"]
     names = {tool["function"]["name"] for tool in tools}
     system = SYSTEM.format(tools="\n".join(dumps(tool, ": ") for tool in tools)) if tools else ""
     if tools and role_of(messages[0]) != "system":
@@ -61,7 +62,7 @@ def turns(entry: dict) -> Iterator[tuple[str, dict]]:
             if number == 0 and tools and role_of(message) == "system":
                 message = with_text(message, f"\n\n{system}")
             if role_of(message) == "assistant" and message.get("tool_calls"):
-                calls = "\n".join(read_call(call, names, where).join(CALL) for call in calls_of(message, where))
+                calls = "\n".join(calls_in_text(message, names, where))
                 message = with_text(message, f"\n{calls}" if message.get("content") else calls)
             elif isinstance(message, dict) and message.get("tool_calls"):
                 raise DataError(f"{where}only an assistant message can have tool_calls; move them into one")
@@ -74,15 +75,17 @@ def role_of(message: object) -> object:
 
 
 def with_text(message: dict, text: str) -> dict:
-    """A message with text after its content, which may be missing; one that is neither text nor a list stays."""
+    """A message with text after its content, which may be missing. Content that is neither text nor a list stays."""
     content = message.get("content") or ""
     if isinstance(content, list):
-        return {**message, "content": [*content, {"type": "text", "text": text}]}
-    return {**message, "content": content + text if isinstance(content, str) else content}
+        content = [*content, {"type": "text", "text": text}]
+    elif isinstance(content, str):
+        content += text
+    return {**message, "content": content}
 
 
 def read_tools(tools: object) -> list[dict]:
-    """The tools of an entry, each with a key `function`; bare functions and JSON text are read, too."""
+    """The tools of an entry, each with a key `function`. A bare function gets that key; JSON text is parsed first."""
     if isinstance(tools, str):
         tools = loads(tools, f": 'tools' is no JSON; {A_TOOL}") if tools.strip() else None
     if tools is None:
@@ -96,7 +99,7 @@ def read_tools(tools: object) -> list[dict]:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not is_name(function.get("name")):
             raise DataError(f": tool {number} has no function with a name; {A_TOOL}")
-        dumps(tool, f": tool {number}: ")
+        dumps(tool, f": tool {number}: ")  # refuses numbers that JSON does not know
         read.append(tool)
     return read
 
@@ -105,10 +108,12 @@ def is_name(name: object) -> bool:
     return isinstance(name, str) and bool(name.strip())
 
 
-def calls_of(message: dict, where: str) -> list:
-    if not isinstance(message["tool_calls"], list):
-        raise DataError(f"{where}tool_calls is {type(message['tool_calls']).__name__}, not a list; {A_CALL}")
-    return message["tool_calls"]
+def calls_in_text(message: dict, names: set[str], where: str) -> list[str]:
+    """The text of each call of an assistant message, between its marks; `names`: of the sample's tools."""
+    calls = message["tool_calls"]
+    if not isinstance(calls, list):
+        raise DataError(f"{where}tool_calls is {type(calls).__name__}, not a list; {A_CALL}")
+    return [read_call(call, names, where).join(CALL) for call in calls]
 
 
 def read_call(call: object, names: set[str], where: str) -> str:
@@ -116,7 +121,8 @@ def read_call(call: object, names: set[str], where: str) -> str:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not is_name(function.get("name")):
         raise DataError(f"{where}a call without a function's name; {A_CALL}")
-    name, arguments = function["name"], function.get("arguments")
+    name = function["name"]
+    arguments = function.get("arguments")
     if names and name not in names:
         raise DataError(f"{where}calls {name!r}, which is not among the sample's tools ({', '.join(sorted(names))}); "
                         "correct the name or add the tool")  # fmt: skip
@@ -132,7 +138,9 @@ def read_call(call: object, names: set[str], where: str) -> str:
 
 def responses(group: list[tuple[int, dict]], before: dict) -> tuple[str, dict]:
     """Messages of role `tool` in a row as one user message; `before` is the message that they follow."""
-    numbers, where = [number for number, _ in group], f", message {group[0][0]}: "
+    first = group[0][0]
+    last = group[-1][0]
+    where = f", message {first}: "
     if role_of(before) != "assistant":
         raise DataError(f"{where}a tool's message must follow the assistant message that calls the tool; add it")
     if calls := before.get("tool_calls"):
@@ -151,12 +159,13 @@ def responses(group: list[tuple[int, dict]], before: dict) -> tuple[str, dict]:
             raise DataError(f", message {number}: content must be text or a list of items, is {type(items).__name__}")
         begin = ("\n" if parts else "") + RESPONSE[0]
         parts += [{"type": "text", "text": begin}, *items, {"type": "text", "text": RESPONSE[1]}]
-    several = f", messages {numbers[0]} to {numbers[-1]}: "
-    return (several if len(group) > 1 else where), {"role": "user", "content": parts}
+    if len(group) > 1:
+        where = f", messages {first} to {last}: "
+    return where, {"role": "user", "content": parts}
 
 
 def loads(text: str, problem: str) -> object:
-    """JSON text, or the DataError of a problem."""
+    """The value of JSON text. DataError with the given problem where it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -164,7 +173,7 @@ def loads(text: str, problem: str) -> object:
 
 
 def dumps(value: dict, where: str) -> str:
-    """JSON as Qwen's templates write it: on one line, other scripts as they are. DataError for NaN and infinity."""
+    """JSON as Qwen's templates write it: on one line, without \\u escapes. DataError for NaN and infinity."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:

@@ -2,12 +2,12 @@
 
 Opening reads every packet without decoding it, which tells the number of frames, their times and the key frames. For
 the wanted frames the reader seeks once per needed group of pictures, and inside a group FFmpeg drops the frames that
-nobody asked for and no other frame refers to. Where a seek does not bring the wanted frame, decoding starts over from
-further back, at last from the start of the file.
+are not wanted and that no other frame refers to. Where a seek does not lead to the wanted frame, decoding starts again
+from further back, and at last from the start of the file.
 
-A remote file (util/data/fetch.py) is read by ranges. Of an MP4 or MOV file only its index and what is decoded are
-fetched: the demuxer takes times and sizes of the packets from the index, so reading them all goes over zeros instead
-of media data. Other formats keep these facts beside each packet, and are fetched in full.
+A remote file (util/data/fetch.py) is read by ranges. Of an MP4 or MOV file only the index and the media data to be
+decoded are fetched: the demuxer finds times and sizes of the packets in the index, so while it reads all packets it
+gets zeros in place of media data. Other formats keep times and sizes beside each packet, and are fetched in full.
 """
 
 import os
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 import av
 import numpy as np
@@ -30,11 +30,11 @@ from av.video.stream import VideoStream
 
 from util.data import whole
 
-# In these codecs a frame that none refers to can be dropped without a trace; in others every frame may leave state.
+# In these codecs a frame that no other refers to can be dropped without effect; in others any frame may leave state.
 CODECS_THAT_MAY_SKIP = {"h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"}
 
-# Codecs whose packets are told in full by the index of an MP4 or MOV file (the tests compare). Of others, such as VP8,
-# FFmpeg reads the packets themselves.
+# For these codecs the index of an MP4 or MOV file tells everything about the packets (the tests compare). For others,
+# such as VP8, FFmpeg looks into the packets.
 CODECS_THAT_MAY_BE_SKIMMED = {"h264", "hevc", "vp9", "av1", "mpeg4"}
 MOST_PIXELS = 2**26  # of a frame, twice those of 8K; a few more copies of a larger one would take gigabytes
 READ_BEYOND = 2**15  # bytes that FFmpeg reads past what it needs: the size of PyAV's buffer
@@ -45,6 +45,18 @@ OPEN_OPTIONS = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]
 
 class VideoError(ValueError):
     """A video that cannot be read; the message names the file and the reason."""
+
+
+class Packet(NamedTuple):
+    """What is known of a packet before it is decoded; times are in ticks of the stream's time base."""
+
+    pts: int | None
+    dts: int | None
+    duration: int | None
+    is_key: bool
+    is_shown: bool
+    is_cut: bool  # the file ends within it
+    span: tuple[int, int] | None  # its first byte in the file and the one after its last; None where not needed
 
 
 class VideoReader:
@@ -69,7 +81,7 @@ class VideoReader:
         self.missing = ""
         self.frames_decoded = 0
         self._packet_times: list[tuple[int | None, int | None]] = []  # (pts, dts) of each packet
-        self._packet_bytes: list[tuple[int, int]] = []  # (first, end) of each packet, where skimmed
+        self._packet_bytes: list[tuple[int, int]] = []  # (first, end) of each packet, if media data was left out
         self._next_index = 0
         self._iterator: Iterator | None = None
         self._read_index()
@@ -168,72 +180,86 @@ class VideoReader:
 
     def _read_index(self) -> None:
         """Read all packets; decode the first two frames, which tell the size and whether packets match frames."""
-        packets, frames, last_is_cut = [], [], False  # packets: (pts, duration, is key, is shown)
-        source, positions, is_skimmed = self._source(), [], False
+        source = self._source()
         with self._open(source) as stream:
-            codec = stream.codec_context
-            may_be_skimmed = self._file is not None and stream.container.format.name.startswith("mov,")
-            may_be_skimmed &= codec.codec.canonical_name in CODECS_THAT_MAY_BE_SKIMMED
-            for packet in chain(self._demux(stream), [None]):
-                if packet is not None:
-                    # Edit lists hide packets; so does VP8 (bit unset: a frame only to refer to, RFC 6386, 9.1).
-                    hidden = packet.is_discard or (codec.name == "vp8" and not memoryview(packet)[0] & 0x10)
-                    packets.append((packet.pts, packet.duration, packet.is_keyframe, not hidden))
-                    last_is_cut = packet.is_corrupt  # the file ends within it
-                    self._packet_times.append((packet.pts, packet.dts))
-                    positions.append((packet.pos, packet.pos + packet.size) if may_be_skimmed else None)
-                if len(frames) < 2:
-                    frames += self._decode(stream, packet)
-                    is_skimmed = may_be_skimmed and len(frames) >= 2 and source.skim_media_data()
-            if is_skimmed:  # FFmpeg marks key packets by what is in them, which was zeros: take the mark of the index
-                keys = {entry.pos for entry in stream.index_entries if entry.is_keyframe}
-                packets = [
-                    (pts, duration, position[0] in keys, is_shown)
-                    for (pts, duration, _, is_shown), position in zip(packets, positions, strict=True)
-                ]
-                self._packet_bytes = positions
+            packets, frames, is_skimmed = self._read_packets(stream, source)
             if not frames:
                 raise VideoError(f"{self.path}: not one frame can be decoded from {len(packets)} packets of video")
+            if is_skimmed:
+                packets = with_keys_of_index(packets, stream)
             self.height, self.width = to_image(frames[0], VideoReformatter()).shape[1:]
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             self._time_base = stream.time_base
-            promised = min(stream.frames, len(stream.index_entries))  # the latter without what edit lists cut away
-            if promised > len(packets) or (last_is_cut and promised == len(packets)):
-                self.missing = f"{promised - len(packets) + last_is_cut:,} frames"
-                self._warn(f"the header promises {promised} frames, the file holds {len(packets) - last_is_cut}")
-                if last_is_cut:  # no other refers to it, as it is the last one to decode
-                    for each in (packets, self._packet_times, positions):
-                        each.pop()
-            # H.265 with temporal layers: a frame "without references" may have some from a higher layer. Their number
-            # less one stands in the second byte of the video parameter set (7.3.2.1), after its header 0x40 0x01.
-            parameters = (codec.extradata or b"").partition(b"\x40\x01")[2]
-            has_layers = codec.name == "hevc" and parameters[1:2] > b"\x01"
-            self._skip = "NONREF" if codec.name in CODECS_THAT_MAY_SKIP and not has_layers else "DEFAULT"
-            lacks_pts = stream.container.format.name == "avi" and codec.has_b_frames  # FFmpeg makes some up
+            packets = self._without_cut_packet(packets, stream)
+            self._skip = frames_to_skip(stream.codec_context)
+            # AVI files have no pts: where frames are reordered, those that FFmpeg gives are made up
+            has_pts = not (stream.container.format.name == "avi" and stream.codec_context.has_b_frames)
         if not self.missing and (missing := self._missing_end()):
             self.missing = missing
             self._warn(f"cut: {missing} missing at its end")
-        self._key_packets = [number for number, packet in enumerate(packets) if packet[2]]
-        self._packet_number = {packet[0]: number for number, packet in enumerate(packets)}
-        first_pts = [frame.pts for frame in frames[:2]]
+        if is_skimmed:
+            self._packet_bytes = [packet.span for packet in packets]
+        self._packet_times = [(packet.pts, packet.dts) for packet in packets]
+        self._key_packets = [number for number, packet in enumerate(packets) if packet.is_key]
+        self._packet_number = {packet.pts: number for number, packet in enumerate(packets)}
+        self._find_frame_times(packets, [frame.pts for frame in frames[:2]], has_pts, rate)
+
+    def _read_packets(self, stream: VideoStream, source) -> tuple[list[Packet], list[VideoFrame], bool]:
+        """All packets, the first frames (two, if there are), and whether media data was left out while reading."""
+        codec = stream.codec_context
+        is_remote_mp4 = self._file is not None and stream.container.format.name.startswith("mov,")
+        may_be_skimmed = is_remote_mp4 and codec.codec.canonical_name in CODECS_THAT_MAY_BE_SKIMMED
+        packets = []
+        frames = []
+        is_skimmed = False
+        for packet in chain(self._demux(stream), [None]):
+            if packet is not None:
+                # Edit lists hide packets; so does VP8 (bit unset: a frame only to refer to, RFC 6386, 9.1).
+                is_hidden = packet.is_discard or (codec.name == "vp8" and not memoryview(packet)[0] & 0x10)
+                span = (packet.pos, packet.pos + packet.size) if may_be_skimmed else None
+                times = packet.pts, packet.dts, packet.duration
+                packets.append(Packet(*times, packet.is_keyframe, not is_hidden, packet.is_corrupt, span))
+            if len(frames) < 2:
+                frames += self._decode(stream, packet)
+                is_skimmed = may_be_skimmed and len(frames) >= 2 and source.skim_media_data()
+        return packets, frames, is_skimmed
+
+    def _without_cut_packet(self, packets: list[Packet], stream: VideoStream) -> list[Packet]:
+        """The packets that are whole; `missing` and a warning say how many the header promises beyond them."""
+        promised = min(stream.frames, len(stream.index_entries))  # the index lacks what edit lists cut away
+        last_is_cut = packets[-1].is_cut
+        whole_packets = packets[:-1] if last_is_cut else packets
+        if promised < len(packets) or promised == len(whole_packets):
+            return packets
+        self.missing = f"{promised - len(whole_packets):,} frames"
+        self._warn(f"the header promises {promised} frames, the file holds {len(whole_packets)}")
+        return whole_packets  # no frame refers to the one that is dropped, as it is the last one to decode
+
+    def _find_frame_times(self, packets: list[Packet], first_pts: list, has_pts: bool, rate: Fraction) -> None:
+        """The pts of all frames, from the packets where these match the first frames; else by counting frames.
+
+        Sets `duration` and `average_fps`, too. `rate`: frames per second by the header.
+        """
         self._pts = []
-        lacks_pts = lacks_pts or None in [*self._packet_number, *first_pts]
-        if not lacks_pts and len(self._packet_number) == len(packets):
-            # What comes before the first frame lacks its references, as in a recording cut from a broadcast.
-            self._pts = sorted(pts for pts, _, _, is_shown in packets if is_shown and pts >= first_pts[0])
+        has_pts = has_pts and None not in self._packet_number and None not in first_pts
+        if has_pts and len(self._packet_number) == len(packets):
+            # A frame before the first one lacks those it refers to, as in a recording cut from a broadcast.
+            self._pts = sorted(packet.pts for packet in packets if packet.is_shown and packet.pts >= first_pts[0])
         self._can_seek = self._pts[:2] == first_pts
         if self._can_seek:
             span = self._pts[-1] - self._pts[0]
             mean_gap = Fraction(span, len(self) - 1) if span else 1 / (rate * self._time_base)
-            last_gap = packets[self._packet_number[self._pts[-1]]][1] or mean_gap
-        else:  # timestamps are absent, repeated or misleading: count what comes out and trust the frame rate
+            last_gap = packets[self._packet_number[self._pts[-1]]].duration or mean_gap
+        else:  # timestamps are absent, repeated or misleading: count the frames that come out, trust the frame rate
             self._pts = [number for number, _ in self._decode_everything()]
-            self._time_base, span, last_gap = 1 / rate, len(self) - 1, 1
+            self._time_base = 1 / rate
+            span = len(self) - 1
+            last_gap = 1
         self.duration = float((span + last_gap) * self._time_base)
         self.average_fps = len(self) / self.duration
 
     def _missing_end(self) -> str:
-        """What the file says to be longer by than it is."""
+        """What is missing at the end, where the file itself says how long it is; else ""."""
         if self._file is None:
             with open(self.path, "rb", buffering=0) as file:
                 return whole.missing_of_video(file.read(whole.FIRST_BYTES), os.fstat(file.fileno()).st_size)
@@ -241,7 +267,7 @@ class VideoReader:
         return whole.missing_of_video(file.read(whole.FIRST_BYTES), file.seek(0, os.SEEK_END))
 
     def count_decodable(self) -> int:
-        """How many of the frames come out whole when everything is decoded."""
+        """How many of the frames are undamaged when everything is decoded."""
         shown = set(self._pts)
         return len({pts for pts, frame in self._decode_everything() if pts in shown and not frame.is_corrupt})
 
@@ -259,7 +285,8 @@ class VideoReader:
     def _find(self, wanted: deque[int]) -> Iterator[tuple[int, VideoFrame | None, bool]]:
         """For each wanted index: (index, its frame, True), or (index, the last frame decoded before it, False)."""
         wanted_pts = {self._pts[index] for index in wanted}
-        retreat = 0 if self._can_seek else 2  # 0: decode from the nearest key frame; 1: from the one before it; 2: all
+        # 0: decode from the nearest key frame; 1: from the one before it; 2: decode everything
+        retreat = 0 if self._can_seek else 2
         with self._open() as stream:
             while wanted and retreat < 2:
                 count = len(wanted)
@@ -290,7 +317,7 @@ class VideoReader:
         return self._key_packets[key - retreat] if key >= retreat else 0
 
     def _plan_run(self, wanted: deque[int], retreat: int) -> tuple[int, int]:
-        """First and last packet to decode in one go: up to where a seek to a later wanted frame leaves packets out."""
+        """First and last packet to decode in one go: a later wanted frame that can be reached by a seek starts anew."""
         end = self._packet_number[self._pts[wanted[0]]]
         for index in wanted:
             if self._key_packet(index) > end + 1:
@@ -299,7 +326,7 @@ class VideoReader:
         return self._key_packet(wanted[0], retreat), end
 
     def _decode_run(self, stream: VideoStream, start: int, end: int, wanted_pts: set[int]) -> Iterator[VideoFrame]:
-        """Frames of the packets `start` to `end`, less those that FFmpeg can drop; none where the seek failed."""
+        """Frames of the packets `start` to `end`, but for those that FFmpeg can drop; none where the seek failed."""
         start_pts = self._packet_times[start][0]
         is_confirmed = start == 0
         if self._packet_bytes:
@@ -311,7 +338,7 @@ class VideoReader:
             stream.codec_context.skip_frame = "DEFAULT" if is_wanted else self._skip
             for frame in self._decode(stream, packet if number <= end else None):
                 if not is_confirmed and frame.pts >= start_pts:
-                    # Key flags can lie (MP4 without their table, H.264 with gradual refresh): believe the picture.
+                    # Key flags can be wrong (MP4 without their table, H.264 with gradual refresh): look at the frame.
                     if frame.pts != start_pts or frame.pict_type != PictureType.I or frame.is_corrupt:
                         return
                     is_confirmed = True
@@ -363,7 +390,7 @@ class VideoReader:
         self._stop_on_failed_fetch()
 
     def _stop_on_failed_fetch(self) -> None:
-        """FFmpeg takes what could not be fetched for damage or the end of the file; it is neither."""
+        """Raise the FetchError of a failed read, which FFmpeg would take for damage or the end of the file."""
         if self._file is not None and self._file.failure:
             raise self._file.failure
 
@@ -382,29 +409,49 @@ class VideoReader:
             size = f"{picture.width}x{picture.height}"
             raise VideoError(f"{self.path}: frames of {size} pixels, above {MOST_PIXELS:,}; make it smaller")
 
-    def _miss(self, index: int, reason: str, on_missing: str) -> None:
+    def _miss(self, index: int, problem: str, on_missing: str) -> None:
+        """Raise VideoError for a frame that cannot be had or, with "nearest", warn of it."""
         if on_missing == "error":
-            raise VideoError(f"{self.path}: frame {index} {reason}")
-        self._warn(f"frame {index} {reason}; the last one decoded before it takes its place")
+            raise VideoError(f"{self.path}: frame {index} {problem}")
+        self._warn(f"frame {index} {problem}; the last one decoded before it takes its place")
 
-    def _warn(self, reason: str) -> None:
-        message = f"{self.path}: {reason}"
+    def _warn(self, problem: str) -> None:
+        message = f"{self.path}: {problem}"
         if message not in self.warnings:
             self.warnings.append(message)
+
+
+def with_keys_of_index(packets: list[Packet], stream: VideoStream) -> list[Packet]:
+    """The packets, each a key packet if the file's index says so.
+
+    FFmpeg looks into a packet to see whether it is one, and where media data was left out it saw zeros.
+    """
+    keys = {entry.pos for entry in stream.index_entries if entry.is_keyframe}
+    return [packet._replace(is_key=packet.span[0] in keys) for packet in packets]
+
+
+def frames_to_skip(codec) -> str:
+    """Which frames that are not wanted FFmpeg may drop, as its option skip_frame names them."""
+    # H.265 with temporal layers: a frame "without references" may have some from a higher layer. Their number less one
+    # stands in the second byte of the video parameter set (7.3.2.1), after its header 0x40 0x01.
+    parameters = (codec.extradata or b"").partition(b"\x40\x01")[2]
+    has_layers = codec.name == "hevc" and parameters[1:2] > b"\x01"
+    return "NONREF" if codec.name in CODECS_THAT_MAY_SKIP and not has_layers else "DEFAULT"
 
 
 def to_image(frame: VideoFrame, reformatter: VideoReformatter) -> torch.Tensor:
     """A decoded frame as an upright uint8 RGB tensor (3, H, W) in channels-last memory."""
     rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
-    # Not frame.side_data: that keeps a container in the frame that points back at it, and no frame would be freed
-    # before the garbage collector happens to run.
+    # Not frame.side_data: it and the frame refer to each other, so no frame would be freed before the garbage collector
+    # happens to run.
     try:
         matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     except ValueError:  # PyAV trips over kinds of side data that it has no name for, such as EXIF; mirroring is lost
         return torch.from_numpy(np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))).permute(2, 0, 1)
     if matrix is not None:  # x' = a x + c y, y' = b x + d y: which axis goes where, and which way round
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-        if abs(b) > abs(a):
-            rgb, a, d = rgb.transpose(1, 0, 2), c, b
+        if abs(b) > abs(a):  # a quarter turn: x and y change places
+            rgb = rgb.transpose(1, 0, 2)
+            a, d = c, b
         rgb = rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
     return torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)

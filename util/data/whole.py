@@ -1,15 +1,15 @@
 """Whether a media file is all there, seen from its length and its first and last bytes, nothing decoded.
 
-An upload or a download that was cut keeps its header, so that its size in pixels reads well and only decoding fails, in
-the middle of a run. Here the end is looked at where headers are read. A file that looks cut may still decode (cameras
-put things behind the end of a JPEG, some programs leave the last mark out): `vision.open_whole_image` then decodes it.
+A file whose upload or download was cut short keeps its header: its size in pixels can be read, and only decoding it
+fails, in the middle of a run. So the file's end is looked at when its header is read. A file that looks cut may still
+decode (cameras append data to a JPEG, some programs omit the last marker): `vision.open_whole_image` then decodes it.
 """
 
 import os
 from typing import BinaryIO
 
 FIRST_BYTES = 2**12  # enough for the header of any container
-TAIL = 64  # bytes; padding with zeros may be longer, and is then looked at as the whole file
+TAIL = 64  # bytes at the end that are looked at first; behind more zeros than these the whole file is searched
 PACKETS = {188: 0, 192: 4}  # bytes of a packet of MPEG-TS, and where its mark stands; the second is M2TS
 
 
@@ -19,7 +19,7 @@ PACKETS = {188: 0, 192: 4}  # bytes of a packet of MPEG-TS, and where its mark s
 def image_looks_whole(file: BinaryIO, kind: str) -> bool:
     """Whether the end of an image file of Pillow's format `kind` is there; True for formats whose end tells nothing.
 
-    A few bytes are read, unless they do not tell: then the file is walked through. `file` stays where it stands.
+    Usually a few bytes tell; else the whole file is walked through. The position of `file` does not change.
     """
     looks_whole = {
         "JPEG": jpeg_looks_whole, "MPO": jpeg_looks_whole, "PNG": png_looks_whole, "WEBP": webp_looks_whole,
@@ -36,15 +36,16 @@ def image_looks_whole(file: BinaryIO, kind: str) -> bool:
 
 
 def part(file: BinaryIO, start: int, count: int) -> bytes:
+    """Up to `count` bytes of a file from `start` on."""
     file.seek(max(0, start))
     return file.read(count)
 
 
 def jpeg_looks_whole(file: BinaryIO, size: int) -> bool:
-    """The mark EOI at the end, zeros after it apart, or somewhere after the start of the first scan.
+    """Whether the marker EOI stands at the end (zeros may follow), or anywhere after the start of the first scan.
 
-    Before the scan a thumbnail may hold an EOI of its own, so segments are passed by their lengths; within a scan 0xff
-    is always followed by 0x00 or a mark.
+    Before the scan a thumbnail may hold an EOI of its own, so segments are skipped by their lengths. Within a scan the
+    byte 0xff is always followed by 0x00 or is part of a marker.
     """
     if part(file, size - TAIL, TAIL).rstrip(b"\0").endswith(b"\xff\xd9"):
         return True
@@ -62,7 +63,7 @@ def jpeg_looks_whole(file: BinaryIO, size: int) -> bool:
 
 
 def png_looks_whole(file: BinaryIO, size: int) -> bool:
-    """The chunk IEND at the end, or after chunks that are all there: things may follow it."""
+    """Whether the chunk IEND stands at the end, or behind complete chunks with other data after it."""
     if part(file, size - 8, 4) == b"IEND":
         return True
     place = 8
@@ -75,12 +76,12 @@ def png_looks_whole(file: BinaryIO, size: int) -> bool:
 
 
 def webp_looks_whole(file: BinaryIO, size: int) -> bool:
-    """As long as the RIFF header says."""
+    """Whether the file is as long as its RIFF header says."""
     return int.from_bytes(part(file, 4, 4), "little") + 8 <= size
 
 
 def gif_looks_whole(file: BinaryIO, size: int) -> bool:
-    """The trailer at the end."""
+    """Whether the trailer stands at the end."""
     return part(file, size - TAIL, TAIL).rstrip(b"\0").endswith(b"\x3b")
 
 
@@ -88,10 +89,10 @@ def gif_looks_whole(file: BinaryIO, size: int) -> bool:
 
 
 def missing_of_video(first: bytes, size: int) -> str:
-    """What is missing at the end of a video file, from its first bytes and its length in bytes; empty: nothing known.
+    """What is missing at the end of a video file, from its first bytes and its length in bytes; "": nothing known.
 
-    Matroska and WebM say how long they are, AVI too; MPEG-TS is made of packets of one length. (MP4 and MOV keep an
-    index: without it they cannot be read, and what it promises is compared with what is there by VideoReader.)
+    Matroska, WebM and AVI files say how long they are; MPEG-TS consists of packets of one length. (MP4 and MOV cannot
+    be read without their index, and VideoReader compares what the index promises with what is there.)
     """
     if first[:4] == b"\x1a\x45\xdf\xa3":
         end = matroska_end(first)
@@ -120,9 +121,10 @@ def matroska_end(first: bytes) -> int | None:
 
 
 def ebml_number(content: bytes, place: int) -> tuple[int | None, int]:
-    """A length (None: left open) and how many bytes it takes (RFC 8794, section 4)."""
+    """A length (None: left open) and the number of bytes that it is written in (RFC 8794, section 4)."""
     if place >= len(content) or not content[place]:
         return None, 1
-    width = 9 - content[place].bit_length()
-    number = int.from_bytes(content[place : place + width], "big") & ((1 << 7 * width) - 1)
-    return (None if number == (1 << 7 * width) - 1 else number), width
+    width = 9 - content[place].bit_length()  # as many zero bits as stand before the first one, and one more
+    all_ones = (1 << 7 * width) - 1
+    number = int.from_bytes(content[place : place + width], "big") & all_ones
+    return (None if number == all_ones else number), width
