@@ -6,7 +6,7 @@ import torch
 
 from util.config import Config
 from util.cost import disk
-from util.cost.measure import CUT, describe_unused
+from util.cost.measure import CUT, unused_in_words
 from util.cost.memory import GIB, free_bytes, parts_in_words, peak_bytes
 from util.cost.sizes import Sizes
 from util.data import bad_samples
@@ -135,7 +135,7 @@ def what_is_unusual(config: Config, sizes: Sizes, steps: Steps, evaluation: Step
     if cut := sizes.cut_videos:
         facts["cut videos"] = f"{cut:,} {CUT}; python -m util check names them"
     if unused := sizes.unused:
-        facts["keys"] = describe_unused(unused)
+        facts["keys"] = unused_in_words(unused)
     idle = [of_ranks("training", survey), of_ranks("evaluation", evaluation.survey) if evaluation else ""]
     if any(idle):
         facts["idle"] = "; ".join(filter(None, idle))

@@ -1,8 +1,8 @@
 """A look over data before training: `python -m util check my_data/data.json --eval_data held_out.json`.
 
-Files come first, then any flags of finetune.py: what a training with them would refuse or shrink is said, and all that
-can be known from file headers; with --decode every file is decoded, too. No weights are loaded. Exit code 2 where a
-sample cannot be trained on, or a file cannot be decoded.
+Files come first, then any flags of finetune.py. It tells which samples a training with these flags would refuse or
+shrink, and everything that file headers say; with --decode every file is decoded, too. No weights are loaded. The exit
+code is 2 where a sample cannot be trained on, or a file cannot be decoded.
 """
 
 import argparse
@@ -11,18 +11,22 @@ import os
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from util.command_line import MOST_TOLD, UserError, parse, setting, settings_parser
 from util.config import Config
 
+if TYPE_CHECKING:
+    from util.dataset import Samples
+
 REPORT = "test_output/refused.txt"
 ASSUMED_MFU = 0.35  # share of a GPU's peak that training reaches
-ASSUMED_SHARE = 0.1  # of the rate of a large matrix product that training reaches on a CPU: `tiny` does, about
+ASSUMED_SHARE = 0.1  # of a large matrix product's rate that training reaches on a CPU, about what `tiny` does
 
 
 @dataclass
@@ -36,20 +40,23 @@ class CheckSettings(Config):
 
 @dataclass
 class Note:
-    """What is kept of a sample beside its size."""
+    """What is kept of a sample besides its size."""
 
     where: str
     named: str | None  # the kind that the file gives
     kind: str  # of content: "one image", "video" ...
     media: list[tuple[str, str | list[str]]]  # "image" or "video", and its path or the paths of its frames
-    text: bytes  # digest of roles and texts, white space and case apart
+    text: bytes  # digest of roles and texts, without regard to white space and case
 
     @property
     def files(self) -> list[tuple[str, str]]:
-        """Each file with what it is, a video's frames as images."""
+        """("image" or "video", path) of each file; a video that is given as frames is so many images."""
         found = []
         for kind, value in self.media:
-            found += [("image", path) for path in value] if isinstance(value, list) else [(kind, value)]
+            if isinstance(value, list):
+                found += [("image", path) for path in value]
+            else:
+                found.append((kind, value))
         return found
 
     @property
@@ -60,22 +67,26 @@ class Note:
 def note(example) -> Note:
     """The Note of a dataset.Example."""
     kinds = Counter(item["type"] for item in example.media)
-    parts = [f"{'one' if number == 1 else 'several'} {kind}{'s' * (number > 1)}" for kind, number in kinds.items()]
+    parts = [f"one {kind}" if number == 1 else f"several {kind}s" for kind, number in kinds.items()]
+    content = " and ".join(sorted(parts)) or "text alone"
     said = []
     for message in example.messages:
         texts = [item["text"] if item["type"] == "text" else f"<{item['type']}>" for item in message["content"]]
-        said.append(f"{message['role']}: {' '.join(unicodedata.normalize('NFKC', ' '.join(texts)).casefold().split())}")
+        words = unicodedata.normalize("NFKC", " ".join(texts)).casefold().split()
+        said.append(f"{message['role']}: {' '.join(words)}")
     digest = hashlib.blake2b("\n".join(said).encode(), digest_size=16).digest()
     media = [(item["type"], item[item["type"]]) for item in example.media]
-    return Note(example.where, example.kind, " and ".join(sorted(parts)) or "text alone", media, digest)
+    return Note(example.where, example.kind, content, media, digest)
 
 
 # ---- the same in training and in evaluation data --------------------------------------------------------------------
 
 
 def identities(paths: Iterable[str], others: Iterable[str]) -> dict[str, str]:
-    """What each path of both sets stands for: equal for equal content. Only files of a size found in both are read;
-    a remote file is taken at its address."""
+    """For each path of two sets a text that is equal for files of equal content.
+
+    Only files whose size occurs in both sets are read. A remote file counts as equal only to itself.
+    """
     from util.data import fetch
 
     def size(path: str) -> int | None:
@@ -84,9 +95,10 @@ def identities(paths: Iterable[str], others: Iterable[str]) -> dict[str, str]:
         except OSError:
             return None
 
-    sets = [{path: size(path) for path in set(some)} for some in (paths, others)]
-    shared = set(sets[0].values()) & set(sets[1].values()) - {None}
-    both = {**sets[0], **sets[1]}
+    sizes = {path: size(path) for path in set(paths)}
+    other_sizes = {path: size(path) for path in set(others)}
+    shared = set(sizes.values()) & set(other_sizes.values()) - {None}
+    both = {**sizes, **other_sizes}
     hashed = [path for path, number in both.items() if number in shared]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = dict(zip(hashed, pool.map(digest_of, hashed), strict=True))
@@ -94,6 +106,7 @@ def identities(paths: Iterable[str], others: Iterable[str]) -> dict[str, str]:
 
 
 def digest_of(path: str) -> str:
+    """A hash of a file's content; its path where it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -102,30 +115,38 @@ def digest_of(path: str) -> str:
 
 
 def overlap(train: list[Note], held_out: list[Note]) -> dict[str, list[str]]:
-    """Lines that name what stands in both, under "conversations" (same text and media) and "media"."""
-    same = identities((p for n in train for p in n.paths), (p for n in held_out for p in n.paths))
-    conversations, media = {}, {}
-    for one in train:
-        conversations.setdefault((one.text, *[same[path] for path in one.paths]), one.where)
-        for path in one.paths:
-            media.setdefault(same[path], f"{path} ({one.where})")
+    """Lines that name what occurs in both, under "conversations" (same text and media) and "media"."""
+    content_of = identities(paths_of(train), paths_of(held_out))
+    conversations = {}  # (text, content of its media): the first sample in training
+    media = {}  # content: the first file in training, and its sample
+    for sample in train:
+        contents = [content_of[path] for path in sample.paths]
+        conversations.setdefault((sample.text, *contents), sample.where)
+        for path, content in zip(sample.paths, contents, strict=True):
+            media.setdefault(content, f"{path} ({sample.where})")
     found: dict[str, list[str]] = {"conversations": [], "media": []}
     seen = set()
-    for one in held_out:
-        if first := conversations.get((one.text, *[same[path] for path in one.paths])):
-            found["conversations"].append(f"{one.where} is {first}")
-        for path in one.paths:
-            if same[path] in media and path not in seen:
+    for sample in held_out:
+        contents = [content_of[path] for path in sample.paths]
+        if first := conversations.get((sample.text, *contents)):
+            found["conversations"].append(f"{sample.where} is {first}")
+        for path, content in zip(sample.paths, contents, strict=True):
+            if content in media and path not in seen:
                 seen.add(path)
-                found["media"].append(f"{path} ({one.where}) is {media[same[path]]}")
+                found["media"].append(f"{path} ({sample.where}) is {media[content]}")
     return found
+
+
+def paths_of(notes: list[Note]) -> Iterator[str]:
+    for sample in notes:
+        yield from sample.paths
 
 
 # ---- everything decoded ---------------------------------------------------------------------------------------------
 
 
 class Decoding:
-    """Files by number, each decoded in full when it is asked for: what a worker does."""
+    """Decodes a file in full when it is asked for by its number; may be sent to workers."""
 
     def __init__(self, files: list[tuple[str, str]], settings) -> None:
         self.files, self.settings = files, settings
@@ -134,7 +155,7 @@ class Decoding:
         return len(self.files)
 
     def __getitem__(self, number: int) -> str:
-        """What training would refuse the file for, were it to ask for all of it; empty where all of it decodes."""
+        """What is wrong with the file if not all of it can be decoded; else ""."""
         from util import vision
         from util.data import fetch
 
@@ -145,7 +166,8 @@ class Decoding:
                 vision.to_tensor(vision.open_image(item["image"]), item["image"])
                 return ""
             with vision.open_video(item) as video:
-                decoded, promised = video.count_decodable(), len(video)
+                decoded = video.count_decodable()
+                promised = len(video)
         except (ValueError, OSError) as error:
             return str(error)
         if decoded == promised:
@@ -154,7 +176,7 @@ class Decoding:
 
 
 def decode_all(notes: list[Note], config: CheckSettings) -> list[str]:
-    """Every file of some samples decoded once, in workers; lines that name those that fail."""
+    """Decode every file of some samples once, in workers; lines that name the files that fail."""
     from tqdm import tqdm
 
     from util.cost.measure import MOST_WORKERS, as_is, usable_cpus
@@ -162,16 +184,18 @@ def decode_all(notes: list[Note], config: CheckSettings) -> list[str]:
     from util.data.media import MediaReader
 
     first: dict[tuple[str, str], str] = {}  # file: the first sample that holds it
-    for one in notes:
-        for file in one.files:
-            first.setdefault(file, one.where)
+    for sample in notes:
+        for file in sample.files:
+            first.setdefault(file, sample.where)
     decoding = Decoding(list(first), MediaReader(config).settings)
     workers = min(MOST_WORKERS, usable_cpus()) if config.num_workers is None else config.num_workers
     loader = Loader(decoding, batch_size=None, num_workers=min(workers, len(decoding)), collate_fn=as_is)
-    failed, began = [], time.perf_counter()
+    failed = []
+    began = time.perf_counter()
     with tqdm(total=len(decoding), desc="decoding", unit=" files", leave=False, delay=1) as progress:
         for problem, where in zip(loader, first.values(), strict=True):
-            failed += [f"{where}: {problem}"] if problem else []
+            if problem:
+                failed.append(f"{where}: {problem}")
             progress.update()
     seconds = time.perf_counter() - began
     show_table("decoded", {"files": f"{len(decoding):,} in {seconds:,.1f} s; {len(failed):,} cannot be decoded whole"})
@@ -182,29 +206,31 @@ def decode_all(notes: list[Note], config: CheckSettings) -> list[str]:
 
 
 def forecast(config: Config, path: str, samples, sizes, device) -> dict[str, str]:
-    """Steps, memory by part and time of an epoch, each as a line: an estimate, from sizes and the model's config."""
+    """Lines with an estimate of steps, memory by part and time of an epoch, from sizes and the model's config."""
     from util.cost import flops, memory
     from util.log import clock
     from util.model import choose_dtype, load_config
     from util.steps import training_steps
 
-    model_config, dtype = load_config(path), choose_dtype(config.dtype, device)
+    model_config = load_config(path)
+    dtype = choose_dtype(config.dtype, device)
     steps = training_steps(sizes, samples.examples, config)
     counts = memory.count_parameters(model_config, config)
     needs = memory.forecast(model_config, counts, config, dtype, steps.survey.heaviest)
-    needed, free = sum(needs.values()), memory.free_bytes(device)
+    needed = sum(needs.values())
+    free = memory.free_bytes(device)
+    fits = "" if needed <= free else f": DOES NOT FIT the {free / memory.GIB:.1f} GiB that are free"
     epoch = steps.order(0)
     epoch = epoch[sizes.is_usable[epoch]]
-    work = flops.training_flops(model_config, [sizes.columns()], config)[epoch].sum()
-    rate, how = training_rate(device, dtype)
     tokens = int(sizes.tokens[epoch].sum())
-    fits = "" if needed <= free else f": DOES NOT FIT the {free / memory.GIB:.1f} GiB that are free"
+    work = flops.training_flops(model_config, [sizes.columns()], config)[epoch].sum()
+    rate, source = training_rate(device, dtype)
     if rate:
         seconds = work / rate
         span = clock(seconds) if seconds >= 1 else "under 0:01"
-        took = f"{span} an epoch, a rough estimate, easily wrong by a factor of 3: {work:.2g} FLOPs at {how}"
+        took = f"{span} an epoch, a rough estimate, easily wrong by a factor of 3: {work:.2g} FLOPs at {source}"
     else:
-        took = f"{work:.2g} FLOPs an epoch; {how}"
+        took = f"{work:.2g} FLOPs an epoch; {source}"
     return {
         "steps": f"{len(steps):,} of at most {config.global_batch_size} samples in {config.epochs} epoch(s), "
         f"{steps.survey.fewest} to {steps.survey.most} forward passes each",
@@ -221,13 +247,15 @@ def training_rate(device, dtype) -> tuple[float | None, str]:
     from util.cost import flops
 
     if device.type == "cuda":
-        peak, name = flops.peak_flops(device), torch.cuda.get_device_name(device)
+        peak = flops.peak_flops(device)
+        name = torch.cuda.get_device_name(device)
         if peak is None:
             return None, f"what {name} can do is not known here"
         return ASSUMED_MFU * peak, f"an assumed {ASSUMED_MFU:.0%} of {name}'s {peak / 1e12:,.0f} TFLOP/s"
     matrix = torch.rand(768, 768, dtype=dtype)
     matrix @ matrix  # the first one starts threads
-    began, products = time.perf_counter(), 0
+    began = time.perf_counter()
+    products = 0
     while time.perf_counter() - began < 0.3:
         matrix @ matrix
         products += 1
@@ -246,34 +274,25 @@ def percentiles(values: list[int]) -> str:
 
 
 def overview(files: list[str], findings: list) -> dict[str, str]:
-    """Lines about one set of data."""
-    from util.cost.measure import CUT, describe_unused
+    """Lines about one set of data, by name."""
+    from util.cost.measure import unused_in_words
     from util.data import bad_samples
 
     good = [finding for finding in findings if finding.size]
     lines = {"data": f"{', '.join(files)}: {len(findings):,} samples, {len(good):,} can be trained on"}
-    kinds = Counter(finding.note.kind for finding in findings if finding.note)
-    named = Counter(finding.note.named for finding in findings if finding.note and finding.note.named)
-    for name, counted in (("content", kinds), ("kinds", named)):
-        if counted:
-            shown = ", ".join(f"{number:,} {kind}" for kind, number in counted.most_common(8))
-            lines[name] = shown + (f" and {len(counted) - 8} more kinds" if len(counted) > 8 else "")
+    notes = [finding.note for finding in findings if finding.note]
+    lines |= kinds_line("content", Counter(note.kind for note in notes))
+    lines |= kinds_line("kinds", Counter(note.named for note in notes if note.named))
     if good:
-        tokens = [finding.size.tokens for finding in good]
-        patches = [grid.patches for finding in good for grid in finding.size.grids]
-        supervised = [finding.size.supervised for finding in good]
-        lines["tokens"] = f"{percentiles(tokens)} a sample (least / 5 % / half / 95 % / most), {sum(tokens):,} in all"
-        if patches:
-            lines["patches"] = f"{percentiles(patches)} an image or video, {sum(patches):,} of {len(patches):,} in all"
-        lines["supervised"] = f"{sum(supervised) / sum(tokens):.1%} of the tokens; {percentiles(supervised)} a sample"
-        if capped := sum(grid.capped for finding in good for grid in finding.size.grids):
-            lines["videos"] = f"{capped:,} made smaller or shorter to cost at most --video_max_tokens"
-    if cut := sum(grid.cut for finding in good for grid in finding.size.grids):
-        lines["cut videos"] = f"{cut:,} {CUT}"
-    if unused := Counter(key for finding in findings for key in finding.unused):
-        lines["keys"] = describe_unused(unused)
+        lines |= size_lines([finding.size for finding in good])
+    unused: Counter = Counter()
+    for finding in findings:
+        unused.update(finding.unused)
+    if unused:
+        lines["keys"] = unused_in_words(unused)
     if shrunk := [finding for finding in good if finding.budget]:
-        before, after = sum(f.tokens_before for f in shrunk), sum(f.size.tokens for f in shrunk)
+        before = sum(finding.tokens_before for finding in shrunk)
+        after = sum(finding.size.tokens for finding in shrunk)
         lines["shrunk"] = (
             f"{len(shrunk):,} to fit --max_tokens, {before:,} to {after:,} tokens; the first is {shrunk[0].note.where}"
         )
@@ -282,13 +301,46 @@ def overview(files: list[str], findings: list) -> dict[str, str]:
     return lines
 
 
+def kinds_line(name: str, counted: Counter) -> dict[str, str]:
+    """A line of the eight most frequent kinds; nothing where there are none."""
+    if not counted:
+        return {}
+    line = ", ".join(f"{number:,} {kind}" for kind, number in counted.most_common(8))
+    if len(counted) > 8:
+        line += f" and {len(counted) - 8} more kinds"
+    return {name: line}
+
+
+def size_lines(sizes: list) -> dict[str, str]:
+    """Lines about the sizes of at least one sample."""
+    from util.cost.measure import CUT
+
+    tokens = [size.tokens for size in sizes]
+    supervised = [size.supervised for size in sizes]
+    grids = list(chain.from_iterable(size.grids for size in sizes))
+    patches = [grid.patches for grid in grids]
+    lines = {"tokens": f"{percentiles(tokens)} a sample (least / 5 % / half / 95 % / most), {sum(tokens):,} in all"}
+    if patches:
+        lines["patches"] = f"{percentiles(patches)} an image or video, {sum(patches):,} of {len(patches):,} in all"
+    lines["supervised"] = f"{sum(supervised) / sum(tokens):.1%} of the tokens; {percentiles(supervised)} a sample"
+    if capped := sum(grid.capped for grid in grids):
+        lines["videos"] = f"{capped:,} made smaller or shorter to cost at most --video_max_tokens"
+    if cut := sum(grid.cut for grid in grids):
+        lines["cut videos"] = f"{cut:,} {CUT}"
+    return lines
+
+
 def show_table(title: str, lines: dict[str, str]) -> None:
+    """A title, and the lines below it, each after its name."""
     width = max(map(len, lines))
-    print("\n".join([title, *(f"  {name:<{width}}  {line}" for name, line in lines.items()), ""]), flush=True)
+    print(title)
+    for name, line in lines.items():
+        print(f"  {name:<{width}}  {line}")
+    print(flush=True)
 
 
 def cut_videos(findings: list) -> list[str]:
-    """Lines that name the videos whose files end before their time."""
+    """Lines that name the videos whose files end early."""
     lines = []
     for finding in findings:
         if finding.size and finding.note:
@@ -297,72 +349,97 @@ def cut_videos(findings: list) -> list[str]:
     return lines
 
 
-def say(title: str, lines: list[str]) -> None:
-    """A title and up to 20 lines below it; nothing where there are none."""
+def show_list(title: str, lines: list[str], hint: str = "") -> None:
+    """A title and up to 20 lines below it, and where there are more the hint; nothing where there are no lines."""
+    from util.data.lines import first_of
+
     if lines:
         print(title)
-        print("".join(f"  {line}\n" for line in lines[:MOST_TOLD]), end="")
-        if len(lines) > MOST_TOLD:
-            print(f"  ... and {len(lines) - MOST_TOLD:,} more")
+        for line in first_of(lines, hint=hint):
+            print(f"  {line}")
         print(flush=True)
 
 
-def say_refused(problems: list[str], report: str | None) -> None:
-    """Name the samples that cannot be trained on: up to 20 here, all of them in a file when they are more."""
+def show_refused(problems: list[str], report: str | None) -> None:
+    """Name the samples that cannot be trained on: up to 20 here, and if there are more all of them in a file."""
+    hint = ""
     if report or len(problems) > MOST_TOLD:
         file = Path(report or REPORT)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(problem + "\n" for problem in problems), encoding="utf-8")
+            file.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--report {file}: cannot be written ({error.strerror})") from None
-    if problems:
-        print("refused")
-        print("".join(f"  {problem}\n" for problem in problems[:MOST_TOLD]), end="")
-        if len(problems) > MOST_TOLD:
-            print(f"  ... and {len(problems) - MOST_TOLD:,} more: all are in {file}")
-        print(flush=True)
+        hint = f": all are in {file}"
+    show_list("refused", problems, hint)
+
+
+@dataclass
+class Looked:
+    """What a look at one set of data gave."""
+
+    samples: "Samples"
+    findings: list  # a sizes.Finding for each sample
+    undecodable: list[str]  # lines that name files, with --decode
+
+    @property
+    def notes(self) -> list[Note]:
+        return [finding.note for finding in self.findings if finding.note]
+
+
+def look_at(title: str, files: list[str], processor, config: CheckSettings) -> Looked:
+    """Look at one set of data, and print what there is to know of it."""
+    from util.cost.measure import look
+    from util.data.media import MediaReader
+    from util.dataset import Examples, Samples
+    from util.vision import Budget
+
+    samples = Samples(Examples(files, processor), processor, Budget.of(config), MediaReader(config))
+    began = time.perf_counter()
+    findings = look(samples, config.max_tokens, config.on_long_sample, config.num_workers, note)
+    rate = len(samples) / (time.perf_counter() - began)
+    show_table(f"{title} ({rate:,.0f} samples a second)", overview(files, findings))
+    show_list("cut videos", cut_videos(findings))
+    looked = Looked(samples, findings, [])
+    if config.decode:
+        looked.undecodable = decode_all(looked.notes, config)
+    return looked
+
+
+def show_overlap(train: list[Note], held_out: list[Note]) -> None:
+    """Print what occurs in training and in evaluation data."""
+    both = overlap(train, held_out)
+    show_table("the same in training and evaluation data", {name: f"{len(same):,}" for name, same in both.items()})
+    for same in both.values():
+        for line in same[:MOST_TOLD]:
+            print(f"  {line}")
+    print(flush=True)
 
 
 def check(config: CheckSettings) -> None:
-    """Look at all data of `config` and print what there is to know; exit code 2 where samples are refused."""
-    from util.cost.measure import look
+    """Look at all data of `config` and print what there is to know; UserError where samples are refused."""
     from util.cost.sizes import Sizes
-    from util.data.media import MediaReader
-    from util.dataset import Examples, Samples
     from util.model import choose_device, find_model, load_processor
-    from util.vision import Budget
 
     device = choose_device(config.device)
     path = find_model(config.model, device)
     processor = load_processor(path)
-    found, problems, looked, undecodable = {}, [], {}, []
-    for title, files in (("training data", config.data), ("evaluation data", config.eval_data)):
-        if not files:
-            continue
-        samples = Samples(Examples(files, processor), processor, Budget.of(config), MediaReader(config))
-        began = time.perf_counter()
-        findings = look(samples, config.max_tokens, config.on_long_sample, config.num_workers, note)
-        rate = len(samples) / (time.perf_counter() - began)
-        found[title], looked[title] = findings, samples
-        problems += [finding.problem for finding in findings if not finding.size]
-        show_table(f"{title} ({rate:,.0f} samples a second)", overview(files, findings))
-        say("cut videos", cut_videos(findings))
-        if config.decode:
-            undecodable += decode_all([finding.note for finding in findings if finding.note], config)
-    train, held_out = (
-        [f.note for f in found.get(title, []) if f.note] for title in ("training data", "evaluation data")
-    )
+    train = look_at("training data", config.data, processor, config)
+    all_data = [train]
     if config.eval_data:
-        both = overlap(train, held_out)
-        lines = {name: f"{len(same):,}" for name, same in both.items()}
-        show_table("the same in training and evaluation data", lines)
-        print("".join(f"  {line}\n" for same in both.values() for line in same[:MOST_TOLD]), flush=True)
-    sizes = Sizes.of(found["training data"])
+        held_out = look_at("evaluation data", config.eval_data, processor, config)
+        all_data.append(held_out)
+        show_overlap(train.notes, held_out.notes)
+    sizes = Sizes.of(train.findings)
     if len(sizes.usable):
-        samples = looked["training data"]
-        show_table("forecast", forecast(config, path, samples, sizes, device))
-    say_refused([*problems, *undecodable], config.report)
+        show_table("forecast", forecast(config, path, train.samples, sizes, device))
+
+    problems = []
+    undecodable = []
+    for looked in all_data:
+        problems += [finding.problem for finding in looked.findings if not finding.size]
+        undecodable += looked.undecodable
+    show_refused([*problems, *undecodable], config.report)
     ends = []
     if problems:
         ends.append(
@@ -382,5 +459,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> None:
     files = list(takewhile(lambda word: not word.startswith("-"), arguments))
-    flags = [*(["--data", *files] if files else []), *arguments[len(files) :]]
+    flags = arguments[len(files) :]
+    if files:
+        flags = ["--data", *files, *flags]
     check(parse(CheckSettings, __doc__.splitlines()[0], flags))

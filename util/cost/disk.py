@@ -1,4 +1,4 @@
-"""Room on the disk: what a run will write, told before it starts; and a last save that is tried until it is there."""
+"""Room on the disk: what a run will write, told before it starts; and a last save, repeated until it succeeds."""
 
 import errno
 import os
@@ -36,14 +36,14 @@ def free_bytes(folder: Path) -> int:
 
 
 def model_bytes(counts: dict, config: Config, dtype: torch.dtype) -> int:
-    """Of the model that a run leaves; of adapters theirs alone, which are saved as they are trained."""
+    """Size in bytes of the model that a run leaves; adapters alone are saved, in the precision they are trained in."""
     if config.lora_rank:
         return sum(counts["adapters"].values()) * wide_bytes(dtype)
     return parameters_of(counts) * dtype.itemsize
 
 
 def checkpoint_bytes(counts: dict, config: Config, dtype: torch.dtype) -> int:
-    """Of one checkpoint: the weights in the precision that is trained, and two moments of what is trained."""
+    """Size in bytes of one checkpoint: weights in the precision of training, and two moments of each trained one."""
     if config.lora_rank:
         saved = trained = sum(counts["adapters"].values())
     else:
@@ -63,13 +63,12 @@ def wide_bytes(dtype: torch.dtype) -> int:
 
 
 def needs(counts: dict, config: Config, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes of the final model, of one checkpoint, and how many checkpoints may lie there at a time.
-
-    These are the newest that are kept, the one with the lowest evaluation loss, and the one that is being written.
-    """
+    """(bytes of the final model, bytes of one checkpoint, how many checkpoints may lie there at a time)."""
     most = 0
     if str(config.save_every) != "0":
-        most = config.keep + (1 if config.eval_data else 0) + 1
+        most = config.keep + 1  # the newest, and the one that is being written
+        if config.eval_data:
+            most += 1  # the one with the lowest evaluation loss
     return model_bytes(counts, config, dtype), checkpoint_bytes(counts, config, dtype), most
 
 
@@ -79,7 +78,8 @@ def room_in_words(folder: Path, counts: dict, config: Config, dtype: torch.dtype
     parts = f"model {gigabytes(model)}"
     if most:
         parts += f", and up to {most} checkpoints of {gigabytes(checkpoint)}"
-    needed, free = model + most * checkpoint, free_bytes(folder)
+    needed = model + most * checkpoint
+    free = free_bytes(folder)
     text = f"{gigabytes(needed)} to write: {parts}; {gigabytes(free)} are free"
     if needed > free:
         text += ": TOO LITTLE for all of them, the last ones will not be saved (fewer with --keep)"
@@ -89,16 +89,20 @@ def room_in_words(folder: Path, counts: dict, config: Config, dtype: torch.dtype
 def check(folder: Path, counts: dict, config: Config, dtype: torch.dtype) -> None:
     """Raise UserError where not even the final model fits, or with --save_every not one checkpoint beside it."""
     model, checkpoint, most = needs(counts, config, dtype)
-    least, free = model + (checkpoint if most else 0), free_bytes(folder)
+    free = free_bytes(folder)
+    least = model
+    what = f"the model ({gigabytes(model)})"
+    if most:
+        least += checkpoint
+        what += f" and one checkpoint ({gigabytes(checkpoint)})"
     if least > free and config.check_disk:
-        what = f"the model ({gigabytes(model)})" + (f" and one checkpoint ({gigabytes(checkpoint)})" if most else "")
         raise UserError(
             f"--output_dir {folder}: {what} will not fit, {gigabytes(free)} are free. Make room or name a folder on "
             "another disk; --no-check_disk goes ahead all the same"
         )
 
 
-# ---- when it fails all the same -------------------------------------------------------------------------------------
+# ---- when writing fails all the same --------------------------------------------------------------------------------
 
 
 def failure(error: BaseException, folder: Path, needed: int) -> str:
@@ -107,7 +111,7 @@ def failure(error: BaseException, folder: Path, needed: int) -> str:
     found = os_error(error)
     if found is not None and found.errno != errno.ENOSPC:
         text = os.strerror(found.errno)
-    elif found is not None or free < needed:  # torch's own writer only says that it failed
+    elif found is not None or free < needed:  # torch's own writer says only that it failed
         text = "the disk is full"
     else:
         text = (str(error).strip() or type(error).__name__).splitlines()[-1]
@@ -115,7 +119,7 @@ def failure(error: BaseException, folder: Path, needed: int) -> str:
 
 
 def os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error that caused this one, if any; safetensors passes on its number as text alone."""
+    """The operating system's error that caused this one, if any; safetensors gives its number only in the message."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error
@@ -129,9 +133,9 @@ def os_error(error: BaseException | None) -> OSError | None:
 def until_saved(
     save: Callable[[], str], say: Callable[[str], None], while_waiting: Callable[[], None] = lambda: None
 ) -> None:
-    """Call `save`, which returns "" or why it failed, until it succeeds: it is the last thing that keeps a run's work.
+    """Call `save`, which returns "" or why it failed, until it succeeds, because a run's work exists nowhere else.
 
-    Of several ranks all must call; one that failed makes all try again. `while_waiting` is called before each wait.
+    All ranks must call; if one fails, all try again. `while_waiting` is called before each wait.
     """
     told = None
     while True:

@@ -1,4 +1,4 @@
-"""Counting the work of a step: exact floating-point operations from the model's config, recompute not counted."""
+"""The work of a step: exact floating-point operations from the model's config, without what is computed twice."""
 
 import re
 from collections.abc import Iterable
@@ -11,9 +11,9 @@ from util.config import Config
 from util.cost.sizes import Columns
 from util.dataset import Size
 
-# Dense bf16 peak by NVIDIA's datasheets, TFLOP/s, by names as torch.cuda.get_device_name gives them: the first pattern
-# that is found counts. Cards of one name in another form (PCIe, NVL) have other peaks, and a part of a card (MIG) has
-# none of its own. What is not certain is left out: an mfu that is wrong is worse than none.
+# Dense bf16 peak by NVIDIA's datasheets, TFLOP/s, for names as torch.cuda.get_device_name gives them: the first pattern
+# that is found counts. A card's other forms (PCIe, NVL) have other peaks, and a part of a card (MIG) has none of its
+# own. What is not certain is left out: an mfu that is wrong is worse than none.
 PEAK_TFLOPS = {
     r"\bMIG\b": None,
     r"\bH[18]00 PCIe\b": 756,
@@ -29,8 +29,10 @@ PEAK_TFLOPS = {
 
 
 def forward_flops(config, size: Size | Columns) -> dict[str, float]:
-    """Floating-point operations of one sample's forward pass, by part (a multiply-add counts two); of the columns of
-    many sizes an array of those of each."""
+    """Floating-point operations of one sample's forward pass, by part (a multiply-add counts as two).
+
+    For the columns of n samples each value is an array (n,).
+    """
     text, tower = config.text_config, config.vision_config
     width, layers = text.hidden_size, text.num_hidden_layers
     key_value = width // text.num_attention_heads * text.num_key_value_heads
@@ -48,14 +50,24 @@ def forward_flops(config, size: Size | Columns) -> dict[str, float]:
 
 
 def training_flops(model_config, sizes: Iterable[Size | Columns], config: Config) -> float:
-    """Forward and backward. A trained part counts 3 times its forward pass; a frozen one once, or twice where
-    something before it trains, or adapters within it, and gradients pass through. The adapters count 3 times."""
-    trains_before, untrained, factors = False, untrained_parts(config), {}
+    """Floating-point operations of forward and backward passes; of columns of n samples an array (n,).
+
+    A trained part counts 3 times its forward pass: once forward, and backward once each for the gradients of its inputs
+    and of its weights. A frozen part counts once, or twice where gradients pass through it, to a part before it or to
+    adapters within it. The adapters themselves count 3 times.
+    """
+    untrained = untrained_parts(config)
+    factors = {}
+    gradients_pass = False
     for part in ("vision", "merger", "language_model"):
-        trains_before |= part not in untrained
-        factors[part] = 1
-        if trains_before:
-            factors[part] = 3 if part not in untrained and not config.lora_rank else 2
+        has_trained_weights = part not in untrained and not config.lora_rank
+        gradients_pass = gradients_pass or part not in untrained
+        if has_trained_weights:
+            factors[part] = 3
+        elif gradients_pass:
+            factors[part] = 2
+        else:
+            factors[part] = 1
     adapters = lora.count_adapters(model_config, config) if config.lora_rank else {}
     merge = model_config.vision_config.spatial_merge_size**2
     total = 0.0

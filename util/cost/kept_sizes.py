@@ -1,8 +1,8 @@
-"""Sizes of samples kept on disk, so that a second start reads no header: those of a data file in one file.
+"""Sizes of samples kept on disk, one file for each data file, so that a second start reads no media headers.
 
-What a size depends on is either in the name of the file it is kept in (the budget, the processor, the code that reads
-media, where paths lead) or compared each time: the sample's text, and size and time of its local media. A file or a
-sample that is new or has changed costs only itself. A remote medium is taken to be what its address named before.
+Everything that a size depends on is either part of the kept file's name (the budget, the processor, the code that reads
+media, the folder that paths start from) or compared each time: the sample's text, and size and time of its local media.
+Only a file or a sample that is new or has changed is looked at again. A remote medium is assumed not to have changed.
 """
 
 import hashlib
@@ -26,8 +26,7 @@ from util.data.lines import digests
 from util.dataset import Example, Samples
 
 FOLDER = "sizes"
-# The code that a size comes from: with another one it is found anew.
-# The files whose code decides what a sample costs: a change in any of them finds all sizes anew.
+# The files whose code decides what a sample costs: after a change in any of them all sizes are found anew.
 CODE = ("conversation", "dataset", "vision", "cost/kept_sizes", "cost/measure", "cost/sizes", "data/boxes",
         "data/entries", "data/fetch", "data/jpeg", "data/keys", "data/lines", "data/media", "data/tools",
         "data/video_reader", "data/whole")  # fmt: skip
@@ -38,33 +37,38 @@ def folder_of(config) -> Path:
     """Where the sizes that a run finds are kept: in `--cache_dir`, else beside the run."""
     if config.cache_dir:
         return Path(config.cache_dir).expanduser() / FOLDER
-    return (Path(config.output_dir).parent if config.output_dir else run_folder.RUNS) / f".{FOLDER}"
+    runs = Path(config.output_dir).parent if config.output_dir else run_folder.RUNS
+    return runs / f".{FOLDER}"
 
 
-# ---- what the media of a sample are like ----------------------------------------------------------------------------
+# ---- the media files of a sample and their state --------------------------------------------------------------------
 
 
 def media_files(example: Example, folder: Path) -> bytes:
-    """The local files of a sample's media, and those that would be taken instead if they were there, by zero bytes."""
-    here, found = os.getcwd() + os.sep, []
+    """Paths of a sample's local media, and of files that would be taken instead if they existed, between zero bytes."""
+    here = os.getcwd() + os.sep
+    found = []
     for item in example.media:
         value = item[item["type"]]
         for path in value if isinstance(value, list) else [value]:
             if fetch.is_remote(path):
                 continue
             found.append(path)
-            # a path of the data is looked for in the data file's folder before the current one (media.resolve_path)
+            # a path is looked for in the data file's folder before the current one (entries.resolve_path)
             if path.startswith(here) and (before := str(folder / path[len(here) :])) != path:
                 found.append(before)
     return b"\0".join([os.fsencode(path) for path in found])
 
 
 def state_of(files: bytes) -> int:
-    """A number that changes with size or time of any of `media_files`, now."""
-    return hash(tuple([size_and_time(path) for path in files.split(b"\0")])) if files else 0
+    """A hash of the present sizes and times of `media_files`; 0 for none."""
+    if not files:
+        return 0
+    return hash(tuple([size_and_time(path) for path in files.split(b"\0")]))
 
 
 def size_and_time(path: bytes) -> tuple[int, int]:
+    """Bytes of a file, and when it was last modified, in nanoseconds."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -76,8 +80,10 @@ def size_and_time(path: bytes) -> tuple[int, int]:
 
 
 class KeptSizes:
-    """The sizes of `samples` in `folder`, which may be one that cannot be written to. Any number of processes may use
-    it: a file is complete or absent, and one that is damaged is no longer used."""
+    """The sizes of `samples` that are kept in `folder`, which need not be writable.
+
+    Any number of processes may use it: a file in it is complete or absent, and a damaged one is not used.
+    """
 
     def __init__(self, folder: Path, samples: Samples, max_tokens: int, on_long_sample: str) -> None:
         self.folder, self.examples, self.max_tokens = folder, samples.examples, max_tokens
@@ -94,7 +100,9 @@ class KeptSizes:
 
     def find(self) -> tuple[np.ndarray, Table]:
         """The samples that are known, and their sizes."""
-        tables, found, begin = [], [], 0
+        found = []
+        tables = []
+        begin = 0  # number of a file's first sample
         for file, lines in zip(self.examples.files, self.lines, strict=True):
             kept = self._read(self._path(file))
             if kept is not None:
@@ -104,16 +112,17 @@ class KeptSizes:
             begin += len(lines)
         if not found:
             return np.zeros(0, dtype=np.int64), Table.of([])[0]
-        known, table = np.concatenate(found), Table.joined(tables)
+        table = Table.joined(tables)
         if self.limit is None:
-            table.numbers["reason"] = np.where(table.numbers["tokens"] > self.max_tokens, TOO_LONG, FINE).astype(
-                np.uint8
-            )
-        return known, table
+            is_too_long = table.numbers["tokens"] > self.max_tokens
+            table.numbers["reason"] = np.where(is_too_long, TOO_LONG, FINE).astype(np.uint8)
+        return np.concatenate(found), table
 
     def keep(self, table: Table, changed: np.ndarray) -> None:
-        """Write the sizes of all samples, those of the data files in which some have `changed`. OSError where it
-        cannot be written."""
+        """Write the sizes of every data file in which a sample is among `changed`. `table`: the sizes of all samples.
+
+        OSError where they cannot be written.
+        """
         storable = np.isin(table.numbers["reason"], [FINE] if self.limit else [FINE, TOO_LONG])
         begin = 0
         for file, lines in zip(self.examples.files, self.lines, strict=True):
@@ -130,7 +139,7 @@ class KeptSizes:
     def _read(path: Path) -> tuple[np.ndarray, Table] | None:
         """Digests of the lines, and their sizes; None where there is no file that can be used."""
         try:
-            with np.load(path) as file:  # which checks the sums of what it reads, and unpickles nothing
+            with np.load(path) as file:  # np.load verifies checksums and, as it is called here, unpickles nothing
                 columns = {name: file[name] for name in file.files}
             lines = columns.pop("line")
             lists = {name: (columns.pop(f"{name}_ends"), columns.pop(name)) for name in ("grids", "files", "unused")}
@@ -154,7 +163,7 @@ class KeptSizes:
 
 
 def still_true(kept_lines: np.ndarray, table: Table, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `lines` are among the kept ones, with media that are what they were; and their rows in the table."""
+    """Which of `lines` are kept, with media that have not changed since; and their rows in the table."""
     if not len(kept_lines):
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     if len(lines) == len(kept_lines) and (lines == kept_lines).all():
@@ -167,15 +176,17 @@ def still_true(kept_lines: np.ndarray, table: Table, lines: np.ndarray) -> tuple
     rows = rows[known]
     ends, files = table.lists["files"]
     begins = np.concatenate([[0], ends[:-1]])
-    text, state = memoryview(files), lru_cache(2**16)(state_of)  # many samples may share a medium
+    text = memoryview(files)
+    remembered_state = lru_cache(2**16)(state_of)  # many samples may share a medium
     spans = zip(begins[rows].tolist(), ends[rows].tolist(), strict=True)
-    states = np.fromiter((state(bytes(text[begin:end])) for begin, end in spans), dtype=np.int64, count=len(rows))
+    now = (remembered_state(bytes(text[begin:end])) for begin, end in spans)
+    states = np.fromiter(now, dtype=np.int64, count=len(rows))
     same = states == table.numbers["state"][rows]
     return known[same], rows[same]
 
 
 def processor_mark(processor) -> str:
-    """Changes with the tokenizer or the chat template."""
+    """A hash that changes with the tokenizer or the chat template."""
     tokenizer = processor.tokenizer
     text = json.dumps([tokenizer.backend_tokenizer.to_str(), processor.chat_template, tokenizer.chat_template])
     return hashlib.sha256(text.encode()).hexdigest()
@@ -183,7 +194,7 @@ def processor_mark(processor) -> str:
 
 @lru_cache(1)
 def code_mark() -> str:
-    """Changes with the code that reads data, and with the libraries that open media."""
+    """A hash that changes with the code that reads data, and with the libraries that open media."""
     found = hashlib.sha256(json.dumps([version(name) for name in ("av", "pillow", "transformers")]).encode())
     for name in CODE:
         found.update((run_folder.ROOT / "util" / f"{name}.py").read_bytes())

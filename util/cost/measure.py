@@ -1,7 +1,7 @@
 """What every sample costs, known before training from file headers alone; what cannot be trained on is found here.
 
-The same numbers as `Samples.size`, several times as fast: the chat template is run once for each structure of a
-conversation (roles and kinds of content) and the texts are then put into its places.
+The numbers are those of `Samples.size`, found several times as fast: the chat template is run once for each structure
+of a conversation (roles and kinds of content), and the texts of each conversation are put into the places found so.
 """
 
 import math
@@ -24,30 +24,33 @@ from util.command_line import MOST_TOLD
 from util.cost.kept_sizes import KeptSizes, folder_of, media_files, state_of
 from util.cost.sizes import TOO_LONG, Finding, Problem, Sizes, Table
 from util.data import bad_samples
-from util.data.lines import DataError, stop_on
+from util.data.lines import DataError, first_of, stop_on
 from util.data.loader import Loader, usable_cpus
 from util.data.media import MediaReader
 from util.data.settings import SampleSettings
 from util.dataset import Example, Samples, Size
 
 CHUNK = 32  # samples that a worker looks at before it answers
-WORTH_WORKERS = 1.0  # seconds of work from which on starting worker processes pays
+WORTH_WORKERS = 1.0  # seconds; starting worker processes pays only for more work than this
 MOST_WORKERS = 16
 MOST_STRUCTURES = 4096  # of conversations, remembered at a time
-MOST_KEYS = 8  # told by name
-CUT = "end before their time, as their files are cut: what is there is trained on"
-SLOT = re.compile(" \n\ue001aZ<&' ([0-9]+)\ue001\n ")  # a text's place; a template that edits texts would change it
+MOST_KEYS = 8  # unused keys that are told by name
+CUT = "end before their time, as their files are cut: what is there is trained on"  # after a number of videos
+# Marks a text's place. It holds spaces, quotes and the like, which a template that edits texts would change.
+SLOT_TEXT = " \n\ue001aZ<&' {}\ue001\n "
+SLOT = re.compile(SLOT_TEXT.format("([0-9]+)"))
 
 
-def describe_unused(unused: Counter) -> str:
-    """`not used: id (31), source (31)`: keys of samples, messages and items that say nothing to training."""
-    shown = [f"{key} ({number:,})" for key, number in unused.most_common(MOST_KEYS)]
-    more = [f"and {len(unused) - MOST_KEYS:,} more"] if len(unused) > MOST_KEYS else []
-    return f"not used: {', '.join([*shown, *more])}"
+def unused_in_words(unused: Counter) -> str:
+    """`not used: id (31), source (31)`: keys of samples, messages and items that have no effect on training."""
+    parts = [f"{key} ({number:,})" for key, number in unused.most_common(MOST_KEYS)]
+    if len(unused) > MOST_KEYS:
+        parts.append(f"and {len(unused) - MOST_KEYS:,} more")
+    return f"not used: {', '.join(parts)}"
 
 
 def measure_all(samples: Samples, config) -> Sizes:
-    """`measure` as a run does it, with the sizes kept that were found before."""
+    """`measure` as a run does it: sizes that an earlier run found and kept are used, and new ones are kept."""
     return measure(samples, config.max_tokens, config, config.num_workers, folder_of(config))
 
 
@@ -58,18 +61,18 @@ def measure(
     num_workers: int | None = 0,
     keep_in: Path | None = None,
 ) -> Sizes:
-    """The size of every sample, and what `settings` say of the bad and the long ones done to `samples`.
+    """The size of every sample. Bad and long samples are refused, left out or shrunk in `samples` as `settings` say.
 
-    DataError names those that break a rule, cannot be read or exceed `max_tokens`; none is left out silently: they are
-    printed. `num_workers`: processes that read headers, where it takes long enough; None: as many as there are CPUs.
-    `keep_in`: a folder of sizes that were found before, and of those that are found now.
+    DataError names the samples that are refused: they break a rule, cannot be read or exceed `max_tokens`. Those that
+    are left out are printed. `num_workers`: processes that read headers, where that takes long enough; None: as many as
+    there are CPUs. `keep_in`: a folder with the sizes that were found before; those that are found now go there, too.
     """
     settings = settings or SampleSettings()
     sizes = find_sizes(samples, max_tokens, settings.on_long_sample, num_workers, keep_in)
-    skip = settings.on_bad_sample == "skip"
-    skip_long = {"stop": False, "skip": True, "shrink": skip}[settings.on_long_sample]
+    skips_bad = settings.on_bad_sample == "skip"
+    skips_long = settings.on_long_sample == "skip" or (settings.on_long_sample == "shrink" and skips_bad)
     left_out = sizes.left_out
-    refused = [reason for reason in left_out if not (skip_long if reason == "too long" else skip)]
+    refused = [reason for reason in left_out if not (skips_long if reason == "too long" else skips_bad)]
     stop_on(sizes.refusals(refused), sum(left_out[reason] for reason in refused))
     if left_out:
         told = sizes.refusals(left_out)
@@ -78,10 +81,8 @@ def measure(
         samples.examples.left_out = frozenset(np.flatnonzero(~sizes.is_usable).tolist())
         if ranks.is_first():
             print(f"left out: {bad_samples.reasons_in_words(left_out)}")
-            for problem in told:
-                print(f"  {problem}")
-            if (more := left_out.total() - MOST_TOLD) > 0:
-                print(f"  ... and {more:,} more; python -m util check lists them all")
+            for line in first_of(told, left_out.total(), "; python -m util check lists them all"):
+                print(f"  {line}")
     budget_of = cache(lambda cap: replace(samples.budget, cap_pixels=cap))  # few caps, perhaps of many samples
     caps = sizes.table.numbers["cap"][sizes.shrunk]
     samples.shrunk = {index: budget_of(cap) for index, cap in zip(sizes.shrunk.tolist(), caps.tolist(), strict=True)}
@@ -91,10 +92,10 @@ def measure(
 def find_sizes(
     samples: Samples, max_tokens: int, on_long_sample: str, num_workers: int | None, keep_in: Path | None
 ) -> Sizes:
-    """The sizes of all samples: those that the first rank finds kept from before; the others are looked at.
+    """The sizes of all samples: the first rank reads those that were kept, and samples without one are looked at.
 
-    Of several ranks each looks at its share and all get all: a file that only some of them can read is the same to
-    every one.
+    Each rank looks at its share of them, and all ranks get the results of all, so that they agree even about a file
+    that only some of them can read.
     """
     kept = KeptSizes(keep_in, samples, max_tokens, on_long_sample) if keep_in and ranks.is_first() else None
     known, before = kept.find() if kept else (np.zeros(0, dtype=np.int64), Table.of([])[0])
@@ -121,7 +122,7 @@ def find_sizes(
 
 
 def keep(kept: KeptSizes, table: Table, changed: np.ndarray) -> None:
-    """Keep what was found for the next start, which does without where that is not possible."""
+    """Keep the sizes for the next start, or say that this is not possible."""
     try:
         kept.keep(table, changed)
     except OSError as error:
@@ -146,7 +147,7 @@ def findings_of(chunks: "Chunks", num_workers: int | None) -> Iterator[Finding]:
 
 
 def in_order(chunks: "Chunks", num_workers: int | None) -> Iterator[list[Finding]]:
-    """The findings of all chunks. The first is looked at here: where the others take long, processes share them."""
+    """The findings of all chunks. The first one is made here and timed: it tells whether the others need processes."""
     if not len(chunks):
         return
     began = time.perf_counter()
@@ -154,7 +155,9 @@ def in_order(chunks: "Chunks", num_workers: int | None) -> Iterator[list[Finding
     expected = (time.perf_counter() - began) * (len(chunks) - 1)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = min(MOST_WORKERS, usable_cpus() // local_ranks) if num_workers is None else num_workers
-    workers = min(workers if workers > 1 and expected > WORTH_WORKERS else 0, len(chunks) - 1)
+    if workers <= 1 or expected <= WORTH_WORKERS:
+        workers = 0
+    workers = min(workers, len(chunks) - 1)
     yield from Loader(
         chunks, sampler=range(1, len(chunks)), batch_size=None, num_workers=workers, collate_fn=as_is,
         generator=torch.Generator(),  # of its own: it draws a seed, and training's must not move
@@ -162,7 +165,7 @@ def in_order(chunks: "Chunks", num_workers: int | None) -> Iterator[list[Finding
 
 
 class Chunks:
-    """Findings by number of a chunk of samples: what a worker does. It may be sent to workers before its first use."""
+    """The findings of each chunk of samples, made when asked for. May be sent to workers before its first use."""
 
     def __init__(
         self, samples: Samples, indices: np.ndarray, max_tokens: int, on_long_sample: str, note: Callable | None = None
@@ -178,11 +181,11 @@ class Chunks:
         return [self.one(index) for index in self.indices[number * CHUNK : (number + 1) * CHUNK].tolist()]
 
     def one(self, index: int) -> Finding:
-        """What can be known of a sample without decoding a pixel."""
+        """What can be known of a sample without decoding any pixels."""
         try:
             example = self.samples.examples[index]
             files = media_files(example, self.samples.examples.folder(index))
-            state = state_of(files)  # before they are read: what changes meanwhile is read again at the next start
+            state = state_of(files)  # before they are read, so that a file that changes meanwhile is read again
             example = self.samples.with_boxes(example)
             finding = self.sized(example, self.quick(example))
             note = self.note(example) if self.note else None
@@ -208,7 +211,8 @@ def too_long(where: str, tokens: int, max_tokens: int) -> str:
     )
 
 
-def as_is(value):
+def as_is(value: object) -> object:
+    """The value itself, for a DataLoader that is not to make batches."""
     return value
 
 
@@ -216,13 +220,13 @@ def as_is(value):
 
 
 def shrink(samples: Samples, example: Example, size: Size, max_tokens: int) -> tuple[vision.Budget, Size]:
-    """The budget, and the size with it, with which a sample that is too long fits `max_tokens`.
+    """The budget with which a sample that is too long fits `max_tokens`, and its size with it.
 
-    No image or frame gets more pixels than a cap, the largest with which the sample fits: small ones stay as they are,
-    no frame is left out, and no visual token is cut. Keys of the items and --min_pixels give way. DataError where not
+    The budget caps the pixels of an image or frame, as high as the sample fits. Small ones stay as they are, no frame
+    is left out, and no visual token is cut. The cap overrules --min_pixels and the keys of items. DataError where not
     even one token for each image and pair of frames fits.
     """
-    # without the cache: it would answer for the size that is not wanted
+    # without the cache of frames, whose entries have the size before shrinking
     plain = Samples(samples.examples, samples.processor, samples.budget, MediaReader(samples.reader.settings))
     grids_of = plain._media(example, read_header)
     text = size.tokens - sum(grid.tokens for grid in size.grids)
@@ -234,22 +238,26 @@ def shrink(samples: Samples, example: Example, size: Size, max_tokens: int) -> t
     def total(grids: list[vision.Grid]) -> int:
         return text + sum(grid.tokens for grid in grids)
 
-    low, high = 1, max((grid.tokens // grid.t for grid in size.grids), default=1)
+    low = 1  # tokens of an image or pair of frames
+    high = max((grid.tokens // grid.t for grid in size.grids), default=1)
     if (least := total(with_cap(low)[1])) > max_tokens:
         raise DataError(
             f"{example.where}: {size.tokens:,} tokens, above --max_tokens {max_tokens:,}, and still {least:,} with one "
             "token for each image and pair of frames; raise --max_tokens, or take frames or text out",
             "too long",
         )
-    while high - low > 1:  # `low` fits
+    while high - low > 1:  # the sample fits with `low`, and does not with `high`
         middle = (low + high) // 2
-        low, high = (middle, high) if total(with_cap(middle)[1]) <= max_tokens else (low, middle)
+        if total(with_cap(middle)[1]) <= max_tokens:
+            low = middle
+        else:
+            high = middle
     budget, grids = with_cap(low)
     return budget, Size(total(grids), size.supervised, grids)
 
 
 def read_header(item: dict, budget: vision.Budget) -> Callable[[vision.Budget], vision.Grid]:
-    """A function budget -> the grid `vision.load` will give, the file's header read once, now."""
+    """A function from a budget to the grid that `vision.load` will give; the file's header is read once, now."""
     if item["type"] == "image":
         image = vision.open_image(item["image"])
         height, width = image.height, image.width
@@ -271,7 +279,7 @@ def read_header(item: dict, budget: vision.Budget) -> Callable[[vision.Budget], 
 
 @dataclass
 class VideoHeader:
-    """What `vision.plan_video` asks of a video."""
+    """The part of a VideoReader that `vision.plan_video` needs."""
 
     frames: int
     height: int
@@ -287,7 +295,7 @@ class VideoHeader:
 
 
 class QuickSize:
-    """`Samples.size` of an example, its conversation not rendered where one of the same structure was."""
+    """`Samples.size` of an example; the chat template is not run where it was for the same structure."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
@@ -313,19 +321,22 @@ class QuickSize:
 
     def text_tokens(self, example: Example) -> tuple[int, int] | None:
         """Tokens, one for each medium, and how many of them are supervised; None where only rendering can tell."""
-        key = tuple(
-            (message["role"], *[(item["type"], *sorted(item)) for item in message["content"]])
-            for message in example.messages
-        )
+        roles_and_kinds = []
+        texts = []
+        for message in example.messages:
+            items = message["content"]
+            roles_and_kinds.append((message["role"], *[(item["type"], *sorted(item)) for item in items]))
+            texts += [item["text"] for item in items if "text" in item]
+        key = tuple(roles_and_kinds)
         if key not in self.structures:
             if len(self.structures) == MOST_STRUCTURES:
                 self.structures.clear()
             self.structures[key] = find_structure(example, self.samples.processor)
         structure = self.structures[key]
-        texts = [item["text"] for message in example.messages for item in message["content"] if "text" in item]
         if structure is None or not all(texts):  # a template may leave out what is empty
             return None
-        tokens = supervised = 0
+        tokens = 0
+        supervised = 0
         for parts, is_supervised in structure:
             count = self.count("".join([texts[part] if isinstance(part, int) else part for part in parts]))
             tokens += count
@@ -337,19 +348,26 @@ class QuickSize:
 
 
 def find_structure(example: Example, processor) -> list[tuple[list[str | int], bool]] | None:
-    """The pieces of a conversation, each a list of literal text and of numbers that stand for the conversation's texts,
-    and whether it is supervised. None where the template does more than to put every text, as it is, in its place."""
-    slots: list[str] = []
+    """The pieces of a conversation as (parts, is supervised); a part is literal text or the number of a text.
 
-    def marked(item: dict) -> dict:
-        item = {**item, item["type"]: "\ue001"} if item["type"] != "text" else dict(item)
-        if "text" in item:
-            item["text"] = f" \n\ue001aZ<&' {len(slots)}\ue001\n "
-            slots.append(item["text"])
-        return item
+    None where the template does not put every text, unchanged and in order, in its place.
+    """
+    count = 0  # texts that were replaced by marks
+    messages = []
+    for message in example.messages:
+        items = []
+        for item in message["content"]:
+            item = dict(item)
+            if item["type"] != "text":
+                item[item["type"]] = "\ue001"  # a template that writes a medium's path is noticed by this
+            if "text" in item:
+                item["text"] = SLOT_TEXT.format(count)
+                count += 1
+            items.append(item)
+        messages.append({**message, "content": items})
 
-    messages = [{**m, "content": [marked(item) for item in m["content"]]} for m in example.messages]
-    structure, order = [], []
+    structure = []
+    order = []
     for piece in conversation.render(messages, processor):
         literals_and_slots = SLOT.split(piece.text)
         parts = [int(part) if number % 2 else part for number, part in enumerate(literals_and_slots)]
@@ -357,4 +375,4 @@ def find_structure(example: Example, processor) -> list[tuple[list[str | int], b
             return None
         order += parts[1::2]
         structure.append((parts, piece.supervised))
-    return structure if order == list(range(len(slots))) else None
+    return structure if order == list(range(count)) else None

@@ -27,14 +27,21 @@ GIB = 2**30
 
 
 def count_parameters(model_config, config: Config) -> dict:
-    """Parameters by part, from the model's config alone; of adapters, under "adapters", too."""
+    """Parameters by part from the model's config alone, those of adapters under "adapters".
+
+    Besides the parts: those of the "largest_layer" and of "all_layers".
+    """
     with torch.device("meta"):
         model = Qwen2VLForConditionalGeneration(model_config)
-    counts = {"vision": 0, "merger": 0, "language_model": 0, "adapters": lora.count_adapters(model_config, config)}
+    counts = dict.fromkeys(PARTS, 0)
+    counts["adapters"] = lora.count_adapters(model_config, config)
     for name, parameter in model.named_parameters():
         counts[part_of(name)] += parameter.numel()
-    per_layer = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers(model)]
-    counts["largest_layer"], counts["all_layers"] = max(per_layer), sum(per_layer)
+    per_layer = []
+    for layer in layers(model):
+        per_layer.append(sum(parameter.numel() for parameter in layer.parameters()))
+    counts["largest_layer"] = max(per_layer)
+    counts["all_layers"] = sum(per_layer)
     return counts
 
 
@@ -44,21 +51,23 @@ def forecast(
     """Bytes by part: a dict whose values add up to the peak within a training step.
 
     Activations are what each layer of transformers' modules keeps for its backward pass, for the one of `micro_batches`
-    that needs most. `shards` devices share weights, gradients and moments; less than full sharding keeps copies whole.
+    that needs most. Weights, gradients and moments are divided among `shards` devices; less than full sharding also
+    keeps whole copies on each.
     """
     total = sum(counts[part] for part in PARTS)
     trained = sum(counts[part] for part in PARTS if part not in config.freeze)
     width = 8 if dtype == torch.float64 else 4
     weights = width * total
     if config.lora_rank:
-        adapters = trained = sum(lora.count_adapters(model_config, config).values())  # `counts` are another config's
+        # not counts["adapters"]: where remedies are tried, `counts` were made for a config without them
+        adapters = trained = sum(lora.count_adapters(model_config, config).values())
         weights = lora.frozen_bytes(model_config, config, total, dtype.itemsize) + width * adapters
     parts = {
         "weights": weights / (shards if config.quantize == "none" else 1),
         "gradients": width * trained / shards,
         "moments": trained * (2 if config.optimizer == "adamw_8bit" else 2 * width) / shards,
     }
-    if config.quantize != "none":  # a weight of 4 bits is written out while it works
+    if config.quantize != "none":  # while a layer computes with its 4-bit weight there is a copy in full precision
         text = model_config.text_config
         parts["copies at work"] = dtype.itemsize * text.hidden_size * text.intermediate_size
     elif (shards > 1 or ranks.are_several()) and config.sharding != "full":
@@ -73,10 +82,13 @@ def forecast(
 
 
 def activations(model_config, config: Config, dtype: torch.dtype, load: Load) -> tuple[float, float, float]:
-    """Bytes of activations and of logits that one packed micro-batch keeps for its backward pass; and of the gradients
-    of activations that its largest layer holds during it, which is where memory peaks."""
+    """(bytes of activations, of logits, of working memory) of one packed micro-batch at the peak of its backward pass.
+
+    The first two are kept from the forward pass; working memory is the gradients of activations in the largest layer.
+    """
     text, tower = model_config.text_config, model_config.vision_config
-    compute, wide = dtype.itemsize, max(4, dtype.itemsize)
+    compute = dtype.itemsize
+    wide = max(4, dtype.itemsize)  # of what is computed in fp32 at least
     tokens, patches, supervised = map(int, load)
     supervised = min(supervised, LOGIT_ROWS)
     width, inner = text.hidden_size, text.intermediate_size
@@ -94,7 +106,9 @@ def activations(model_config, config: Config, dtype: torch.dtype, load: Load) ->
     if config.activation_checkpointing == "full":  # each layer's input, and all of the one that is being recomputed
         kept = compute * (width * depth * tokens + tower.embed_dim * blocks_kept * patches)
         block_working = compute * patches * tower.embed_dim * (tower.mlp_ratio + 1)
-        recomputed = [(layer * tokens, working), (block * patches, block_working)][: 2 if blocks_kept else 1]
+        recomputed = [(layer * tokens, working)]
+        if blocks_kept:
+            recomputed.append((block * patches, block_working))
         most, working = max(recomputed, key=sum)
         kept += most
     else:
@@ -107,18 +121,20 @@ def check(
     model_config, config: Config, dtype: torch.dtype, device: torch.device, survey: Survey, parts: dict, shards: int = 1
 ) -> None:
     """Raise UserError where the forecast does not fit the device, naming the settings with which it would."""
-    needed, free = sum(parts.values()), free_bytes(device)
+    needed = sum(parts.values())
+    free = free_bytes(device)
     if needed <= free or not config.check_memory:
         return
     counts = count_parameters(model_config, config)
+    # With --micro_batch_size 1 the longest sample alone decides: less is not possible.
+    batch_choices = [([], survey.heaviest), (["--micro_batch_size 1"], survey.heaviest_samples)]
     ways = []
     for changes, changed in remedies(config, device):
-        # one sample at a time, the longest there is, is the least a step can be
-        for note, batches in (([], survey.heaviest), (["--micro_batch_size 1"], survey.heaviest_samples)):
+        for batch_flags, batches in batch_choices:
             total = sum(forecast(model_config, counts, changed, dtype, batches, shards).values())
             if total <= free:
-                flags = [f"--{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in changes.items()]
-                ways.append(f"  {' '.join(flags + note)}: {total / GIB:.1f} GiB")
+                flags = [flag_in_words(name, value) for name, value in changes.items()]
+                ways.append(f"  {' '.join(flags + batch_flags)}: {total / GIB:.1f} GiB")
                 break
     remedy = "No setting fits; use a smaller model, or several GPUs (./finetune_distributed.sh)"
     if ways:
@@ -130,9 +146,16 @@ def check(
     )
 
 
+def flag_in_words(name: str, value: object) -> str:
+    """A setting as it is typed: `--freeze vision merger`."""
+    return f"--{name} {' '.join(value) if isinstance(value, list) else value}"
+
+
 def remedies(config: Config, device: torch.device) -> Iterator[tuple[dict, Config]]:
-    """Changes that need less memory, and the settings with them: what leaves the mathematics alone comes first, then
-    the optimizer, then training less of the model, then adapters."""
+    """Changes that need less memory, each with the changed settings.
+
+    First those that leave the mathematics as it is, then the optimizer, then training less of the model, then adapters.
+    """
     parts = ({}, {"freeze": ["vision"]}, {"freeze": ["language_model"]})
     adapters = ({"quantize": "nf4"},) if config.lora_rank else ({"lora_rank": 16}, {"lora_rank": 16, "quantize": "nf4"})
     optimizers = ("adamw", "adamw_8bit") if device.type == "cuda" else ("adamw",)
@@ -143,31 +166,32 @@ def remedies(config: Config, device: torch.device) -> Iterator[tuple[dict, Confi
         unused = {f"{part}_learning_rate": None for part in changes.get("freeze", []) if part != "language_model"}
         try:
             yield changes, dataclasses.replace(config, **changes, **unused)
-        except UserError:  # the other settings do not go with it
+        except UserError:  # the change contradicts another setting
             continue
 
 
 def parts_in_words(parts: dict[str, float]) -> str:
+    """`weights 8.24, gradients 8.24`, in GiB."""
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
 
 
 def free_bytes(device: torch.device) -> int:
-    """What this process can still allocate on the device; processes on one CPU machine share what is free."""
+    """Bytes that this process can still allocate on the device; processes on one CPU machine share what is free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as file:
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except OSError:  # not Linux: all there is
+    except OSError:  # not Linux: all memory that the machine has
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has held: on a GPU by torch's count, on a CPU the resident set."""
+    """The most bytes this process has held: on a GPU by torch's count, on a CPU the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Where the kernel keeps it by program, as ru_maxrss may be the peak of the larger process that started this one.
+    # The kernel's VmHWM counts this program alone; ru_maxrss may be the peak of a larger process that started it.
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
         return int(found[1]) * 1024

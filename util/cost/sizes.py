@@ -14,11 +14,17 @@ from util.command_line import MOST_TOLD
 from util.data.bad_samples import REASONS
 from util.dataset import Size
 
-FINE = 0  # in the column "reason": the sample is trained on; else 1 + the place of its reason in REASONS
+FINE = 0  # in the column "reason": the sample is trained on; of others it holds 1 + the place in REASONS
 TOO_LONG = 1 + REASONS.index("too long")
 GRID_COLUMNS = 5  # t, h, w, whether it was capped, whether its file is cut
-NUMBERS = {"tokens": np.int32, "supervised": np.int32, "reason": np.uint8, "cap": np.int64, "before": np.int32,
-           "state": np.int64}  # fmt: skip
+NUMBERS = {
+    "tokens": np.int32,
+    "supervised": np.int32,
+    "reason": np.uint8,
+    "cap": np.int64,  # pixels of an image or frame at most, of a sample that is shrunk; else 0
+    "before": np.int32,  # tokens before it was shrunk; else 0
+    "state": np.int64,  # of its media files (kept_sizes.state_of)
+}
 MOST_NAMED = 100  # left-out samples that a checkpoint lists one by one, so that another one can be named
 
 
@@ -47,8 +53,11 @@ class Problem(NamedTuple):
 
 
 class Table:
-    """Columns over n samples. `numbers`: (n,) arrays; `lists`: of each sample any number of rows of a flat array, as
-    (ends (n,), flat)."""
+    """Columns over n samples.
+
+    `numbers`: arrays (n,). `lists`: columns of which each sample has any number of rows, as (ends (n,), flat): those of
+    sample i are flat[ends[i - 1] : ends[i]].
+    """
 
     def __init__(self, numbers: dict[str, np.ndarray], lists: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
         self.numbers, self.lists = numbers, lists
@@ -59,15 +68,18 @@ class Table:
 
         The findings may come from a generator: none of them is kept.
         """
-        rows, grid_ends, grids, file_ends, files = array("q"), array("q"), array("i"), array("q"), bytearray()
-        unused_ends, unused = array("q"), bytearray()
+        rows = array("q")  # len(NUMBERS) for each sample
+        grid_ends = array("q")
+        grids = array("i")
+        file_ends = array("q")
+        files = bytearray()
+        unused_ends = array("q")
+        unused = bytearray()
         told: list[Problem] = []
         counts: Counter = Counter()
         for number, finding in enumerate(findings):
             size = finding.size or finding.refused or Size(0, 0, [])
-            reason = 1 + REASONS.index(finding.reason) if finding.reason else FINE
-            cap = finding.budget.cap_pixels if finding.budget else 0
-            rows.extend((size.tokens, size.supervised, reason, cap, finding.tokens_before, finding.state))
+            rows.extend(numbers_of(finding, size))
             for grid in size.grids:
                 grids.extend(grid)
             grid_ends.append(len(grids) // GRID_COLUMNS)
@@ -80,7 +92,7 @@ class Table:
                 if counts[finding.reason] <= MOST_TOLD:
                     told.append(Problem(number, finding.reason, finding.problem))
         columns = np.array(rows, dtype=np.int64).reshape(-1, len(NUMBERS)).T
-        numbers = {name: column.astype(dtype) for (name, dtype), column in zip(NUMBERS.items(), columns, strict=True)}
+        numbers = {name: column.astype(NUMBERS[name]) for name, column in zip(NUMBERS, columns, strict=True)}
         lists = {
             "grids": (np.array(grid_ends, dtype=np.int64), np.array(grids, dtype=np.int32).reshape(-1, GRID_COLUMNS)),
             "files": (np.array(file_ends, dtype=np.int64), np.frombuffer(bytes(files), dtype=np.uint8)),
@@ -104,7 +116,9 @@ class Table:
         tables = [table for table in tables if len(table)] or tables[:1]
         if len(tables) == 1:
             return tables[0]
-        numbers = {name: np.concatenate([t.numbers[name] for t in tables]) for name in tables[0].numbers}
+        numbers = {}
+        for name in tables[0].numbers:
+            numbers[name] = np.concatenate([table.numbers[name] for table in tables])
         lists = {}
         for name in tables[0].lists:
             flats = [table.lists[name][1] for table in tables]
@@ -118,18 +132,26 @@ class Table:
         return Table(self.numbers, {other: column for other, column in self.lists.items() if other != name})
 
 
+def numbers_of(finding: Finding, size: Size) -> tuple[int, ...]:
+    """A finding's row of the columns NUMBERS."""
+    reason = 1 + REASONS.index(finding.reason) if finding.reason else FINE
+    cap = finding.budget.cap_pixels if finding.budget else 0
+    return size.tokens, size.supervised, reason, cap, finding.tokens_before, finding.state
+
+
 def take_lists(ends: np.ndarray, flat: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The lists of these rows, as (ends, flat)."""
     begins = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
     lengths = (ends - begins)[rows]
     new_ends = np.cumsum(lengths)
-    # a place in the new flat array, less where its list begins there, plus where it began in the old one
-    places = np.arange(new_ends[-1] if len(rows) else 0) + np.repeat(begins[rows] - (new_ends - lengths), lengths)
+    new_begins = new_ends - lengths
+    moved_by = np.repeat(begins[rows] - new_begins, lengths)  # from each place in the new flat array to the old one
+    places = np.arange(new_ends[-1] if len(rows) else 0) + moved_by
     return new_ends, flat[places]
 
 
 class Columns(NamedTuple):
-    """Of every sample what its cost is computed from, as a Size has it of one: (n,) float64 each."""
+    """What the cost of n samples is computed from, as Size has it for one sample: arrays (n,) of float64."""
 
     tokens: np.ndarray
     supervised: np.ndarray
@@ -139,14 +161,15 @@ class Columns(NamedTuple):
 
 @dataclass(eq=False)
 class Sizes(Sequence):
-    """Of each sample its Size, or None where it is left out, made when it is asked for from columns of numbers."""
+    """A sequence of each sample's Size, or None where it is left out, made from columns of numbers when asked for."""
 
     table: Table
     told: list[Problem] = field(default_factory=list)  # the first of each reason
 
     def __post_init__(self) -> None:
         self.is_usable = self.table.numbers["reason"] == FINE
-        self.tokens, self.supervised = self.table.numbers["tokens"], self.table.numbers["supervised"]  # (n,)
+        self.tokens = self.table.numbers["tokens"]  # (n,)
+        self.supervised = self.table.numbers["supervised"]  # (n,)
         self.grid_ends, self.grids = self.table.lists["grids"]  # (n,), (G, GRID_COLUMNS)
         self.patches = self._sums(self.grids[:, :3].prod(axis=1, dtype=np.int64))  # (n,)
 
@@ -178,25 +201,25 @@ class Sizes(Sequence):
 
     @property
     def usable_grids(self) -> np.ndarray:
-        """Of all images and videos to train on, (G, GRID_COLUMNS)."""
+        """The grids of all images and videos to train on, (G, GRID_COLUMNS)."""
         return self.grids[np.repeat(self.is_usable, np.diff(self.grid_ends, prepend=0))]
 
     @property
     def left_out(self) -> Counter:
         """How many samples are left out, by reason."""
         codes, first, counts = np.unique(self.table.numbers["reason"], return_index=True, return_counts=True)
-        by_place = np.argsort(first)  # of equally many the reason comes first that is met first
+        by_place = np.argsort(first)  # the order in which the reasons are met, for those that are equally frequent
         pairs = zip(codes[by_place].tolist(), counts[by_place].tolist(), strict=True)
         return Counter({REASONS[code - 1]: count for code, count in pairs if code != FINE})
 
     @property
     def cut_videos(self) -> int:
-        """How many videos to train on end before their time, as their files are cut."""
+        """How many videos to train on end early because their files are cut."""
         return int(self.usable_grids[:, 4].sum())
 
     @property
     def unused(self) -> Counter:
-        """In how many samples each key stands that says nothing to training."""
+        """The keys that have no effect on training, and how many samples have each."""
         names = self.table.lists["unused"][1].tobytes().decode().split("\n")
         return Counter(filter(None, names))
 
@@ -211,20 +234,26 @@ class Sizes(Sequence):
         return [problem.text for problem in found[:MOST_TOLD]]
 
     def columns(self) -> Columns:
-        times, pixels = self.grids[:, 0].astype(float), self.grids[:, 1].astype(float) * self.grids[:, 2]
-        squares = self._sums(times * pixels**2)
+        """The columns over all samples, those that are left out included."""
+        times = self.grids[:, 0].astype(float)
+        patches_per_frame = self.grids[:, 1].astype(float) * self.grids[:, 2]
+        squares = self._sums(times * patches_per_frame**2)
         return Columns(self.tokens.astype(float), self.supervised.astype(float), self.patches.astype(float), squares)
 
     def _sums(self, of_grids: np.ndarray) -> np.ndarray:
-        """The sum over each sample's grids (n,) of a number of each grid (G,)."""
+        """From a number for each grid (G,) the sums over each sample's grids (n,)."""
         counts = np.diff(self.grid_ends, prepend=0)
         owners = np.repeat(np.arange(len(self)), counts)
         return np.bincount(owners, weights=of_grids, minlength=len(self)).astype(of_grids.dtype)
 
     def mark(self) -> dict:
-        """What of the data a run takes and leaves out, in few numbers, for its checkpoints: resumed with other ones it
-        would compute something else."""
-        left_out, shrunk, numbers = np.flatnonzero(~self.is_usable), self.shrunk, self.table.numbers
+        """A few numbers that change with the samples that a run trains on, leaves out and shrinks.
+
+        A checkpoint holds them: resumed with other samples, the run would compute something else.
+        """
+        left_out = np.flatnonzero(~self.is_usable)
+        shrunk = self.shrunk
+        numbers = self.table.numbers
         return {
             "left_out": {"count": len(left_out), "checksum": zlib.crc32(left_out.astype("<i8").tobytes()),
                          "first": left_out[:MOST_NAMED].tolist()},

@@ -77,7 +77,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> tuple[str, int]:
     """What to say at the end, and the exit code."""
-    # Without this, processes that are started again find the addresses of the dead ones (pytorch#135712, seen with 2.15, too).
+    # Without this, processes that are started again find the addresses of the dead ones (pytorch#135712; in 2.15, too).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
