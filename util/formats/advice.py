@@ -1,4 +1,4 @@
-"""What a file that training refuses holds, where it is in another format, and the command that converts it."""
+"""For a file that training refuses: which other format it is in, and the command that converts it."""
 
 import shlex
 from collections import Counter
@@ -11,11 +11,11 @@ from util.formats.importers import OWN, detect, import_entry, unread
 
 
 def advice(entry: object, file: str, forbidden: Collection[str]) -> str:
-    """What a refused entry of a file is where it is in another format, and what to do; else nothing."""
+    """Which other format a refused entry of a file is in, and what to do; "" where nothing is known of it."""
     name = detect(entry)
     if name is None:
-        held = unread(entry)
-        return f"holds {held}" if held else ""
+        content = unread(entry)
+        return f"holds {content}" if content else ""
     command = f"python -m util convert {shlex.quote(file)} out.jsonl"
     if name == OWN and isinstance(entry, list):
         return f"holds a list of samples in place of a sample: {command}"
@@ -31,14 +31,14 @@ def advice(entry: object, file: str, forbidden: Collection[str]) -> str:
 
 
 def refuse_other_format(file: str, rows: Sequence, forbidden: Collection[str]) -> None:
-    """DataError, one line for the whole file, where it is in another format: judged by three of its entries."""
-    found = []
-    if len(rows) < 2:  # one line anyway
+    """DataError, one line for the whole file, if the first, middle and last entry are in another format."""
+    if len(rows) < 2:  # the message about its one entry will do
         return
+    found = []
     for index in {0, len(rows) // 2, len(rows) - 1}:
         try:
             entry = rows[index]
-        except DataError:  # no JSON: told in its turn
+        except DataError:  # no JSON; it is refused when its turn comes
             return
         try:
             check_messages(entry, forbidden, Path(file).parent)

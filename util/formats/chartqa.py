@@ -6,8 +6,8 @@
     python -m util chartqa --share 0.1 --seed 1               a tenth of the human and of the augmented questions
 
 Writes train.jsonl, val.jsonl and test.jsonl into --output_dir, and test_plain.jsonl: the test without system message.
-Run it again to go on with a preparation or a download that was interrupted. Questions and labels stay as published
-(white space at their ends apart), because published scores compare with them; odd ones are counted and said.
+Run it again to go on with a preparation or a download that was interrupted. Questions and labels stay as published (but
+for white space at their ends), so that scores can be compared with published ones; odd ones are counted and told.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from util.command_line import MOST_TOLD, UserError, command_parser
+from util.command_line import UserError, command_parser
 from util.data.lines import DataError
 from util.formats.chartqa_sources import HUB_NAME, KINDS, Folder, Hub, Row
-from util.formats.convert import counted, image_suffix, whole_file, write_by_content
+from util.formats.convert import Refused, counted, image_suffix, whole_file, write_by_content
 
 # Questions as published: 9,608 human and 23,111 augmented in all (arXiv 2203.10244).
 PUBLISHED = {
@@ -36,7 +36,7 @@ PUBLISHED = {
 SYSTEM_MESSAGE = "Answer the question about the chart with one word, one number or a short phrase."
 CONTROL = re.compile(r"<\|(?:endoftext|im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
 MOST_ASPECT = 200  # of an image's sides, as Qwen2-VL's smart_resize has it
-CHARTS = ("bars", "lines", "pies")  # that util/formats/draw_charts.py draws
+CHARTS = ("bars", "lines", "pies")  # the kinds that util/formats/draw_charts.py draws
 DRAWN_CHARTS = 3000  # for training; a tenth of it each for val and test
 
 
@@ -44,14 +44,13 @@ DRAWN_CHARTS = 3000  # for training; a tenth of it each for val and test
 
 
 class Images:
-    """Where the samples' images are: a folder's own stay there, the hub's bytes become files named by their content,
-    each once. A file that is there is not written again."""
+    """Where the samples' images are: those of a folder stay there, those of the hub become files, each written once."""
 
     def __init__(self, output: Path) -> None:
         self.folder = os.path.realpath(output)
         self.store = output / "images"
         self.checked: dict[str, str] = {}  # path: what is wrong with it, or ""
-        self.new = 0
+        self.new = 0  # files written
 
     def place(self, image: object, png: Path | None) -> str:
         """The path of a row's image as the output files name it. Raises DataError, its message without the row."""
@@ -89,7 +88,7 @@ def problem_of(path: Path) -> str:
 
 
 def text_of(value: object, name: str, notes: Counter) -> str:
-    """A query or a label as text. Raises DataError for what is none."""
+    """A query or a label as text. Raises DataError where it cannot be used."""
     if isinstance(value, list):  # the hub's labels are lists of one
         if len(value) != 1:
             raise DataError(f": {name} must be one text, is a list of {len(value)}; keep one")
@@ -114,7 +113,8 @@ def text_of(value: object, name: str, notes: Counter) -> str:
 def sample_of(row: Row, images: Images, png: Path | None, system: str, notes: Counter) -> dict:
     """A row as a sample of this project. Raises DataError that names the row."""
     try:
-        query, label = text_of(row.query, "question", notes), text_of(row.label, "label", notes)
+        query = text_of(row.query, "question", notes)
+        label = text_of(row.label, "label", notes)
         path = images.place(row.image, png)
     except DataError as error:
         raise DataError(f"{row.where}{error}") from None
@@ -129,8 +129,10 @@ def sample_of(row: Row, images: Images, png: Path | None, system: str, notes: Co
 
 
 def sampled(kinds: list[str], share: float, seed: int, split: str) -> list[int]:
-    """The rows that a share takes, in their order: the same for the same seed, human and augmented in the ratio of
-    all, and each share's rows are among those of every larger share."""
+    """The numbers of the rows that a share takes, in order; the same seed gives the same rows.
+
+    The share is taken of human and of augmented questions alike. A larger share contains every smaller one.
+    """
     chosen = []
     for kind in KINDS:
         rows = [index for index, other in enumerate(kinds) if other == kind]
@@ -140,8 +142,9 @@ def sampled(kinds: list[str], share: float, seed: int, split: str) -> list[int]:
 
 
 def compared(split: str, kinds: list[str]) -> str | None:
-    """What a split lacks of the published one, or has more."""
-    counts, differences = Counter(kinds), []
+    """A warning where a split has more or fewer rows than the published one; else None."""
+    counts = Counter(kinds)
+    differences = []
     for kind, published in PUBLISHED[split].items():
         if more := counts[kind] - published:
             all_of_it = "" if counts[kind] else "all "
@@ -157,12 +160,15 @@ def compared(split: str, kinds: list[str]) -> str | None:
 def rows_in_words(kinds: Iterable[str]) -> str:
     """`800 rows, 400 human and 400 augmented`."""
     counts = Counter(kinds)
-    return f"{counted(sum(counts.values()), 'row')}, {' and '.join(f'{counts[kind]:,} {kind}' for kind in KINDS)}"
+    by_kind = " and ".join(f"{counts[kind]:,} {kind}" for kind in KINDS)
+    return f"{counted(counts.total(), 'row')}, {by_kind}"
 
 
 def joined(samples: list[dict], seed: int) -> list[dict]:
-    """Samples about the same chart as one conversation of several turns, in the order of the charts' first questions;
-    the turns of each in random order, as a reading must not lean on the answers before it."""
+    """Samples about the same chart as one conversation of several turns, in the order of the charts' first questions.
+
+    The turns of each are in random order, so that the model cannot learn to rely on the answers before.
+    """
     charts: dict[str, list[dict]] = {}
     for sample in samples:
         charts.setdefault(sample["messages"][-2]["content"][0]["image"], []).append(sample)
@@ -171,10 +177,12 @@ def joined(samples: list[dict], seed: int) -> list[dict]:
         random.Random(f"{seed} {image}").shuffle(several)
         messages = several[0]["messages"][:-2]
         for number, sample in enumerate(several):
-            (shown, query), answer = sample["messages"][-2]["content"], sample["messages"][-1]
-            content = query["text"] if number else [shown, query]
+            question, answer = sample["messages"][-2:]
+            chart, query = question["content"]
+            content = query["text"] if number else [chart, query]
             messages += [{"role": "user", "content": content}, answer]
-        kinds = [kind for kind in KINDS if kind in {sample["kind"] for sample in several}]
+        found = {sample["kind"] for sample in several}
+        kinds = [kind for kind in KINDS if kind in found]
         conversations.append({"kind": " and ".join(kinds), "messages": messages})
     return conversations
 
@@ -184,47 +192,43 @@ def without_system(sample: dict) -> dict:
 
 
 @dataclass
-class Tally:
-    """What was odd about the rows read, and which cannot be used."""
+class Preparation:
+    """Makes samples of rows."""
 
-    skip_bad: bool
-    notes: Counter = field(default_factory=Counter)  # what was odd: how often
-    problems: list[str] = field(default_factory=list)  # the first few
-    bad: int = 0
+    images: Images
+    system_message: str
+    refused: Refused
+    notes: Counter = field(default_factory=Counter)  # what was odd about the rows, and how often
 
-    def refuse(self, error: DataError) -> None:
-        self.bad += 1
-        if self.skip_bad:
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
-        elif len(self.problems) < MOST_TOLD:
-            self.problems.append(str(error))
+    def read_split(self, opened: Folder | Hub, split: str, chosen: list[int]) -> list[dict]:
+        """The samples of a split's chosen rows but those that are refused."""
+        png = opened.root / split / "png" if isinstance(opened, Folder) else None
+        samples = []
+        seen = set()
+        for row in tqdm(opened.rows(split, chosen), split, len(chosen), unit=" rows", leave=False, disable=None):
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                sample = sample_of(row, self.images, png, self.system_message, self.notes)
+            except DataError as error:
+                self.refused.add(str(error))
+                continue
+            question, answer = sample["messages"][-2:]
+            image, query = question["content"]
+            same = (image["image"], query["text"], answer["content"])
+            self.notes["rows that stand there twice, kept"] += same in seen
+            seen.add(same)
+            samples.append(sample)
+        return samples
 
-    def stop_on_bad_rows(self) -> None:
-        """Raise one DataError that names the rows which cannot be used, if there are any and none may be skipped."""
-        if self.problems:
-            more = [f"... and {self.bad - len(self.problems):,} more"] * (self.bad > len(self.problems))
-            last = f"{counted(self.bad, 'row')} cannot be used, so nothing is written; --skip_bad leaves such rows out"
-            raise DataError("\n".join([*self.problems, *more, last]))
-
-
-def read_split(opened: Folder | Hub, split: str, chosen: list[int], images: Images, system: str, tally: Tally) -> list:
-    """The samples of a split's chosen rows. A broken row goes to the tally."""
-    png = opened.root / split / "png" if isinstance(opened, Folder) else None
-    samples, seen = [], set()
-    for row in tqdm(opened.rows(split, chosen), split, len(chosen), unit=" rows", leave=False, disable=None):
-        try:
-            if isinstance(row, DataError):
-                raise row
-            sample = sample_of(row, images, png, system, tally.notes)
-        except DataError as error:
-            tally.refuse(error)
-            continue
-        user, answer = sample["messages"][-2:]
-        same = (user["content"][0]["image"], user["content"][1]["text"], answer["content"])
-        tally.notes["rows that stand there twice, kept"] += same in seen
-        seen.add(same)
-        samples.append(sample)
-    return samples
+    def summary(self) -> list[str]:
+        """Lines about what was odd, what was left out, and the images that were written."""
+        lines = [f"{number:,} {note}" for note, number in self.notes.items() if number]
+        if self.refused.count:
+            lines.append(f"{self.refused.count:,} skipped")
+        if self.images.new:
+            lines.append(f"{counted(self.images.new, 'new image')} in {self.images.store}")
+        return lines
 
 
 def prepare(
@@ -245,42 +249,60 @@ def prepare(
     output = Path(output_dir)
     check_flags(splits, share, count, scale, output)
     opened = open_source(source, output, seed, count, scale, charts, hub_name)
-    images, tally, lines, files = Images(output), Tally(skip_bad), [], {}
+    refused = Refused(skip_bad)
+    preparation = Preparation(Images(output), system_message, refused)
+    lines = []
+    files = {}
     for split in splits:
         kinds = opened.kinds(split)
-        if source != "drawn" and (warning := compared(split, kinds)):
+        if source == "drawn":
+            lines.append(f"{split}: {rows_in_words(kinds)}")
+        elif warning := compared(split, kinds):
             print(warning, file=sys.stderr)
         else:
-            lines.append(f"{split}: {rows_in_words(kinds)}" + (", as published" if source != "drawn" else ""))
-        chosen = sampled(kinds, share, seed, split)
-        files[f"{split}.jsonl"] = read_split(opened, split, chosen, images, system_message, tally)
-    tally.stop_on_bad_rows()
+            lines.append(f"{split}: {rows_in_words(kinds)}, as published")
+        files[f"{split}.jsonl"] = preparation.read_split(opened, split, sampled(kinds, share, seed, split))
+    refused.stop(
+        f"{counted(refused.count, 'row')} cannot be used, so nothing is written; --skip_bad leaves such rows out"
+    )
+    lines += write_files(output, files, join_questions, seed)
+    lines += preparation.summary()
+    lines.append(f"look at one: python -m util show {output / next(iter(files))}")
+    return "\n".join(lines)
+
+
+def write_files(output: Path, files: dict[str, list[dict]], join_questions: bool, seed: int) -> list[str]:
+    """Write the samples of each file, and the test without its system message; a line about each file.
+
+    Raises UserError, and writes nothing, where a file would be empty.
+    """
     if "test.jsonl" in files:
-        files["test_plain.jsonl"] = [without_system(sample) for sample in files["test.jsonl"]]
+        files = {**files, "test_plain.jsonl": [without_system(sample) for sample in files["test.jsonl"]]}
     for name, samples in files.items():
         if not samples:
             raise UserError(f"{output / name}: no rows are left for it, so nothing is written")
+    lines = []
     for name, samples in files.items():
-        written = joined(samples, seed) if join_questions and name == "train.jsonl" else samples
+        conversations = joined(samples, seed) if join_questions and name == "train.jsonl" else samples
         with whole_file(output / name) as writer:
-            for sample in written:
-                writer.write(sample)
-        lines.append(f"wrote {output / name}: {rows_in_words(sample['kind'] for sample in samples)}")
-        if len(written) < len(samples):
-            lines[-1] += f", in {counted(len(written), 'conversation')}"
-    lines += [f"{number:,} {note}" for note, number in tally.notes.items() if number]
-    lines += [f"{tally.bad:,} skipped"] * bool(tally.bad)
-    lines += [f"{counted(images.new, 'new image')} in {images.store}"] * bool(images.new)
-    return "\n".join([*lines, f"look at one: python -m util show {output / next(iter(files))}"])
+            for conversation in conversations:
+                writer.write(conversation)
+        line = f"wrote {output / name}: {rows_in_words(sample['kind'] for sample in samples)}"
+        if len(conversations) < len(samples):
+            line += f", in {counted(len(conversations), 'conversation')}"
+        lines.append(line)
+    return lines
 
 
 def check_flags(splits: list[str], share: float, count: int, scale: int, output: Path) -> None:
-    """Raise one UserError for every flag that cannot be."""
+    """Raise one UserError that names every flag with an impossible value."""
     found = []
     if not 0 < share <= 1:
         found.append(f"--share {share}: must be above 0 and at most 1")
-    found += [f"--{name} {value}: must be at least {least}"
-              for name, value, least in (("count", count, 10), ("scale", scale, 1)) if value < least]  # fmt: skip
+    if count < 10:  # val and test get a tenth of it
+        found.append(f"--count {count}: must be at least 10")
+    if scale < 1:
+        found.append(f"--scale {scale}: must be at least 1")
     if len(set(splits)) < len(splits):
         found.append(f"--splits {' '.join(splits)}: names one twice")
     if output.exists() and not output.is_dir():
@@ -290,7 +312,7 @@ def check_flags(splits: list[str], share: float, count: int, scale: int, output:
 
 
 def open_source(source: str, output: Path, seed: int, count: int, scale: int, charts: list[str], hub_name: str):
-    """What `--from` names."""
+    """The Folder or Hub that `--from` names; charts are drawn first where it is `drawn`."""
     if source == "hub":
         return Hub(hub_name)
     if source != "drawn":

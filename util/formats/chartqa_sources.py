@@ -1,4 +1,4 @@
-"""Where ChartQA's rows come from: the hub, or a folder in the published layout. Nothing is checked here yet."""
+"""Where ChartQA's rows come from: the hub, or a folder in the published layout. The rows are not checked here."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,8 +41,9 @@ class Folder:
         if not there:
             wanted = " and ".join(str(self.file(split, kind)) for kind in KINDS)
             raise UserError(f"{wanted}: no such files; name the folder that holds {split}/, or set --splits")
-        self.entries = [(kind, number, entry) for kind, file in there.items()
-                        for number, entry in enumerate(open_entries(str(file)))]  # fmt: skip
+        self.entries = []
+        for kind, file in there.items():
+            self.entries += [(kind, number, entry) for number, entry in enumerate(open_entries(str(file)))]
         return [kind for kind, _, _ in self.entries]
 
     def rows(self, split: str, chosen: list[int]) -> Iterator[Row | DataError]:
@@ -66,14 +67,16 @@ class Hub:
             import datasets
         except ImportError:
             raise UserError("--from hub needs the package datasets: pip install datasets") from None
-        self.name, self.datasets = name, datasets
+        self.name = name
+        self.datasets = datasets
 
     def kinds(self, split: str) -> list[str]:
-        """The kind of every row of a split, which is downloaded now where it is not there."""
+        """The kind of every row of a split, which is downloaded if it is not there yet."""
         try:
             table = self.datasets.load_dataset(self.name, split=split)
-        except Exception as error:  # of the hub, the network, the disk or the files: `datasets` has one for each
-            told = shortened(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, 300)
+        except Exception as error:  # `datasets` has many: of the hub, the network, the disk, the files
+            told = str(error).strip() or type(error).__name__
+            told = shortened(told.splitlines()[0], 300)
             raise UserError(
                 f"{self.name}, split {split}: cannot be loaded ({told}); the same command goes on with what is "
                 "downloaded, and --from FOLDER reads a copy"
@@ -94,8 +97,9 @@ class Hub:
         for batch in self.table.select(chosen).iter(ROWS):
             for entry in batch.to_pylist():
                 where = f"{self.name}, {split}, row {next(numbers)}"
-                image, label = entry["image"] or {}, entry["label"]
+                image = entry["image"] or {}
                 if image.get("bytes") is None:
                     yield DataError(f"{where}: has no image; take it out with --skip_bad")
                 else:
-                    yield Row(where, KINDS[entry["human_or_machine"]], entry["query"], label, image["bytes"])
+                    kind = KINDS[entry["human_or_machine"]]
+                    yield Row(where, kind, entry["query"], entry["label"], image["bytes"])

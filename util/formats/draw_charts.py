@@ -21,20 +21,27 @@ from tqdm import tqdm
 from util.command_line import UserError
 
 WIDTH, HEIGHT = 112, 84  # pixels at scale 1: 4 x 3 visual tokens
-LEFT, TOP, RIGHT, BOTTOM = 28, 15, 112, 73  # the plot, in the same pixels; its 3 columns are columns of visual tokens
+LEFT, TOP, RIGHT, BOTTOM = (
+    28,
+    15,
+    112,
+    73,
+)  # edges of the plot, in the same pixels; its 3 columns are visual tokens wide
 COLOURS = {
     "red": (221, 41, 41), "green": (34, 160, 62), "blue": (38, 82, 224),
     "yellow": (246, 200, 0), "purple": (158, 46, 196), "black": (24, 24, 28),
 }  # fmt: skip
-INK, GRID = (40, 40, 52), (205, 205, 212)
+INK = (40, 40, 52)
+GRID = (205, 205, 212)
 TITLES = {  # title: what the parts of the chart may be called
     "Fruit sold": ("figs", "plums", "pears"),
     "Books read": ("Anna", "Ben", "Carla"),
     "Rainy days": ("May", "June", "July"),
     "Birds seen": ("tits", "crows", "owls"),
 }
-COLUMNS = [LEFT + (RIGHT - LEFT) * (column + 0.5) / 3 for column in range(3)]  # their middles
-HIGHEST, LARGEST = (40, 60, 80, 100), (50, 60, 70, 80)  # values, and shares in percent
+COLUMNS = [LEFT + (RIGHT - LEFT) * (column + 0.5) / 3 for column in range(3)]  # the middles of the plot's columns
+HIGHEST = (40, 60, 80, 100)  # what the highest value of a chart may be
+LARGEST = (50, 60, 70, 80)  # what the largest share of a pie may be, in percent
 YEARS = ("2020", "2021", "2022")
 HUMAN, AUGMENTED = "human", "augmented"
 Question = tuple[str, str, str]  # kind, query, label
@@ -46,7 +53,10 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 class Canvas:
-    """A light picture with a title, drawn in the pixels of scale 1, at which letters would be too small to read."""
+    """A light picture with a title, drawn in the coordinates of scale 1.
+
+    At scale 1 nothing is written on it, as letters would be too small to read.
+    """
 
     def __init__(self, random: np.random.Generator, title: str, scale: int) -> None:
         self.scale = scale
@@ -81,10 +91,12 @@ def bars(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Que
     number = int(random.integers(2, 4))
     title = str(random.choice(list(TITLES)))
     colours = random.permutation(list(COLOURS))[:number].tolist()
-    highest, tallest = int(random.choice(HIGHEST)), int(random.integers(number))
+    highest = int(random.choice(HIGHEST))
+    tallest = int(random.integers(number))
     values = random.integers(10, highest // 2 + 1, number)
     values[tallest] = highest
-    canvas, columns = Canvas(random, title, scale), COLUMNS[:number]
+    canvas = Canvas(random, title, scale)
+    columns = COLUMNS[:number]
     canvas.axes(TITLES[title][:number], columns)
     half_width = float(random.uniform(6, 11))
     for x, colour, value in zip(columns, colours, values, strict=True):
@@ -95,12 +107,15 @@ def bars(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Que
 
 def lines(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Question]]:
     """A line of one colour that rises or falls over 3 years."""
-    colour, highest = str(random.choice(list(COLOURS))), int(random.choice(HIGHEST))
+    colour = str(random.choice(list(COLOURS)))
+    highest = int(random.choice(HIGHEST))
     values = np.sort([*random.choice(np.arange(5, highest - 4), 2, replace=False), highest])
     rises = bool(random.integers(2))
     canvas = Canvas(random, str(random.choice(list(TITLES))), scale)
     canvas.axes(YEARS, COLUMNS)
-    points = canvas.points(*((x, y_of(value)) for x, value in zip(COLUMNS, values[:: 1 if rises else -1], strict=True)))
+    if not rises:
+        values = values[::-1]
+    points = canvas.points(*[(x, y_of(value)) for x, value in zip(COLUMNS, values, strict=True)])
     canvas.draw.line(points, COLOURS[colour], 2 * scale, joint="curve")
     for x, y in points:
         canvas.draw.ellipse((x - 2 * scale, y - 2 * scale, x + 2 * scale, y + 2 * scale), COLOURS[colour])
@@ -113,10 +128,12 @@ def pies(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Que
     number = int(random.integers(2, 4))
     title = str(random.choice(list(TITLES)))
     colours = random.permutation(list(COLOURS))[:number].tolist()
-    largest, place = int(random.choice(LARGEST)), int(random.integers(number))
+    largest = int(random.choice(LARGEST))
+    place = int(random.integers(number))
     shares = random.multinomial(100 - largest - 5 * (number - 1), [1 / (number - 1)] * (number - 1)) + 5
     shares = np.insert(shares, place, largest)
-    canvas, angle = Canvas(random, title, scale), float(random.uniform(0, 360))
+    canvas = Canvas(random, title, scale)
+    angle = float(random.uniform(0, 360))
     for row, (colour, name, part) in enumerate(zip(colours, TITLES[title][:number], shares, strict=True)):
         canvas.draw.pieslice(canvas.points((4, 16), (68, 80)), angle, angle + 3.6 * part, COLOURS[colour])
         angle += 3.6 * part
@@ -127,8 +144,10 @@ def pies(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Que
 
 
 def questions(human: list, augmented: list) -> list[Question]:
-    """All of them, with their kind."""
-    return [(kind, *pair) for kind, pairs in ((HUMAN, human), (AUGMENTED, augmented)) for pair in pairs]
+    """Pairs of query and label, each after its kind."""
+    found = [(HUMAN, query, label) for query, label in human]
+    found += [(AUGMENTED, query, label) for query, label in augmented]
+    return found
 
 
 CHARTS = {"bars": bars, "lines": lines, "pies": pies}
@@ -137,10 +156,10 @@ CHARTS = {"bars": bars, "lines": lines, "pies": pies}
 def draw_dataset(
     folder: Path, counts: dict[str, int], seed: int = 0, scale: int = 1, kinds: tuple[str, ...] = ()
 ) -> bool:
-    """Draw `counts[split]` charts for each split, of all `kinds` in turn, or give False where they are there already.
+    """Draw `counts[split]` charts for each split, of all `kinds` in turn; False where they are there already.
 
-    No chart occurs twice, in no two splits either. The folder is complete or absent. Raises UserError for a folder that
-    holds something else.
+    No chart occurs twice, not even in two splits. The folder is complete or absent. Raises UserError for a folder that
+    holds other files.
     """
     kinds = kinds or tuple(CHARTS)
     made_from = [counts, seed, scale, kinds, np.__version__, PIL.__version__]
@@ -164,7 +183,10 @@ def draw_dataset(
 
 
 def draw_split(folder: Path, count: int, seed: tuple, scale: int, kinds: tuple[str, ...], seen: set[bytes]) -> None:
-    """The charts and the two files of questions of one split. A chart in `seen` is drawn again; new ones are added."""
+    """Draw the charts of one split and write its two files of questions.
+
+    A chart whose digest is in `seen` is replaced by another one; the digests of the new ones are added.
+    """
     (folder / "png").mkdir(parents=True)
     rows: dict[str, list[dict]] = {HUMAN: [], AUGMENTED: []}
     for index in tqdm(range(count), f"drawing {folder.name}", unit=" charts", leave=False, disable=None):
@@ -180,5 +202,6 @@ def draw_split(folder: Path, count: int, seed: tuple, scale: int, kinds: tuple[s
         (folder / "png" / f"{index:05}.png").write_bytes(buffer.getvalue())
         for kind, query, label in asked:
             rows[kind].append({"imgname": f"{index:05}.png", "query": query, "label": label})
-    for kind, lines_ in rows.items():
-        (folder / f"{folder.name}_{kind}.json").write_text(json.dumps(lines_, indent=1) + "\n", encoding="utf-8")
+    for kind, asked in rows.items():
+        text = json.dumps(asked, indent=1) + "\n"
+        (folder / f"{folder.name}_{kind}.json").write_text(text, encoding="utf-8")

@@ -1,16 +1,17 @@
-"""Conversations in the formats users arrive with, to this project's: one function per format, `detect` says which.
+"""Conversations in the formats that users have -> this project's: one function per format; `detect` says which.
 
 Each function takes one entry and gives `{"messages": [...]}` as util/dataset.py reads it, one message per turn. Media
-stay what the entry holds (a path, a URL, `{"bytes": ..., "path": ...}`, a PIL image); convert.py makes paths of them.
-Keys without a meaning for training are counted in `dropped`; what cannot be expressed raises DataError.
+stay as the entry holds them (a path, a URL, `{"bytes": ..., "path": ...}`, a PIL image); convert.py makes paths of
+them. Keys that have no effect on training are counted in `dropped`; what cannot be expressed raises DataError.
 
-At module level only what reading data needs is imported, so that util/dataset.py can ask `detect` at any time.
+Only light modules are imported at the top, so that training can ask `detect` at any time.
 """
 
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 
 from util.data import fetch, keys, tools
 from util.data.entries import MARKER, cut
@@ -27,7 +28,7 @@ KINDS = ("image", "video")
 # ShareGPT's own files name the assistant after the site a conversation was taken from; OpenAI renamed its system role.
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant")
-# What a tool gave, and ShareGPT's own turns that are nothing but calls (LLaMA-Factory, data/README.md).
+# The results of tools, and ShareGPT's turns that consist of calls alone (LLaMA-Factory, data/README.md).
 TOOL_ROLES = ("tool", "function", "observation", "function_response", "tool_response")
 CALL_ROLES = ("function_call", "tool_call")
 ROLES |= dict.fromkeys(TOOL_ROLES, "tool") | dict.fromkeys(CALL_ROLES, "assistant")
@@ -50,8 +51,10 @@ GROUNDING = {
 def detect(entry: object) -> str | None:
     """The name of an entry's format, a key of IMPORTERS, or None. Looks at keys and types, never at a file."""
     if isinstance(entry, list):  # samples that Qwen's pack_data.py put together
-        names = {detect(part) for part in entry if isinstance(part, dict)}
-        return names.pop() if len(names) == 1 and all(isinstance(part, dict) for part in entry) else None
+        if not all(isinstance(part, dict) for part in entry):
+            return None
+        names = {detect(part) for part in entry}
+        return names.pop() if len(names) == 1 else None
     if not isinstance(entry, dict):
         return None
     turns = entry.get("conversations") if "conversations" in entry else entry.get("messages")
@@ -59,7 +62,7 @@ def detect(entry: object) -> str | None:
         return None
     if turns and not any({"from", "value"} <= turn.keys() or {"role", "content"} <= turn.keys() for turn in turns):
         return None
-    if any("value" in item for turn in turns for item in items_of(turn)):
+    if any("value" in item for item in items_of_all(turns)):
         return None
     if "conversations" in entry:
         return QWEN_VL if is_qwen_vl(entry, turns) else LLAVA
@@ -80,11 +83,8 @@ def is_qwen_vl(entry: dict, turns: list[dict]) -> bool:
 
 def detect_messages(entry: dict, turns: list[dict]) -> str:
     """The format of an entry whose turns stand in `messages`."""
-    items = [item for turn in turns for item in items_of(turn)]
-    marked = any(
-        isinstance(turn.get("content"), str) and turn.get("role") != "assistant" and MARKER.search(turn["content"])
-        for turn in turns
-    )
+    items = items_of_all(turns)
+    has_marker = any(has_marker_in_text(turn) for turn in turns)
     if any("from" in turn for turn in turns):
         return LLAVA
     if any(item.get("type") in OPENAI_TYPES for item in items):
@@ -92,12 +92,12 @@ def detect_messages(entry: dict, turns: list[dict]) -> str:
     if any(item.get("type") in KINDS and not isinstance(item.get(item["type"]), (str, list)) for item in items):
         return HUGGING_FACE
     if has_media(entry):
-        return LLAVA if marked else HUGGING_FACE
-    if any(kind in item for item in items for kind in KINDS):
+        return LLAVA if has_marker else HUGGING_FACE
+    if any(holds_medium(item) for item in items):
         return OWN
-    if any(not is_empty(holder.get(key)) for holder in (entry, *turns) for key in TOOL_KEYS):
+    if any(has_filled(holder, TOOL_KEYS) for holder in (entry, *turns)):
         return OPENAI
-    if any(turn.get(key) is not None for turn in turns for key in OPENAI_KEYS):
+    if any(has_openai_key(turn) for turn in turns):
         return OPENAI
     roles = {str(turn.get("role")) for turn in turns}
     if roles & {"developer", *TOOL_ROLES, *CALL_ROLES}:
@@ -105,21 +105,48 @@ def detect_messages(entry: dict, turns: list[dict]) -> str:
     if not is_empty(entry.get("system")) or roles & (ROLES.keys() - {"system", "user", "assistant"}):
         return LLAVA
     # A marker without any media: the media were forgotten. from_llava says so.
-    return LLAVA if marked and not items else OWN
+    return LLAVA if has_marker and not items else OWN
+
+
+def has_marker_in_text(turn: dict) -> bool:
+    """Whether a turn that is not an answer has `<image>` or `<video>` in its text."""
+    text = turn.get("content")
+    return isinstance(text, str) and turn.get("role") != "assistant" and MARKER.search(text) is not None
+
+
+def has_openai_key(turn: dict) -> bool:
+    return any(turn.get(key) is not None for key in OPENAI_KEYS)
+
+
+def has_filled(holder: dict, names: tuple[str, ...]) -> bool:
+    """Whether one of these keys is there with a value that is not empty."""
+    return any(not is_empty(holder.get(name)) for name in names)
+
+
+def holds_medium(item: dict) -> bool:
+    """Whether a content item has a key `image` or `video`."""
+    return any(kind in item for kind in KINDS)
 
 
 def items_of(turn: dict) -> list[dict]:
-    """The content items of a turn, if it has a list of such."""
+    """The content items of a turn; [] where its content is no list."""
     content = turn.get("content")
-    return [item for item in content if isinstance(item, dict)] if isinstance(content, list) else []
+    if not isinstance(content, list):
+        return []
+    return [item for item in content if isinstance(item, dict)]
+
+
+def items_of_all(turns: list[dict]) -> list[dict]:
+    """The content items of all turns."""
+    return list(chain.from_iterable(map(items_of, turns)))
 
 
 def has_media(entry: dict) -> bool:
     """Whether an entry has media beside its turns."""
-    return any(not is_empty(entry.get(key)) for key in MEDIA_KEYS)
+    return has_filled(entry, MEDIA_KEYS)
 
 
-# What comes in none of the formats that are read: the keys that tell it, its name, and what to do.
+# Formats that are not read: the keys by which they are known, their names, and what to do.
 WRITE = "write it as {'messages': [...]}"
 NOT_READ = f"which util.formats.convert does not read; {WRITE}"
 UNREAD = {
@@ -133,15 +160,17 @@ UNREAD = {
 
 
 def unread(entry: object) -> str | None:
-    """What an entry that no importer reads holds, and what to do; None where nothing is known of it."""
+    """What is in an entry that no importer reads, and what to do; None where nothing is known of it."""
     if not isinstance(entry, dict):
         return None
     turns = entry.get("messages")
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         return "'messages' as text, JSON inside of JSON; write the list itself"
     if isinstance(turns, list):
-        items = [item for turn in turns if isinstance(turn, dict) for item in items_of(turn)]
-        return f"items with a 'value' (LLaMA-Factory), {NOT_READ}" if any("value" in item for item in items) else None
+        items = items_of_all([turn for turn in turns if isinstance(turn, dict)])
+        if any("value" in item for item in items):
+            return f"items with a 'value' (LLaMA-Factory), {NOT_READ}"
+        return None
     for names, (what, fix) in UNREAD.items():
         if entry.keys() >= set(names):
             return f"{what}, {fix}"
@@ -157,18 +186,21 @@ def from_llava(entry: dict, dropped: Counter) -> dict:
     Sources: LLaVA (docs/Finetune_Custom_Data.md), LLaMA-Factory (data/README.md: `images`, `videos`, `system`, turns in
     `messages` too, turns from `function_call` and `observation`, `tools`) and Qwen's qwen-vl-finetune (README.md,
     data_processor.py: the same without tools, with the folder `data_path`).
-    Every marker is replaced by the next image or video, where it stands; one newline on either side of it goes.
+    Every marker is replaced by the next image or video; one newline on either side of a marker goes.
     """
     key = "conversations" if "conversations" in entry else "messages"
     note_dropped(entry, (key, "system", "kind", "data_path", "tools", *MEDIA_KEYS), dropped)
     folder = entry.get("data_path") or ""
-    media = {kind: [below(folder, medium) for medium in media_beside(entry, kind)] for kind in KINDS}
-    markers: Counter = Counter()
+    media = {}
+    for kind in KINDS:
+        media[kind] = [below(folder, medium) for medium in media_beside(entry, kind)]
+    markers: Counter = Counter()  # so far, of each kind
     messages = []
     for where, turn in turns_of(entry, key):
-        names = ("from", "value") if "from" in turn else ("role", "content")
-        note_dropped(turn, names, dropped, f"{key}[].", where)
-        role, text = read_role(turn, names[0], where), read_text(turn, names[1], where)
+        role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
+        note_dropped(turn, (role_key, text_key), dropped, f"{key}[].", where)
+        role = read_role(turn, role_key, where)
+        text = read_text(turn, text_key, where)
         items = []
         for part, kind in cut(MARKER, text):
             if kind is None:
@@ -178,7 +210,7 @@ def from_llava(entry: dict, dropped: Counter) -> dict:
             markers[kind] += 1
             items.append({"type": kind, kind: media[kind][place] if place < len(media[kind]) else None})
         messages.append({"role": role, "content": simplest(items)})
-        if turn[names[0]] in CALL_ROLES:
+        if turn[role_key] in CALL_ROLES:
             messages[-1] |= {"content": "", "tool_calls": calls_in(text, where)}
     for kind in KINDS:
         check_count(f"<{kind}> marker", markers[kind], kind, len(media[kind]))
@@ -189,17 +221,20 @@ def from_qwen_vl(entry: dict, dropped: Counter) -> dict:
     """Qwen-VL: `{"conversations": [{"from": "user", "value": "Picture 1: <img>PATH</img>\\nWhat?"}, ...]}`.
 
     Source: Qwen-VL (README.md, "Data preparation"). Pictures are numbered in the text just as Qwen2-VL's chat template
-    numbers them with `add_vision_id`, so the numbers stay, except where a conversation has one picture and its number
-    says nothing. The marks `<ref>`, `<box>` and `<quad>` become Qwen2-VL's (arXiv 2409.12191, section 2); both models
-    write coordinates in [0, 1000).
+    numbers them with `add_vision_id`, so the numbers stay, except where a conversation has only one picture. The marks
+    `<ref>`, `<box>` and `<quad>` become Qwen2-VL's (arXiv 2409.12191, section 2); both models write coordinates in
+    [0, 1000).
     """
     note_dropped(entry, ("conversations", "system", "kind"), dropped)
-    pictures = sum(len(PICTURE.findall(str(turn.get("value")))) for _, turn in turns_of(entry, "conversations"))
+    turns = list(turns_of(entry, "conversations"))
+    pictures = sum(len(PICTURE.findall(str(turn.get("value")))) for _, turn in turns)
     messages = []
-    for where, turn in turns_of(entry, "conversations"):
+    for where, turn in turns:
         note_dropped(turn, ("from", "value"), dropped, "conversations[].", where)
-        role, text = read_role(turn, "from", where), read_text(turn, "value", where)
-        items, begin = [], 0
+        role = read_role(turn, "from", where)
+        text = read_text(turn, "value", where)
+        items = []
+        begin = 0  # of the text after the picture before
         for found in PICTURE.finditer(text):
             label = found[1] or ""
             if label and pictures == 1:
@@ -223,33 +258,28 @@ def from_hugging_face(entry: dict, dropped: Counter) -> dict:
     """
     note_dropped(entry, ("messages", "kind", *MEDIA_KEYS), dropped)
     media = {kind: media_beside(entry, kind) for kind in KINDS}
-    used = {kind: [] for kind in KINDS}
+    used = {kind: [] for kind in KINDS}  # places in `media` that items took
     messages = []
     for where, turn in turns_of(entry, "messages"):
         note_dropped(turn, ("role", "content"), dropped, "messages[].", where)
-        role, content = read_role(turn, "role", where), turn.get("content")
+        role = read_role(turn, "role", where)
+        content = turn.get("content")
+        if not isinstance(content, str):
+            items = [filled(item, media, used, where) for item in read_items(content, where, dropped)]
+            content = simplest(items)
+        messages.append({"role": role, "content": content})
+    first_user = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
+    if first_user is not None and not any(used.values()):
+        content = entry["messages"][first_user]["content"]
         if isinstance(content, str):
-            messages.append({"role": role, "content": content})
-            continue
-        items = []
-        for item in read_items(content, where, dropped):
-            kind = item.get("type", "text" if "text" in item else None)
-            if kind not in ("text", *KINDS):
-                raise DataError(f"{where}an item has a type text, image or video, has {kind!r}; leave the sample out")
-            if kind in KINDS:
-                item = filled(item, kind, media[kind], used[kind], where)
-            elif not isinstance(item.get("text"), str):
-                raise DataError(f"{where}an item of type text has a 'text' that is text; write one or leave it out")
-            items.append({**item, "type": kind})
-        messages.append({"role": role, "content": simplest(items)})
-    first = next((number for number, message in enumerate(messages) if message["role"] == "user"), 0)
-    content = entry["messages"][first]["content"]
-    if isinstance(content, str) and messages[first]["role"] == "user" and not any(used.values()):
-        items = [{"type": kind, kind: medium} for kind in KINDS for medium in media[kind]]
-        used = {kind: list(range(len(media[kind]))) for kind in KINDS}
-        messages[first]["content"] = simplest(items + text_items(content))
+            items = []
+            for kind in KINDS:
+                items += [{"type": kind, kind: medium} for medium in media[kind]]
+                used[kind] = list(range(len(media[kind])))
+            messages[first_user]["content"] = simplest(items + text_items(content))
     for kind in KINDS:
-        places = max(len(set(used[kind])), max(used[kind], default=-1) + 1)  # the second: an index left out
+        # the highest index counts, too: another one may be left out
+        places = max(len(set(used[kind])), max(used[kind], default=-1) + 1)
         check_count(f"{{'type': '{kind}'}} item", places, kind, len(media[kind]))
     return {"messages": messages}
 
@@ -257,45 +287,54 @@ def from_hugging_face(entry: dict, dropped: Counter) -> dict:
 def from_openai(entry: dict, dropped: Counter) -> dict:
     """OpenAI's chat fine-tuning: content items `{"type": "image_url", "image_url": {"url": ...}}`.
 
-    Source: OpenAI, "Vision fine-tuning" and the chat completions reference; `video_url` is what vLLM adds to it. URLs
-    and `data:` URIs stay as they are: both are read by this project. `name`, `detail` and a `weight` of 1 say nothing
-    to this model; a `weight` of 0 is refused, since every assistant message is supervised here. Tools and their calls
-    stay, the older `functions` and `function_call` under their present names.
+    Source: OpenAI, "Vision fine-tuning" and the chat completions reference; vLLM adds `video_url`. URLs and `data:`
+    URIs stay as they are, as this project reads both. `name`, `detail` and a `weight` of 1 have no effect; a `weight`
+    of 0 is refused, since every assistant message is supervised here. Tools and their calls stay; the older `functions`
+    and `function_call` get their present names.
     """
     note_dropped(entry, ("messages", "kind", "tools", "functions"), dropped)
     messages = []
     for where, turn in turns_of(entry, "messages"):
         note_dropped(turn, ("role", "content", *CALL_KEYS), dropped, "messages[].", where)
-        role, content = read_role(turn, "role", where), turn.get("content")
+        role = read_role(turn, "role", where)
+        content = turn.get("content")
         calls = calls_beside(turn)
-        if isinstance(content, str) or (content is None and "tool_calls" in calls):
-            messages.append({"role": role, "content": content or "", **calls})
-            continue
-        items = []
-        for item in read_items(content, where, Counter()):
-            kind = item.get("type")
-            if kind == "text" and isinstance(item.get("text"), str):
-                note_dropped(item, ("type", "text"), dropped, "content[].", where)
-                items.append({"type": "text", "text": item["text"]})
-                continue
-            if kind not in ("image_url", "video_url"):
-                raise DataError(f"{where}an item is text or image_url, is {kind!r}; leave the sample out")
-            holder = item.get(kind) if isinstance(item.get(kind), dict) else {"url": item.get(kind)}
-            note_dropped(item, ("type", kind), dropped, "content[].", where)
-            note_dropped(holder, ("url",), dropped, f"{kind}.", where)
-            if not isinstance(holder.get("url"), str) or not holder["url"]:
-                raise DataError(f"{where}{kind} holds no url; it is {{'url': 'https://...' or 'data:...'}}")
-            items.append({"type": kind.removesuffix("_url"), kind.removesuffix("_url"): holder["url"]})
-        messages.append({"role": role, "content": simplest(items), **calls})
+        if content is None and "tool_calls" in calls:
+            content = ""
+        if not isinstance(content, str):
+            items = [from_openai_item(item, where, dropped) for item in read_items(content, where, Counter())]
+            content = simplest(items)
+        messages.append({"role": role, "content": content, **calls})
     return {"messages": messages, **tools_beside(entry)}
 
 
+def from_openai_item(item: dict, where: str, dropped: Counter) -> dict:
+    """A content item of OpenAI's, text or `image_url` or `video_url`, as one of this project's."""
+    kind = item.get("type")
+    if kind == "text" and isinstance(item.get("text"), str):
+        note_dropped(item, ("type", "text"), dropped, "content[].", where)
+        return {"type": "text", "text": item["text"]}
+    if kind not in ("image_url", "video_url"):
+        raise DataError(f"{where}an item is text or image_url, is {kind!r}; leave the sample out")
+    holder = item.get(kind)
+    if not isinstance(holder, dict):
+        holder = {"url": holder}
+    note_dropped(item, ("type", kind), dropped, "content[].", where)
+    note_dropped(holder, ("url",), dropped, f"{kind}.", where)
+    if not isinstance(holder.get("url"), str) or not holder["url"]:
+        raise DataError(f"{where}{kind} holds no url; it is {{'url': 'https://...' or 'data:...'}}")
+    own_kind = kind.removesuffix("_url")
+    return {"type": own_kind, own_kind: holder["url"]}
+
+
 def from_own(entry: dict, dropped: Counter) -> dict:
-    """This project's format (docs/data.md), unchanged but for keys that say nothing."""
+    """This project's format (README.md, "Your own data"), unchanged but for keys that have no effect."""
     dropped.update(keys.check_entry(entry))
     messages = []
     for where, turn in turns_of(entry, "messages"):
-        role, content, calls = read_role(turn, "role", where), turn.get("content"), calls_beside(turn)
+        role = read_role(turn, "role", where)
+        content = turn.get("content")
+        calls = calls_beside(turn)
         dropped.update(keys.check_message(turn, where))
         if content is None and "tool_calls" in calls:
             content = ""
@@ -325,18 +364,24 @@ def import_entry(entry: object, dropped: Counter, join_turns: bool = False) -> t
     """
     name = detect(entry)
     if name is None:
-        what = f"a dictionary with {sorted(map(str, entry))}" if isinstance(entry, dict) else type(entry).__name__
-        held = unread(entry)
-        raise DataError(f": in none of the known formats ({', '.join(list(IMPORTERS)[:-1])}, this project's own), "
-                        + (f"holds {held}" if held else f"is {what}; {WRITE}"))  # fmt: skip
-    counted: Counter = Counter()  # what a refused sample drops is not said: nothing of it is written
+        known = ", ".join(list(IMPORTERS)[:-1])
+        content = unread(entry)
+        if content:
+            problem = f"holds {content}"
+        elif isinstance(entry, dict):
+            problem = f"is a dictionary with {sorted(map(str, entry))}; {WRITE}"
+        else:
+            problem = f"is {type(entry).__name__}; {WRITE}"
+        raise DataError(f": in none of the known formats ({known}, this project's own), {problem}")
+    counted: Counter = Counter()  # apart from `dropped`, as nothing of a refused sample is written
     imported = IMPORTERS[name](entry, counted)
     messages = imported["messages"]
-    if not any(kind in item for message in messages for item in items_of(message) for kind in KINDS):
+    if not any(holds_medium(item) for item in items_of_all(messages)):
         keys.check_no_media_beside(entry)
-    added = name in (LLAVA, QWEN_VL) and not is_empty(entry.get("system"))
-    check_order(messages, -1 if added else 0, join_turns)
-    for _ in tools.turns({**imported, "messages": messages[added:]}):  # says what is wrong with tools
+    # A system message that stood beside the messages is before the first one: errors count from the file's own first.
+    added = 1 if name in (LLAVA, QWEN_VL) and not is_empty(entry.get("system")) else 0
+    check_order(messages, -added, join_turns)
+    for _ in tools.turns({**imported, "messages": messages[added:]}):  # raises where tools or calls are wrong
         pass
     dropped.update(counted)
     sample = {**imported, "messages": joined(messages) if join_turns else messages}
@@ -349,10 +394,15 @@ def import_entry(entry: object, dropped: Counter, join_turns: bool = False) -> t
 
 
 def check_order(messages: list[dict], first: int = 0, same_role: bool = False) -> None:
-    """DataError for what util/dataset.py would refuse, and for an empty answer. Messages are counted from `first`."""
-    before, before_calls = None, False
+    """DataError for what util/dataset.py would refuse, and for an empty answer. Messages are counted from `first`.
+
+    `same_role`: turns of the same role in a row are allowed, as they will be joined.
+    """
+    before = None  # the role of the message before
+    before_calls = False  # whether that one calls tools
     for number, message in enumerate(messages, first):
-        role, where = message["role"], f", message {number}: "
+        role = message["role"]
+        where = f", message {number}: "
         if role == "system" and before is not None:
             raise DataError(f"{where}a system message can only be the first one; move it there or take it out")
         if role == before != "tool" and not (same_role and not message.get("tool_calls") and not before_calls):
@@ -364,37 +414,49 @@ def check_order(messages: list[dict], first: int = 0, same_role: bool = False) -
                             "add the question or take the answer out")  # fmt: skip
         content = message["content"]
         items = [{"text": content}] if isinstance(content, str) else content
-        if role not in ("user", "tool") and (held := [kind for kind in KINDS for item in items if kind in item]):
-            raise DataError(f"{where}only a user message can hold an image or a video; move the {held[0]} into one")
-        said = "".join(str(item.get("text", item.get("label", item.get("bbox", "")))) for item in items)
+        for kind in KINDS:
+            if role not in ("user", "tool") and any(kind in item for item in items):
+                raise DataError(f"{where}only a user message can hold an image or a video; move the {kind} into one")
+        said = "".join(map(said_by, items))
         if role == "assistant" and not said.strip() and not message.get("tool_calls"):
             raise DataError(f"{where}an empty assistant message, so nothing to learn; write the answer or take it out")
-        before, before_calls = role, bool(message.get("tool_calls"))
+        before = role
+        before_calls = bool(message.get("tool_calls"))
     if before != "assistant":
         found = f"ends with a {before} message" if before else "has no messages"
         raise DataError(f": {found}, so nothing is supervised; add the answer")
 
 
+def said_by(item: dict) -> str:
+    """What an item adds to an answer: its text, or the label or corners of a box."""
+    for key in ("text", "label", "bbox"):
+        if key in item:
+            return str(item[key])
+    return ""
+
+
 def joined(messages: list[dict]) -> list[dict]:
-    """Messages with those of the same role in a row made one, a newline between two texts."""
+    """Messages, those of the same role in a row as one, with a newline between two texts."""
     result: list[dict] = []
     for message in messages:
         if not result or result[-1]["role"] != message["role"] or message["role"] == "tool":
             result.append(message)
             continue
-        parts = [result[-1]["content"], message["content"]]
-        if all(isinstance(part, str) for part in parts):
-            content: str | list = "\n".join(parts)
+        left = result[-1]["content"]
+        right = message["content"]
+        if isinstance(left, str) and isinstance(right, str):
+            content: str | list = f"{left}\n{right}"
         else:
-            left, right = (text_items(part) if isinstance(part, str) else part for part in parts)
-            newline = text_items("\n") if left and right and "text" in left[-1] and "text" in right[0] else []
-            content = [*left, *newline, *right]
+            left = text_items(left) if isinstance(left, str) else left
+            right = text_items(right) if isinstance(right, str) else right
+            are_texts = left and right and "text" in left[-1] and "text" in right[0]
+            content = [*left, *(text_items("\n") if are_texts else []), *right]
         result[-1] = {**message, "content": content}
     return result
 
 
 def turns_of(entry: dict, key: str) -> Iterator[tuple[str, dict]]:
-    """Each turn with the words that name it in a message."""
+    """Each turn with the words that name it in an error: (`, message 3: `, turn)."""
     turns = entry.get(key)
     if not isinstance(turns, list) or not turns:
         raise DataError(f": {key!r} must be a list of at least one turn; write it or leave the sample out")
@@ -413,7 +475,7 @@ def read_role(turn: dict, key: str, where: str) -> str:
 
 
 def calls_beside(turn: dict) -> dict:
-    """The keys of a message that say what it calls or answers, under their present names."""
+    """The keys of a message that hold its calls, or name the call that it answers; old keys under their new names."""
     kept = {key: turn[key] for key in ("tool_calls", "tool_call_id") if not is_empty(turn.get(key))}
     if not is_empty(turn.get("function_call")):
         kept["tool_calls"] = [{"type": "function", "function": turn["function_call"]}]
@@ -421,9 +483,11 @@ def calls_beside(turn: dict) -> dict:
 
 
 def calls_in(text: str, where: str) -> list[dict]:
-    """The calls that are the whole text of a turn: JSON of one, or of a list of them."""
+    """The calls of a turn whose text is the JSON of one call or of a list of them."""
     calls = tools.loads(text, f"{where}a turn of calls is JSON {{'name': ..., 'arguments': ...}}; repair it")
-    return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+    if not isinstance(calls, list):
+        calls = [calls]
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def tools_beside(entry: dict) -> dict:
@@ -443,7 +507,7 @@ def read_text(turn: dict, key: str, where: str) -> str:
 
 
 def read_items(content: object, where: str, dropped: Counter) -> list[dict]:
-    """A list of content items, each without its empty keys (Arrow gives every item the keys of all) and silent ones."""
+    """A list of content items without keys that have no effect or are empty (Arrow gives all items the same keys)."""
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
         raise DataError(f"{where}content must be text or a list of items, is {type(content).__name__}; repair the file")
     items = []
@@ -472,18 +536,30 @@ def below(folder: str, medium: object) -> object:
     return f"{folder.rstrip('/')}/{medium}" if fetch.is_remote(folder) else os.path.join(folder, medium)
 
 
-def filled(item: dict, kind: str, media: list, used: list[int], where: str) -> dict:
-    """A Hugging Face item with its medium: its own, the one its index names, or the next."""
-    own = [key for key in (kind, "url", "path") if key in item]
-    index = item.get("index")
+def filled(item: dict, media: dict[str, list], used: dict[str, list[int]], where: str) -> dict:
+    """A Hugging Face item of text, or with its medium: its own, the one its index names, or the next.
+
+    `media`: of the sample, by kind; `used`: takes the place there of a medium that is not the item's own.
+    """
+    kind = item.get("type", "text" if "text" in item else None)
+    if kind not in ("text", *KINDS):
+        raise DataError(f"{where}an item has a type text, image or video, has {kind!r}; leave the sample out")
+    if kind == "text":
+        if not isinstance(item.get("text"), str):
+            raise DataError(f"{where}an item of type text has a 'text' that is text; write one or leave it out")
+        return {**item, "type": kind}
     rest = {key: value for key, value in item.items() if key not in (kind, "url", "path", "index")}
-    if own:
-        return {**rest, kind: item[own[0]]}
-    if index is not None and not (isinstance(index, int) and 0 <= index < len(media)):
-        raise DataError(f"{where}index {index!r}, but the sample has {len(media)} {kind}s; correct it")
-    place = len(used) if index is None else index
-    used.append(place)
-    return {**rest, kind: media[place] if place < len(media) else None}
+    rest["type"] = kind
+    for key in (kind, "url", "path"):
+        if key in item:
+            return {**rest, kind: item[key]}
+    index = item.get("index")
+    count = len(media[kind])
+    if index is not None and not (isinstance(index, int) and 0 <= index < count):
+        raise DataError(f"{where}index {index!r}, but the sample has {count} {kind}s; correct it")
+    place = len(used[kind]) if index is None else index
+    used[kind].append(place)
+    return {**rest, kind: media[kind][place] if place < count else None}
 
 
 def check_count(what: str, count: int, kind: str, media: int) -> None:
@@ -494,7 +570,7 @@ def check_count(what: str, count: int, kind: str, media: int) -> None:
 
 
 def with_system(entry: dict, messages: list[dict]) -> list[dict]:
-    """The messages after the system message that stands beside them, if one does (LLaMA-Factory)."""
+    """The messages, and before them the system message that stands beside them, if one does (LLaMA-Factory)."""
     system = entry.get("system")
     if is_empty(system):
         return messages
@@ -506,7 +582,7 @@ def with_system(entry: dict, messages: list[dict]) -> list[dict]:
 
 
 def note_dropped(holder: dict, used: tuple, dropped: Counter, path: str = "", where: str = ": ") -> None:
-    """Count the keys that are not used; DataError for those that change what is trained."""
+    """Count the keys of `holder` that are not in `used`; DataError for those that would change what is trained."""
     for key, value in holder.items():
         if key in used or is_empty(value) or (isinstance(value, str) and value == "[]"):
             continue
@@ -518,13 +594,13 @@ def note_dropped(holder: dict, used: tuple, dropped: Counter, path: str = "", wh
 
 
 def learner(holder: dict) -> object:
-    """The role of a turn; a sample as a whole is learned as its answers are."""
+    """The role of a turn; "assistant" for a sample as a whole, whose answers are learned."""
     role = holder.get("role", holder.get("from", "assistant"))
     return ROLES.get(role) if isinstance(role, str) else role
 
 
 def ground(text: str, where: str) -> str:
-    """Qwen-VL's grounding marks as Qwen2-VL's, or DataError for one that is not whole."""
+    """A text with Qwen-VL's grounding marks as Qwen2-VL's; DataError for a mark that is not complete."""
     for mark, (pattern, name) in GROUNDING.items():
         text = pattern.sub(rf"<|{name}_start|>\1<|{name}_end|>", text)
         if f"<{mark}>" in text or f"</{mark}>" in text:
