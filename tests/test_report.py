@@ -16,7 +16,7 @@ from PIL import Image
 from util.command_line import UserError
 from util.results import report as reports
 from util.results.answer import compare, print_scores
-from util.results.evaluate import Answer, read_file, write_answers
+from util.results.answer_files import Answer, read_file, write_answers
 from util.results.report import report
 from util.vision import Budget
 

@@ -1,13 +1,23 @@
-"""What the two test scripts share: settings, answering, printing before and after side by side."""
+"""What the two test scripts share: the command line, answering, and printing answers side by side."""
 
 import argparse
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from util.command_line import UserError
 from util.config import Config
-from util.results.metrics import LABELS, METRICS, better_worse_same, mean, right_of_kind, share
+from util.results.metrics import (
+    LABELS,
+    METRICS,
+    better_worse_same,
+    mean,
+    right_of_kind,
+    several_kinds,
+    share,
+    summarise,
+)
 from util.run_folder import LATEST, ROOT, read_settings
 
 BUDGET_FLAGS = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_tokens")
@@ -15,7 +25,7 @@ BUDGET_FLAGS = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "vi
 
 @dataclass
 class Settings:
-    """The command line of a test script, and what a run directory says about how it was trained."""
+    """The command line of a test script, completed by the settings that a run was trained with."""
 
     base: str | None  # the untuned model; None: the default of finetune.py
     run: str | None
@@ -29,13 +39,14 @@ class Settings:
     max_tokens: int
     max_new_tokens: int
     show: int
-    metrics: list[str]  # the first one is the headline
+    metrics: list[str]  # the first one decides whether an answer is right
     at_least: float | None
     output_dir: Path
     budget: dict = field(default_factory=dict)
 
 
-def parse_arguments(description: str, trained: bool) -> Settings:
+def make_parser(description: str, trained: bool) -> argparse.ArgumentParser:
+    """The parser of a test script; `description`: a summary, an empty line, and examples."""
     summary, _, examples = description.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -63,6 +74,12 @@ def parse_arguments(description: str, trained: bool) -> Settings:
     for name in BUDGET_FLAGS:
         kind = float if name == "video_fps" else int
         parser.add_argument(f"--{name}", type=kind, help="as in finetune.py; default: what the run was trained with")
+    return parser
+
+
+def parse_arguments(description: str, trained: bool) -> Settings:
+    """Read the command line. `trained`: of the script that tests a trained model."""
+    parser = make_parser(description, trained)
     values = vars(parser.parse_args())
     given = {name: value for name in BUDGET_FLAGS if (value := values.pop(name)) is not None}
     if (values["image"] or values["video"]) and not values["question"]:
@@ -81,19 +98,19 @@ def parse_arguments(description: str, trained: bool) -> Settings:
     settings.metrics = settings.metrics or trained_with.get("eval_metrics") or Config().eval_metrics
     known = {name: trained_with[name] for name in BUDGET_FLAGS if name in trained_with}
     settings.budget = {**known, **given}
-    Config(**settings.budget)  # names what cannot be
+    Config(**settings.budget)  # raises where a value is impossible
     return settings
 
 
 def find_run(run: str | None) -> str:
-    """The model to test: of the run or checkpoint that is given, else of the newest run."""
+    """The model to test: that of the run or checkpoint that is given, else that of the newest run."""
     if run is not None:
         run = model_of(run)
         if Path(run).is_dir():
             if not is_finished(Path(run)):
                 raise UserError(f"{run}: no model in it; a finished run has config.json or adapter_config.json")
         else:
-            check_hub_name(run)  # before the untuned model has answered everything
+            check_hub_name(run)  # now, and not after the untuned model has answered everything
         return run
     if not is_finished(LATEST):
         raise UserError("no finished run in train_output/; train one with ./finetune.sh, or name a run directory")
@@ -112,12 +129,12 @@ def check_hub_name(run: str) -> None:
 
 
 def is_finished(run: Path) -> bool:
-    """Does a run directory hold a model, or an adapter? Their configs are written last."""
+    """Whether a run directory holds a model or an adapter; their configs are written last."""
     return (run / "config.json").exists() or (run / "adapter_config.json").exists()
 
 
 def model_of(path: str) -> str:
-    """Where the model of a path is: what is a checkpoint in training is exported."""
+    """The folder of a model: the path itself, or that of an export where the path is a checkpoint of a training."""
     if not (Path(path) / "state.json").exists():
         return path
     from util.publish.export import exported
@@ -126,11 +143,12 @@ def model_of(path: str) -> str:
 
 
 def run_before(settings: Settings) -> list:
-    """The untuned model's answers: read from before.jsonl where it was made from the same, else made."""
+    """The untuned model's answers, from before.jsonl where that was made from the same model, data and settings."""
     return answers_of(settings, settings.base, "before", reuse=True)
 
 
 def run_after(settings: Settings) -> list:
+    """The trained model's answers."""
     return answers_of(settings, settings.run, "after", reuse=False)
 
 
@@ -149,7 +167,7 @@ def answers_of(settings: Settings, model: str | None, name: str, reuse: bool) ->
     """Answer all test questions with a model, and write `test_output/NAME.jsonl`."""
     from util.dataset import load_examples
     from util.model import choose_device, choose_dtype, find_model, load_processor
-    from util.results import evaluate
+    from util.results import answer_files, evaluate
     from util.vision import Budget
 
     device = choose_device(settings.device)
@@ -158,9 +176,10 @@ def answers_of(settings: Settings, model: str | None, name: str, reuse: bool) ->
     precision = str(choose_dtype(settings.dtype, device))
     processor = load_processor(path)
     questions = evaluate.questions_of(load_examples(settings.data, processor))
-    made_from = {**evaluate.fingerprint(path, settings.data, budget, settings.max_new_tokens), "dtype": precision}
+    made_from = answer_files.fingerprint(path, settings.data, budget, settings.max_new_tokens)
+    made_from["dtype"] = precision
     file = settings.output_dir / f"{name}.jsonl"
-    if reuse and (known := evaluate.read_answers(file, made_from)):
+    if reuse and (known := answer_files.read_answers(file, made_from)):
         print(f"{name}: {len(known)} answers of {path}, from {file}")
         return known
     answerer = load_answerer(settings, path, processor)
@@ -172,7 +191,7 @@ def answers_of(settings: Settings, model: str | None, name: str, reuse: bool) ->
         f"{name}: {Path(path).name}",
         max_tokens=settings.max_tokens,
     )
-    evaluate.write_answers(file, made_from, answers)
+    answer_files.write_answers(file, made_from, answers)
     return answers
 
 
@@ -187,12 +206,11 @@ def answer_one(settings: Settings, model: str | None) -> None:
 
     path = find_model(model, choose_device(settings.device))
     answerer = load_answerer(settings, path, load_processor(path))
-    media = [("image", path) for path in settings.image] + [("video", path) for path in settings.video]
-    items = [{"type": kind, kind: path} for kind, path in media] + [{"type": "text", "text": settings.question}]
-    asked = [
-        {"role": "user", "content": items},
-        {"role": "assistant", "content": "?"},
-    ]  # a stand-in: only the question is asked
+    items = [{"type": "image", "image": image} for image in settings.image]
+    items += [{"type": "video", "video": video} for video in settings.video]
+    items.append({"type": "text", "text": settings.question})
+    # The check asks for an answer, too; "?" stands in its place and is not shown to the model.
+    asked = [{"role": "user", "content": items}, {"role": "assistant", "content": "?"}]
     try:
         messages = check_messages({"messages": asked}, control_tokens(answerer.processor), Path.cwd())[:1]
     except DataError as error:
@@ -221,7 +239,8 @@ def show_boxes(answer: str, images: list[dict], folder: Path) -> None:
         name = fetch.printable(item["image"])
         print(f"\nboxes in pixels of {name} ({image.width} x {image.height}), drawn in {file}:")
         for label, corners in found:
-            print(f"  {'  '.join(f'{value:7.1f}' for value in corners)}  {label or '(no label)'}")
+            in_words = "  ".join(f"{value:7.1f}" for value in corners)
+            print(f"  {in_words}  {label or '(no label)'}")
 
 
 def print_answers(columns: dict[str, list], metrics: list[str], show: int) -> None:
@@ -229,7 +248,9 @@ def print_answers(columns: dict[str, list], metrics: list[str], show: int) -> No
     rows = list(zip(*columns.values(), strict=True))
     for row in rows[:show]:
         asked = row[0]
-        media = f"  [{', '.join(str(item[item['type']]) for item in asked.media)}]" if asked.media else ""
+        media = ", ".join(str(item[item["type"]]) for item in asked.media)
+        if media:
+            media = f"  [{media}]"
         print(f"{asked.where}{media}\n   question    {asked.question!r}\n  reference    {asked.reference!r}")
         for name, answer in zip(columns, row, strict=True):
             print(f"{name:>11}  {mark(answer.score(metrics[0]))} {answer.answer!r}")
@@ -240,7 +261,7 @@ def print_answers(columns: dict[str, list], metrics: list[str], show: int) -> No
 
 
 def mark(score: float | None) -> str:
-    """Right, wrong, or how right."""
+    """A sign for right or wrong, the score of an answer that is partly right, "-" for none."""
     return {None: "-", 0.0: "✗", 1.0: "✓"}.get(score) or f"{score:.2f}"
 
 
@@ -254,7 +275,7 @@ def compare(before: list, after: list, metrics: list[str], show: int) -> None:
 def write_report(settings: Settings) -> None:
     """report.html, from the two files of answers."""
     files = [settings.output_dir / f"{name}.jsonl" for name in ("before", "after")]
-    run = settings.run if read_settings(settings.run) else None  # of another's model there is no loss curve
+    run = settings.run if read_settings(settings.run) else None  # a model that was not trained here has no loss curve
     from util.results.report import report  # it imports torch; --help need not
 
     report(files, settings.output_dir / "report.html", settings.metrics, run)
@@ -272,17 +293,19 @@ def require(after: list, metric: str, at_least: float | None) -> None:
 
 def print_scores(columns: dict[str, list], metrics: list[str]) -> None:
     """A table: scores by column, and the first metric by kind of sample where the data names kinds."""
-    from util.results.evaluate import summarise
-
-    rows = {name: summarise(answers, metrics) for name, answers in columns.items()}
-    kinds = sorted({a.kind for a in next(iter(columns.values())) if a.kind})
-    print(f"{'':>24}" + "".join(f"{name:>12}" for name in columns))
+    summaries = [summarise(answers, metrics) for answers in columns.values()]
+    print_row("", columns)
     for metric in metrics:
-        print(f"{LABELS[metric]:>24}" + "".join(f"{share(row[metric]):>12}" for row in rows.values()))
-    print(f"{'loss':>24}" + "".join(f"{row['loss']:>12.3f}" for row in rows.values()))
-    for kind in kinds if len(kinds) > 1 else []:
-        cells = [
-            right_of_kind([a.score(metrics[0]) for a in answers if a.kind == kind]) for answers in columns.values()
-        ]
-        print(f"{kind:>24}" + "".join(f"{cell:>12}" for cell in cells))
-    print(f"{'questions':>24}" + "".join(f"{row['questions']:>12}" for row in rows.values()))
+        print_row(LABELS[metric], [share(summary[metric]) for summary in summaries])
+    print_row("loss", [f"{summary['loss']:.3f}" for summary in summaries])
+    first = next(iter(columns.values()))
+    for kind in several_kinds(answer.kind for answer in first):
+        cells = []
+        for answers in columns.values():
+            cells.append(right_of_kind([answer.score(metrics[0]) for answer in answers if answer.kind == kind]))
+        print_row(kind, cells)
+    print_row("questions", [str(summary["questions"]) for summary in summaries])
+
+
+def print_row(label: str, cells: Iterable[str]) -> None:
+    print(f"{label:>24}" + "".join(f"{cell:>12}" for cell in cells))

@@ -1,16 +1,27 @@
 """Answers of several models to the same questions in one table: `python -m util compare base=FILE tuned=FILE ...`.
 
-The files are those that the test scripts write (before.jsonl, after.jsonl). The table gives each one's score over all
-questions and by kind, with 95 % confidence intervals, and what each changed against the first, question by question.
+The files are those that the test scripts write (before.jsonl, after.jsonl). The table gives the score of each over all
+questions and by kind, with 95 % confidence intervals, and its difference to the first, question by question.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from util.command_line import UserError, command_parser
-from util.results.metrics import LABELS, METRICS, confidence_interval, interval_of_changes, mean, share_with_interval
+from util.results.answer_files import read_lines
+from util.results.metrics import (
+    LABELS,
+    METRICS,
+    changes_between,
+    confidence_interval,
+    interval_of_changes,
+    mean,
+    several_kinds,
+    share_with_interval,
+)
 
 
 @dataclass
@@ -21,16 +32,21 @@ class Column:
     questions: list[dict]  # what was asked: question, reference, media, kind
     scores: list[float | None]
 
+    def scores_of(self, members: Sequence[int]) -> list[float | None]:
+        """The scores of the questions with these numbers."""
+        return [self.scores[number] for number in members]
+
 
 def read_column(named: str, metric: str) -> Column:
-    """`NAME=FILE`, or a file that is named by itself. Raises UserError for one that holds no answers."""
+    """The answers of `NAME=FILE`, or of a file that gives its own name. Raises UserError for a file without answers."""
     name, equals, file = named.partition("=")
-    name, file = (name, file) if equals else (Path(named).stem, named)
+    if not equals:
+        name = Path(named).stem
+        file = named
     try:
-        with open(file, encoding="utf-8") as opened:
-            _, *lines = map(json.loads, opened)
+        _, lines = read_lines(file)
         scores = [METRICS[metric](line["answer"], line["reference"]) for line in lines]
-        asked = [{key: line[key] for key in ("question", "reference", "media", "kind")} for line in lines]
+        asked = [question_of(line) for line in lines]
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); name a file that a test script wrote") from None
     except (ValueError, KeyError, TypeError):
@@ -40,10 +56,17 @@ def read_column(named: str, metric: str) -> Column:
     return Column(name, asked, scores)
 
 
+def question_of(line: dict) -> dict:
+    """What was asked, from a line of a file of answers."""
+    return {key: line[key] for key in ("question", "reference", "media", "kind")}
+
+
 def difference(scores: list[float | None], others: list[float | None]) -> str:
-    """How much higher the mean of `scores` is, in points, over the questions that both have a score of."""
-    pairs = [(one, other) for one, other in zip(scores, others, strict=True) if None not in (one, other)]
-    changes = [one - other for one, other in pairs]
+    """How much higher the mean of `scores` is than that of `others`, in percentage points with the 95 % interval.
+
+    Only questions that have both scores count.
+    """
+    changes = changes_between(others, scores)
     if not changes:
         return "-"
     low, high = interval_of_changes(changes)
@@ -51,10 +74,35 @@ def difference(scores: list[float | None], others: list[float | None]) -> str:
 
 
 def compare(files: list[str], metric: str, out: str | None) -> str:
-    """The table. Raises UserError for files that do not answer the same questions."""
-    columns = [read_column(file, metric) for file in files]
+    """The table as text; its figures go into the file `out` as JSON. Raises UserError as `read_columns` does."""
+    columns = read_columns(files, metric)
     first, *rest = columns
-    for column, file in zip(rest, files[1:], strict=True):
+    kind_of = [question["kind"] for question in first.questions]
+    groups: dict[str, Sequence[int]] = {"all questions": range(len(kind_of))}  # numbers of questions
+    for kind in several_kinds(kind_of):
+        groups[kind] = [number for number, other in enumerate(kind_of) if other == kind]
+    rows = [[LABELS[metric], *(column.name for column in columns), "questions"]]
+    figures = {}
+    for group, members in groups.items():
+        scores = [column.scores_of(members) for column in columns]
+        rows.append([group, *map(share_with_interval, scores), f"{len(members):,}"])
+        if rest:
+            differences = [difference(own, scores[0]) for own in scores[1:]]
+            rows.append([f"  against {first.name}", "", *differences, ""])
+        figures[group] = {"questions": len(members)}
+        for column, own in zip(columns, scores, strict=True):
+            figures[group][column.name] = {"score": mean(own), "interval": confidence_interval(own)}
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps({"metric": metric, "files": files, **figures}, indent=1) + "\n")
+    return "\n".join([table(rows), "In brackets: 95 % confidence intervals of the mean over questions."])
+
+
+def read_columns(files: list[str], metric: str) -> list[Column]:
+    """One column for each file. Raises UserError where they have not the same questions, or two have the same name."""
+    columns = [read_column(file, metric) for file in files]
+    first = columns[0]
+    for column, file in zip(columns, files, strict=True):
         if column.questions != first.questions:
             raise UserError(
                 f"{file}: answers other questions than {files[0]} ({len(column.questions):,} and "
@@ -62,33 +110,16 @@ def compare(files: list[str], metric: str, out: str | None) -> str:
             )
     if len({column.name for column in columns}) < len(columns):
         raise UserError(f"{' '.join(files)}: two have the same name; give each one as NAME=FILE")
-    kinds = sorted({question["kind"] for question in first.questions if question["kind"]})
-    groups = {"all questions": [True] * len(first.questions)}
-    if len(kinds) > 1:
-        groups |= {kind: [question["kind"] == kind for question in first.questions] for kind in kinds}
-    header, rows, result = [LABELS[metric], *(column.name for column in columns), "questions"], [], {}
-    for group, members in groups.items():
-        chosen = [[s for s, here in zip(c.scores, members, strict=True) if here] for c in columns]
-        rows.append([group, *map(share_with_interval, chosen), f"{sum(members):,}"])
-        if rest:
-            changes = [difference(scores, chosen[0]) for scores in chosen[1:]]
-            rows.append([f"  against {first.name}", "", *changes, ""])
-        result[group] = {"questions": sum(members)} | {
-            column.name: {"score": mean(scores), "interval": confidence_interval(scores)}
-            for column, scores in zip(columns, chosen, strict=True)
-        }
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps({"metric": metric, "files": files, **result}, indent=1) + "\n")
-    return "\n".join([table([header, *rows]), "In brackets: 95 % confidence intervals of the mean over questions."])
+    return columns
 
 
 def table(rows: list[list[str]]) -> str:
-    """Columns as wide as their widest cell, the first one to the left."""
+    """Rows of cells as lines of text: the first column begins at the left, the others end at the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0]), *(c.rjust(width) for c, width in zip(others, widths[1:], strict=True))]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[0] = row[0].ljust(widths[0])
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 

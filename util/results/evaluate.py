@@ -1,13 +1,10 @@
 """Loss on held-out data; answers generated in batches and scored."""
 
-import hashlib
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from itertools import takewhile
-from pathlib import Path
+from dataclasses import dataclass, replace
+from itertools import chain, takewhile
 
 import torch
 from torch import nn
@@ -28,8 +25,9 @@ from util.dataset import Example, Examples, Sample, Samples
 from util.guard import Stopped, StopSignal
 from util.loss import PackedLoss
 from util.model import choose_attention, load_weights, set_attention, whole_weights
-from util.results.metrics import METRICS, mean
-from util.run_folder import written_whole
+from util.parallel import ranks
+from util.results.answer_files import Answer
+from util.results.metrics import several_kinds, summarise
 
 BATCH_SIZE = 32  # questions answered at a time while training
 MOST_NEW_TOKENS = 64  # longest answer while training
@@ -37,11 +35,15 @@ MOST_NEW_TOKENS = 64  # longest answer while training
 
 @torch.no_grad()
 def evaluate_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
-    """Of all the batches, read once: "loss_sum", the cross-entropies of all supervised tokens, "likeliest_tokens", how
-    many of these the model held for the likeliest, and `Batch.counts`."""
+    """Sums over all batches: `Batch.counts`, and two sums over the supervised tokens.
+
+    "loss_sum": their cross-entropies; "likeliest_tokens": how many of them the model held for the likeliest. The
+    batches are read once.
+    """
     model.eval()
-    sums, counts = torch.zeros(2, dtype=torch.float64, device=device), Counter(Collator()([]).counts)
-    with torch.random.fork_rng(devices=[]):  # a loader draws a seed; training goes on as if it had not
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    counts = Counter(Collator()([]).counts)  # all keys are there, even if there is no batch
+    with torch.random.fork_rng(devices=[]):  # a loader draws a seed, and training's generator must not move
         for batch in batches:
             sums += model.score(batch.to(device)).sum(1)
             counts.update(batch.counts)
@@ -52,26 +54,27 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch], device: torch.devi
 def evaluate_answers(
     model: PackedLoss, held_out: Samples, device: torch.device, config: Config, stop: StopSignal | None = None
 ) -> dict[str, float | None]:
-    """`config.eval_metrics` of what a model in training answers, at most `MOST_NEW_TOKENS` long, to
-    `config.eval_samples` questions, the same each time, over all and by kind of sample; {} where that is 0.
+    """Scores, by `config.eval_metrics`, of the answers of a model in training, over all and by kind of sample.
 
-    Of several ranks each answers its share, at its own pace, and all get the scores of all. Raises Stopped, on all of
-    them, where `stop` asked one to leave.
+    The `config.eval_samples` questions are the same each time, and answers at most `MOST_NEW_TOKENS` long; {} where no
+    questions are asked. Each rank answers its share at its own pace, and all get the scores of all. Raises Stopped, on
+    all ranks, where `stop` asked one to leave.
     """
     if not config.eval_samples:
         return {}
-    asked = model, held_out, device, config
     model.eval()
-    own = stop.unless_stopped(answer_share, *asked, stop.watch) if stop else answer_share(*asked, iter)
+    if stop:
+        own = stop.unless_stopped(answer_share, model, held_out, device, config, stop.watch)
+    else:
+        own = answer_share(model, held_out, device, config, iter)
     model.train()
     shares = ranks.gather_on_all(own)
     if any(share is None for share in shares):
         raise Stopped
-    answers = [answer for share in shares for answer in share]
+    answers = list(chain.from_iterable(shares))
     scores = summarise(answers, config.eval_metrics)
-    del scores["loss"]  # it weighs questions alike; the evaluation loss is that of all supervised tokens
-    kinds = sorted({answer.kind for answer in answers if answer.kind})
-    for kind in kinds if len(kinds) > 1 else []:
+    del scores["loss"]  # a mean over questions, where the evaluation loss is a mean over supervised tokens
+    for kind in several_kinds(answer.kind for answer in answers):
         of_kind = summarise([answer for answer in answers if answer.kind == kind], config.eval_metrics)
         scores |= {f"{metric}_{kind}": of_kind[metric] for metric in config.eval_metrics}
     return scores
@@ -80,36 +83,22 @@ def evaluate_answers(
 # ---- questions and answers ------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Answer:
-    """One question of the test data, what the model answered, and its scores."""
-
-    where: str
-    kind: str | None
-    question: str
-    media: list[dict]  # the image and video items of the conversation so far, as in a data file
-    reference: str
-    answer: str
-    loss: float  # mean cross-entropy of the reference's tokens
-    earlier: list[list[str]]  # [role, text] of the messages before the question
-
-    def score(self, metric: str) -> float | None:
-        """From 0 to 1; None where the reference is nothing that `metric` measures."""
-        return METRICS[metric](self.answer, self.reference)
-
-
 def questions_of(
     examples: Examples, on_bad_sample: str = "stop", shrunk: Mapping[int, vision.Budget] | None = None
 ) -> list[Example]:
-    """Every assistant message is a question: the conversation up to and with it, earlier answers as given. `shrunk`:
-    the budgets of samples that are shrunk, by number (Samples.shrunk)."""
-    questions, readable, shrunk = [], Lenient(examples, on_bad_sample), shrunk or {}
+    """A question for every assistant message: the conversation up to and with it, with the earlier answers of the data.
+
+    `shrunk`: the budgets of samples that are shrunk, by number (Samples.shrunk).
+    """
+    questions = []
+    readable = Lenient(examples, on_bad_sample)
+    shrunk = shrunk or {}
     for index in range(len(examples)):
         if index in examples.left_out or isinstance(example := readable[index], Skipped):
             continue
-        turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        turns = [place for place, message in enumerate(example.messages) if message["role"] == "assistant"]
         for number, turn in enumerate(turns):
-            where = example.where + (f", turn {number}" if len(turns) > 1 else "")
+            where = f"{example.where}, turn {number}" if len(turns) > 1 else example.where
             questions.append(Example(example.messages[: turn + 1], where, example.kind, budget=shrunk.get(index)))
     return questions
 
@@ -122,15 +111,17 @@ class Limits:
     """How much is answered at a time, and how long an answer may be."""
 
     questions: int
-    tokens: int  # of the packed row that is read, and of the padded batch that is generated; one question always goes
+    tokens: int  # in a packed row that is read, and in a padded batch that is generated; one question is always allowed
     new_tokens: int
 
 
 class Answerer:
-    """A model that answers: its vision tower and its loss in packed form, generation under sdpa."""
+    """A model that answers. Prompts are read in packed rows, as in training; answers are generated under sdpa."""
 
     def __init__(self, packed: PackedLoss, processor, device: torch.device) -> None:
-        self.packed, self.processor, self.device = packed, processor, device
+        self.packed = packed
+        self.processor = processor
+        self.device = device
         self.stop = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
         self.generation = GenerationConfig(
             do_sample=False, use_cache=True, eos_token_id=self.stop, pad_token_id=self.stop[1]
@@ -145,8 +136,8 @@ class Answerer:
 
     @torch.no_grad()
     def read(self, pairs: list[tuple[Sample, Sample]], max_new_tokens: int) -> list[tuple[float, str | Prompt]]:
-        """Of each pair (prompt, the same with its reference): the mean cross-entropy of the reference's tokens, and the
-        answer; where that is still to be generated, the prompt for `generate`.
+        """Read pairs (prompt, the same with its reference); for each the mean cross-entropy of the reference's tokens,
+        and the answer or, where it is still to be generated, the prompt for `generate`.
 
         Greedy decoding writes the likeliest token each time. Where every token of a reference is the likeliest after
         those before it, the reference is what would be generated: one forward pass instead of one for each token.
@@ -159,15 +150,17 @@ class Answerer:
         rows = self.prompts_of(there, self.packed.embed(there, visual))
         found = []
         for number, (prompt, whole) in enumerate(pairs):
-            mine = owner == number
-            tokens = list(takewhile(lambda token: token not in self.stop, batch.target_ids[mine].tolist()))
-            needed = min(len(tokens) + 1, max_new_tokens)  # the end token too, where there is room for it
-            if likeliest[mine][:needed].all():
+            is_own = owner == number
+            tokens = self.before_end(batch.target_ids[is_own].tolist())
+            needed = min(len(tokens) + 1, max_new_tokens)  # the end token, too, where there is room for it
+            if likeliest[is_own][:needed].all():
                 answer = self.text(tokens[:max_new_tokens])
-            else:  # a copy: a part of the row would keep the whole row
+            else:
                 reference = len(whole.encoded.input_ids) - len(prompt.encoded.input_ids)
-                answer = tuple(x[:-reference].clone() for x in rows[number])
-            found.append((losses[mine].mean().item(), answer))
+                embeddings, positions = rows[number]
+                # Copies: a view would keep the memory of the whole packed row.
+                answer = embeddings[:-reference].clone(), positions[:-reference].clone()
+            found.append((losses[is_own].mean().item(), answer))
         return found
 
     @torch.no_grad()
@@ -177,16 +170,18 @@ class Answerer:
         return self.generate(self.prompts_of(batch, self.packed.embed(batch)), max_new_tokens)
 
     def prompts_of(self, batch: Batch, embeddings: torch.Tensor) -> list[Prompt]:
-        """The samples of a packed batch with embeddings (T, D), each by itself."""
+        """The Prompt of each sample of a packed batch, whose embeddings are (T, D)."""
         lengths = batch.segments.lengths
         return list(zip(embeddings.split(lengths), batch.position_ids.T.split(lengths), strict=True))
 
     @torch.no_grad()
     def generate(self, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
-        """As `answers`, of prompts whose embeddings are there."""
-        model, text = self.packed.model, self.packed.model.config.text_config
+        """As `answers` does, for prompts that are embedded already."""
+        model = self.packed.model
+        text = model.config.text_config
         embeddings, mask, positions = self.pad(prompts)
-        packed_name, text._attn_implementation = text._attn_implementation, "sdpa"  # packed attention knows no padding
+        packed_attention = text._attn_implementation
+        text._attn_implementation = "sdpa"  # packed attention cannot handle padding
         try:
             self.generation.max_new_tokens = max_new_tokens
             generated = model.generate(
@@ -197,12 +192,16 @@ class Answerer:
                 synced_gpus=False,  # each rank holds all weights and stops when its own answers end
             )
         finally:
-            text._attn_implementation = packed_name
-        return [self.text(takewhile(lambda token: token not in self.stop, row)) for row in generated.tolist()]
+            text._attn_implementation = packed_attention
+        return [self.text(self.before_end(row)) for row in generated.tolist()]
 
-    def text(self, tokens: Iterable[int]) -> str:
-        # special tokens stay: the boxes of a grounded answer are written with them
-        return self.processor.tokenizer.decode(list(tokens), skip_special_tokens=False)
+    def before_end(self, tokens: list[int]) -> list[int]:
+        """The tokens before the first end token."""
+        return list(takewhile(lambda token: token not in self.stop, tokens))
+
+    def text(self, tokens: list[int]) -> str:
+        # special tokens stay, as the boxes of an answer are written with them
+        return self.processor.tokenizer.decode(tokens, skip_special_tokens=False)
 
     def pad(self, prompts: list[Prompt]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Left-padded embeddings (B, L, D), mask (B, L) and the released model's positions (4, B, L)."""
@@ -212,10 +211,11 @@ class Answerer:
         positions = torch.zeros(4, len(prompts), longest, dtype=torch.int64, device=self.device)
         for number, (embeddings, position_ids) in enumerate(prompts):
             length = len(embeddings)
-            padded[number, longest - length :] = embeddings
-            mask[number, longest - length :] = 1
-            positions[0, number, longest - length :] = torch.arange(length, device=self.device)
-            positions[1:, number, longest - length :] = position_ids.T
+            begin = longest - length
+            padded[number, begin:] = embeddings
+            mask[number, begin:] = 1
+            positions[0, number, begin:] = torch.arange(length, device=self.device)
+            positions[1:, number, begin:] = position_ids.T
         return padded, mask, positions
 
 
@@ -226,9 +226,10 @@ class QuestionSamples(Samples):
         example = self.example(index)
         pieces = conversation.render(example.messages, self.processor)
         for piece in pieces[:-1]:
-            piece.supervised = False  # earlier answers are given, not asked
+            piece.supervised = False  # earlier answers are part of the question
         media = self._media(example, vision.load)
-        prompt, reference = (conversation.encode(part, self.processor) for part in (pieces[:-1], pieces[-1:]))
+        prompt = conversation.encode(pieces[:-1], self.processor)
+        reference = conversation.encode(pieces[-1:], self.processor)
         whole = replace(
             prompt,
             input_ids=prompt.input_ids + reference.input_ids,
@@ -244,7 +245,7 @@ def answer_share(
     questions = questions_of(held_out.examples, config.on_bad_sample, held_out.shrunk)
     rank, size = ranks.rank_and_size()
     most = min(config.eval_samples, len(questions))
-    # Not every n-th: where each image has n questions, these are all of one kind.
+    # At random and not every n-th: where each image has n questions, these would all be of one kind.
     chosen = random.Random(0).sample(questions, most)
     own = QuestionSamples(chosen[rank::size], held_out.processor, held_out.budget, held_out.reader)
     title = "answering held-out questions" if rank == 0 else None
@@ -267,40 +268,51 @@ def answer_all(
     max_tokens: int = Config.max_tokens,
     watch: Callable[[Iterable], Iterable] = iter,
 ) -> list[Answer]:
-    """Answer every question, in batches of like length; the answers in the order asked. No bar without title. Beside a
-    GPU the media are read in `num_workers` processes, by default up to 8; a CPU reads them itself: with a worker it
-    takes 1.4 times as long on 2 cores.
+    """Answer every question, in batches of like length; the answers in the order of the questions.
 
-    A question whose media cannot be read raises DataError; with `on_bad_sample` "skip" it is said and has no answer.
-    `watch` passes the batches on and may raise between two of them, to leave before the end.
+    `title`: of the progress bar; None: no bar. `num_workers`: see `reading_workers`. A question whose media cannot be
+    read raises DataError; with `on_bad_sample` "skip" it is named on the error stream and has no answer. `watch` passes
+    the batches on and may raise between two of them, to leave before the end.
     """
-    quick = QuickSize(questions)
-    sizes = [size_of(quick, index, on_bad_sample) for index in range(len(questions))]
     limits = Limits(batch_size, max_tokens, max_new_tokens)
-    batches = batches_of(sizes, limits)
-    workers = min(num_workers if num_workers is not None else min(8, usable_cpus()), len(batches))
-    workers = workers if answerer.device.type == "cuda" else 0
+    batches = batches_of(sizes_of(questions, on_bad_sample), limits)
+    workers = reading_workers(answerer.device, num_workers, len(batches))
     loader = Loader(Lenient(questions, on_bad_sample), batch_sampler=batches, collate_fn=list, num_workers=workers)
     losses: dict[int, float] = {}
     texts: dict[int, str] = {}
     waiting: dict[int, Prompt] = {}  # answers to generate, until there is a batch of them
-    shown = {"desc": title, "unit": " answers", "dynamic_ncols": True, "leave": False, "disable": title is None}
-    with tqdm(total=len(questions), **shown) as bar, torch.random.fork_rng(devices=[]):
+    bar_options = {"desc": title, "unit": " answers", "dynamic_ncols": True, "leave": False, "disable": title is None}
+    with tqdm(total=len(questions), **bar_options) as bar, torch.random.fork_rng(devices=[]):
         for number, (indices, loaded) in enumerate(zip(batches, watch(loader), strict=True), 1):
-            there = {i: pair for i, pair in zip(indices, loaded, strict=True) if not isinstance(pair, Skipped)}
-            found = answerer.read(list(there.values()), max_new_tokens) if there else []
-            for index, (loss, answer) in zip(there, found, strict=True):
+            pairs = {index: pair for index, pair in zip(indices, loaded, strict=True) if not isinstance(pair, Skipped)}
+            found = answerer.read(list(pairs.values()), max_new_tokens) if pairs else []
+            for index, (loss, answer) in zip(pairs, found, strict=True):
                 losses[index] = loss
-                (texts if isinstance(answer, str) else waiting)[index] = answer
+                if isinstance(answer, str):
+                    texts[index] = answer
+                else:
+                    waiting[index] = answer
             while chosen := first_to_generate(waiting, limits, is_last=number == len(batches)):
-                answers = answerer.generate([waiting.pop(i) for i in chosen], max_new_tokens)
+                answers = answerer.generate([waiting.pop(index) for index in chosen], max_new_tokens)
                 texts |= zip(chosen, answers, strict=True)
             bar.update(sum(map(len, batches[:number])) - len(waiting) - bar.n)
     return [answer_of(questions.example(index), texts[index], losses[index]) for index in sorted(texts)]
 
 
+def reading_workers(device: torch.device, num_workers: int | None, batches: int) -> int:
+    """Processes that read media: with a GPU `num_workers`, by default up to 8.
+
+    On a CPU there are none: with a worker beside it, answering takes 1.4 times as long on 2 cores.
+    """
+    if device.type != "cuda":
+        return 0
+    if num_workers is None:
+        num_workers = min(8, usable_cpus())
+    return min(num_workers, batches)
+
+
 def batches_of(sizes: list[int], limits: Limits) -> list[list[int]]:
-    """Questions by number, the longest first, in packed rows within `limits`."""
+    """The numbers of the questions in batches within `limits`, the longest first."""
     batches: list[list[int]] = []
     tokens = 0
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
@@ -314,9 +326,9 @@ def batches_of(sizes: list[int], limits: Limits) -> list[list[int]]:
 
 
 def first_to_generate(waiting: dict[int, Prompt], limits: Limits, is_last: bool) -> list[int]:
-    """The numbers of the waiting prompts that are generated next; none where more may join them.
+    """The numbers of the waiting prompts that are generated next; [] while the batch could hold more prompts.
 
-    Every row of a batch is padded to the longest, and grows by the answer.
+    Every row of a batch is padded to the longest one, and grows by the answer.
     """
     chosen: list[int] = []
     longest = 0
@@ -328,14 +340,18 @@ def first_to_generate(waiting: dict[int, Prompt], limits: Limits, is_last: bool)
     return chosen if is_last or len(chosen) == limits.questions else []
 
 
-def size_of(quick: QuickSize, index: int, on_bad_sample: str) -> int:
-    """Tokens of a question; 0 for one that will be skipped."""
-    try:
-        return quick(quick.samples.example(index)).tokens
-    except DataError:
-        if on_bad_sample == "stop":
-            raise
-        return 0
+def sizes_of(questions: QuestionSamples, on_bad_sample: str) -> list[int]:
+    """Tokens of each question; 0 for one that will be skipped."""
+    quick = QuickSize(questions)
+    sizes = []
+    for index in range(len(questions)):
+        try:
+            sizes.append(quick(questions.example(index)).tokens)
+        except DataError:
+            if on_bad_sample == "stop":
+                raise
+            sizes.append(0)
+    return sizes
 
 
 def ask(answerer: Answerer, messages: list[dict], budget: vision.Budget, max_new_tokens: int) -> str:
@@ -348,65 +364,9 @@ def ask(answerer: Answerer, messages: list[dict], budget: vision.Budget, max_new
     return answerer.answers([Sample(encoded, media, "the question")], max_new_tokens)[0]
 
 
-# ---- scores ---------------------------------------------------------------------------------------------------------
-
-
 def answer_of(question: Example, text: str, loss: float) -> Answer:
-    reference = text_of(question.messages[-1]["content"])
-    asked = text_of(question.messages[-2]["content"])
-    earlier = [[message["role"], text_of(message["content"])] for message in question.messages[:-2]]
+    """The Answer with this text; `loss`: of the question's reference."""
+    reference = conversation.text_of(question.messages[-1]["content"])
+    asked = conversation.text_of(question.messages[-2]["content"])
+    earlier = [[message["role"], conversation.text_of(message["content"])] for message in question.messages[:-2]]
     return Answer(question.where, question.kind, asked, question.media, reference, text, loss, earlier)
-
-
-def summarise(answers: list[Answer], metrics: list[str]) -> dict[str, float | None]:
-    """Means over the answers a metric says something of; the loss weighs every question alike."""
-    means = {metric: mean([answer.score(metric) for answer in answers]) for metric in metrics}
-    return {"questions": len(answers), **means, "loss": mean([answer.loss for answer in answers])}
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def fingerprint(base: str, data_files: list[str], budget: vision.Budget, max_new_tokens: int) -> dict:
-    """What a file of answers was made from; another fingerprint means that it is made anew."""
-    data = hashlib.sha256(b"".join(Path(file).read_bytes() for file in data_files)).hexdigest()[:16]
-    return {
-        "model": base,
-        "weights": weights_mark(base),
-        "data": data,
-        "budget": asdict(budget),
-        "max_new_tokens": max_new_tokens,
-    }
-
-
-def weights_mark(base: str) -> str | None:
-    """Size and time of a local checkpoint's weights, so that one trained again under the same name is another one."""
-    files = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
-    return " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files) or None
-
-
-def write_answers(path: Path, made_from: dict, answers: list[Answer]) -> None:
-    """First line: what the answers were made from; then one answer per line. Complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
-        for line in [{"made_from": made_from}, *map(asdict, answers)]:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def read_answers(path: Path, made_from: dict) -> list[Answer] | None:
-    """The answers in a file, or None where there is none or it was made from something else."""
-    try:
-        known, answers = read_file(path)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return answers if known == made_from else None
-
-
-def read_file(path: Path) -> tuple[dict, list[Answer]]:
-    """What the answers in a file were made from, and the answers.
-
-    Raises OSError, ValueError, KeyError or TypeError over a file that this version did not write.
-    """
-    with open(path, encoding="utf-8") as file:  # its lines end with \n alone: an answer may hold other line ends
-        made_from = json.loads(next(file, ""))["made_from"]
-        return made_from, [Answer(**json.loads(line)) for line in file]

@@ -1,20 +1,22 @@
-"""Scores of an answer against its reference, both as text: each from 0 to 1, or None where it says nothing."""
+"""Scores of an answer against its reference, both as text: each from 0 to 1, or None where it does not apply."""
 
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 from util.data.boxes import CORNERS, Box
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """Equal up to white space at the ends."""
+    """1 where both are equal but for white space at the ends, else 0."""
     return float(answer.strip() == reference.strip())
 
 
 def token_f1(answer: str, reference: str) -> float:
     """Harmonic mean of precision and recall over words (as SQuAD, arXiv 1606.05250); a CJK character is a word."""
-    got, wanted = words(answer), words(reference)
+    got = words(answer)
+    wanted = words(reference)
     if not got or not wanted:
         return float(got == wanted)
     common = sum((Counter(got) & Counter(wanted)).values())
@@ -36,7 +38,8 @@ def relaxed_accuracy(answer: str, reference: str) -> float:
     As the evaluation in common use has it (google-research/pix2struct, metrics.py): "12%" is the number 0.12, a
     thousands separator makes "1,234" text, a reference of zero is compared as text, and case does not matter.
     """
-    number, target = number_of(answer.strip()), number_of(reference.strip())
+    number = number_of(answer.strip())
+    target = number_of(reference.strip())
     if number is None or not target:
         return float(answer.strip().lower() == reference.strip().lower())
     return float(abs(number - target) / abs(target) <= 0.05)
@@ -46,7 +49,9 @@ def number_of(text: str) -> float | None:
     """A decimal number, a percentage as a share of 1; None for anything else."""
     if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?%?", text.lower(), re.ASCII):
         return None
-    number = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    number = float(text.rstrip("%"))
+    if text.endswith("%"):
+        number /= 100
     return number if math.isfinite(number) else None
 
 
@@ -56,7 +61,8 @@ def number_of(text: str) -> float | None:
 def anls(answer: str, reference: str) -> float:
     """Normalised Levenshtein similarity (Biten et al., arXiv 1905.13648, section 5): 1 - distance / longer length, and
     0 where the distance is half that length or more. Case and runs of white space do not matter."""
-    one, other = (" ".join(text.lower().split()) for text in (answer, reference))
+    one = " ".join(answer.lower().split())
+    other = " ".join(reference.lower().split())
     if one == other:
         return 1.0
     distance = edit_distance(one, other) / max(len(one), len(other))
@@ -65,14 +71,14 @@ def anls(answer: str, reference: str) -> float:
 
 def edit_distance(one: str, other: str) -> int:
     """Insertions, deletions and replacements of single characters that make one text the other (Levenshtein, 1966)."""
-    row = list(range(len(other) + 1))
+    row = list(range(len(other) + 1))  # the distances from the first characters of `one` to all beginnings of `other`
     for number, character in enumerate(one, 1):
-        diagonal, row[0] = row[0], number
+        diagonal = row[0]  # of the row before, one column to the left
+        row[0] = number
         for column, wanted in enumerate(other, 1):
-            diagonal, row[column] = (
-                row[column],
-                min(row[column] + 1, row[column - 1] + 1, diagonal + (character != wanted)),
-            )
+            replaced = diagonal + (character != wanted)
+            diagonal = row[column]
+            row[column] = min(row[column] + 1, row[column - 1] + 1, replaced)
     return row[-1]
 
 
@@ -80,48 +86,74 @@ def edit_distance(one: str, other: str) -> int:
 
 
 def box_iou(answer: str, reference: str) -> float | None:
-    """Mean intersection over union of the boxes of both, matched one to one, best pairs first; a box without a partner
-    counts 0. None where the reference has no box."""
-    got, wanted = boxes_of(answer), boxes_of(reference)
+    """Mean intersection over union of the boxes of both, matched one to one, best pairs first.
+
+    A box without a partner counts 0. None where the reference has no box.
+    """
+    got = boxes_of(answer)
+    wanted = boxes_of(reference)
     if not wanted:
         return None
-    pairs = sorted(((-iou(a, b), i, j) for i, a in enumerate(got) for j, b in enumerate(wanted)))
-    total, used, matched = 0.0, set(), set()
-    for overlap, i, j in pairs:
-        if i not in used and j not in matched:
-            total, used, matched = total - overlap, used | {i}, matched | {j}
+    pairs = []  # (minus overlap, number in `got`, number in `wanted`), so that the best comes first when sorted
+    for number, box in enumerate(got):
+        for place, other in enumerate(wanted):
+            pairs.append((-iou(box, other), number, place))
+    total = 0.0
+    used = set()
+    matched = set()
+    for minus_overlap, number, place in sorted(pairs):
+        if number not in used and place not in matched:
+            total -= minus_overlap
+            used.add(number)
+            matched.add(place)
     return total / max(len(got), len(wanted))
 
 
 def boxes_of(text: str) -> list[Box]:
     """The boxes that Qwen2-VL writes: (x1,y1),(x2,y2), in thousandths of the image's width and height."""
-    return [tuple(float(value) for value in corners) for corners in re.findall(CORNERS, text, re.ASCII)]
+    return [tuple(map(float, corners)) for corners in re.findall(CORNERS, text, re.ASCII)]
 
 
 def iou(one: Box, other: Box) -> float:
     """Area of the intersection / area of the union; 0 for a box without an area."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
-    areas = [max(0.0, x2 - x1) * max(0.0, y2 - y1) for x1, y1, x2, y2 in (one, other)]
-    common = max(0.0, width) * max(0.0, height) if all(areas) else 0.0
-    return common / (sum(areas) - common) if common else 0.0
+    if width <= 0 or height <= 0 or not area(one) or not area(other):
+        return 0.0
+    common = width * height
+    return common / (area(one) + area(other) - common)
+
+
+def area(box: Box) -> float:
+    x1, y1, x2, y2 = box
+    return max(0.0, x2 - x1) * max(0.0, y2 - y1)
 
 
 # ---- by name --------------------------------------------------------------------------------------------------------
 
-METRICS = {"exact_match": exact_match, "token_f1": token_f1, "relaxed_accuracy": relaxed_accuracy, "anls": anls,
-           "box_iou": box_iou}  # fmt: skip
-LABELS = {"exact_match": "exact match", "token_f1": "token F1", "relaxed_accuracy": "relaxed accuracy", "anls": "ANLS",
-          "box_iou": "box IoU"}  # fmt: skip
+METRICS = {
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+    "relaxed_accuracy": relaxed_accuracy,
+    "anls": anls,
+    "box_iou": box_iou,
+}
+LABELS = {
+    "exact_match": "exact match",
+    "token_f1": "token F1",
+    "relaxed_accuracy": "relaxed accuracy",
+    "anls": "ANLS",
+    "box_iou": "box IoU",
+}
 
 
 def share(value: float | None) -> str:
-    """A score as people read it."""
+    """A score as people read it: `62.4%`."""
     return "-" if value is None else f"{value:.1%}"
 
 
 def mean(values: list[float | None]) -> float | None:
-    """Of the values that there are."""
+    """The mean of the values that are not None; None where all are."""
     found = [value for value in values if value is not None]
     return sum(found) / len(found) if found else None
 
@@ -129,41 +161,49 @@ def mean(values: list[float | None]) -> float | None:
 # ---- how sure a mean is ---------------------------------------------------------------------------------------------
 
 RESAMPLES = 2000
+Z = 1.959964  # standard deviations of a normal distribution on either side of its mean that hold 95 % of it
 
 
 def confidence_interval(scores: list[float | None]) -> tuple[float, float] | None:
     """The 95 % confidence interval (low, high) of the mean of scores, each of another question; None does not count.
 
-    Of right and wrong alone: Wilson's (E. B. Wilson, Journal of the American Statistical Association 22, 1927), which
-    also holds for few questions and for shares near 0 and 1. Else the percentile bootstrap over questions (B. Efron,
-    The Annals of Statistics 7, 1979), always with the same 2,000 resamples. None for no scores.
+    For scores of 0 and 1 alone: Wilson's (E. B. Wilson, Journal of the American Statistical Association 22, 1927),
+    which also holds for few questions and for shares near 0 and 1. Otherwise the percentile bootstrap over questions
+    (B. Efron, The Annals of Statistics 7, 1979), always with the same 2,000 resamples. None where there are no scores.
     """
     found = [score for score in scores if score is not None]
     if not found:
         return None
     if {*found} <= {0.0, 1.0}:
-        z, number, right = 1.959964, len(found), sum(found) / len(found)
-        middle = right + z * z / (2 * number)
-        half = z * math.sqrt(right * (1 - right) / number + z * z / (4 * number * number))
-        low, high = ((middle + sign * half) / (1 + z * z / number) for sign in (-1, 1))
-        return max(low, 0.0), min(high, 1.0)
+        number = len(found)
+        right = sum(found) / number
+        middle = right + Z * Z / (2 * number)
+        half = Z * math.sqrt(right * (1 - right) / number + Z * Z / (4 * number * number))
+        scale = 1 + Z * Z / number
+        return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
     import numpy as np
 
-    dice, values = np.random.default_rng(0), np.array(found)
+    dice = np.random.default_rng(0)
+    values = np.array(found)
     means = [values[dice.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
     low, high = np.quantile(means, [0.025, 0.975]).tolist()
     return low, high
 
 
 def interval_of_changes(changes: list[float]) -> tuple[float, float]:
-    """The 95 % confidence interval of the mean change. Of right and wrong answers to the same questions: by A. Agresti
-    and Y. Min, Statistics in Medicine 24, 2005, which adds half a question to each of the four cases, and so also holds
-    where nothing changed. Else the bootstrap."""
+    """The 95 % confidence interval of the mean change between answers to the same questions.
+
+    Where answers are right or wrong: by A. Agresti and Y. Min, Statistics in Medicine 24, 2005, which adds half a
+    question to each of the four cases (right or wrong before, and after), so that it also holds where nothing changed.
+    Otherwise the bootstrap.
+    """
     if not {*changes} <= {-1.0, 0.0, 1.0}:
         return confidence_interval(changes)
-    number, better, worse = len(changes) + 2, changes.count(1.0) + 0.5, changes.count(-1.0) + 0.5
+    number = len(changes) + 2
+    better = changes.count(1.0) + 0.5
+    worse = changes.count(-1.0) + 0.5
     middle = (better - worse) / number
-    half = 1.959964 * math.sqrt(better + worse - (better - worse) ** 2 / number) / number
+    half = Z * math.sqrt(better + worse - (better - worse) ** 2 / number) / number
     return max(middle - half, -1.0), min(middle + half, 1.0)
 
 
@@ -179,14 +219,41 @@ def share_with_interval(scores: list[float | None]) -> str:
 # ---- several answers ------------------------------------------------------------------------------------------------
 
 
+def several_kinds(kinds: Iterable[str | None]) -> list[str]:
+    """The different kinds of question, sorted; none where there is only one, as it is all questions."""
+    found = sorted({kind for kind in kinds if kind})
+    return found if len(found) > 1 else []
+
+
+def summarise(answers: list, metrics: list[str]) -> dict[str, float | None]:
+    """Number of questions, mean of each metric over the answers it applies to, and mean of the questions' losses."""
+    summary: dict[str, float | None] = {"questions": len(answers)}
+    for metric in metrics:
+        summary[metric] = mean([answer.score(metric) for answer in answers])
+    summary["loss"] = mean([answer.loss for answer in answers])
+    return summary
+
+
+def changes_between(before: list[float | None], after: list[float | None]) -> list[float]:
+    """after - before for each question that has both scores."""
+    return [new - old for old, new in zip(before, after, strict=True) if old is not None and new is not None]
+
+
 def better_worse_same(before: list, after: list, metric: str) -> tuple[int, int, int]:
-    """How many answers became better, worse, and stayed as they were; what a metric says nothing of stayed."""
-    pairs = [(old.score(metric) or 0.0, new.score(metric) or 0.0) for old, new in zip(before, after, strict=True)]
-    better, worse = sum(new > old for old, new in pairs), sum(new < old for old, new in pairs)
-    return better, worse, len(pairs) - better - worse
+    """How many answers became better, became worse, and stayed as they were; a score of None counts as 0."""
+    better = 0
+    worse = 0
+    for old, new in zip(before, after, strict=True):
+        old_score = old.score(metric) or 0.0
+        new_score = new.score(metric) or 0.0
+        better += new_score > old_score
+        worse += new_score < old_score
+    return better, worse, len(before) - better - worse
 
 
 def right_of_kind(scores: list[float | None]) -> str:
-    """The scores of one kind of question: how many of how many are right, else their mean."""
+    """The scores of one kind of question: `3 / 4` where answers are right or wrong, else their mean."""
     found = [score for score in scores if score is not None]
-    return f"{sum(found):g} / {len(found)}" if {*found} <= {0.0, 1.0} else share(mean(found))
+    if {*found} <= {0.0, 1.0}:
+        return f"{sum(found):g} / {len(found)}"
+    return share(mean(found))

@@ -2,7 +2,7 @@
 
     python -m util report test_output/before.jsonl test_output/after.jsonl --run train_output/latest
 
-takes any number of files of answers to the same questions; the last one is compared with each of the others.
+It takes any number of files of answers to the same questions; the last one is compared with each of the others.
 """
 
 import argparse
@@ -27,15 +27,18 @@ from util.config import Config
 from util.data import fetch
 from util.data.fetch import FetchSettings
 from util.data.lines import shortened
-from util.results.evaluate import Answer, read_file, summarise
+from util.results.answer_files import Answer, read_file
 from util.results.metrics import (
     LABELS,
     METRICS,
     better_worse_same,
     boxes_of,
+    changes_between,
     confidence_interval,
     interval_of_changes,
+    mean,
     right_of_kind,
+    several_kinds,
     share,
 )
 from util.run_folder import ROOT, read_metrics, read_settings, relative, written_whole
@@ -43,14 +46,14 @@ from util.vision import Budget
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_BYTES = 60_000_000  # of the page; the more pictures there are, the smaller each is
-SIDES = (640, 512, 400, 320, 256, 200, 160, 128, 96, 64)  # pixels, the longer side of a stored picture
+SIDES = (640, 512, 400, 320, 256, 200, 160, 128, 96, 64)  # pixels that the longer side of a stored picture may have
 FRAMES = 6  # of a video, at most
-PICTURES_PER_BLOCK = 64  # the page takes them apart only when one of them comes into view
+PICTURES_PER_BLOCK = 64  # in one element of the page, which is decoded only when one of them comes into view
 MOST_POINTS = 1000  # of the loss curve
 
 
 def write_report(files: list[Path], output: Path, metrics: list[str], run: str | None) -> Path:
-    """Make the page from files of `evaluate.write_answers`; `run`: the run directory whose loss and settings it shows.
+    """Make the page from files of answers; `run`: the run directory whose loss and settings it shows.
 
     Raises UserError where a file cannot be read, or the files answer different questions.
     """
@@ -67,21 +70,28 @@ def write_report(files: list[Path], output: Path, metrics: list[str], run: str |
         "run": run_facts(run),
         "rows": [row_of(answers, metrics) for answers in zip(*columns.values(), strict=True)],
     }
-    media = {key_of(item): item for answer in first for item in answer.media}
+    media = {}
+    for answer in first:
+        media |= {key_of(item): item for item in answer.media}
     budget = Budget(**next(reversed(made_from.values())).get("budget", {}))
-    room = (MOST_BYTES - len(as_json(facts))) * 3 // 4  # base64 writes 3 bytes as 4
+    room = (MOST_BYTES - len(as_json(facts))) * 3 // 4  # base64 writes 3 bytes as 4 characters
     pictures = Pictures(draw_all(list(media.values()), budget, max(1000, room // max(1, len(media)))))
     number = dict(zip(media, pictures.numbers, strict=True))
     for row, answer in zip(facts["rows"], first, strict=True):
         row["media"] = [number[key_of(item)] for item in answer.media]
         row["names"] = [name_of(item) for item in answer.media]
-    facts["pictures"], facts["note"] = pictures.facts, pictures.note()
+    facts["pictures"] = pictures.facts
+    facts["note"] = pictures.note()
     return write_page(output, facts, pictures.pixels)
 
 
 def read_columns(files: list[Path]) -> tuple[dict[str, list[Answer]], dict[str, dict]]:
-    """The answers in each file, and what they were made from, by the file's name."""
-    columns, made_from = {}, {}
+    """The answers in each file, and what they were made from, by the file's name.
+
+    Raises UserError for a file without answers, for two files of one name, and where the questions differ.
+    """
+    columns: dict[str, list[Answer]] = {}
+    made_from: dict[str, dict] = {}
     for file in map(Path, files):
         try:
             known, answers = read_file(file)
@@ -91,7 +101,16 @@ def read_columns(files: list[Path]) -> tuple[dict[str, list[Answer]], dict[str, 
             raise UserError(f"{file}: no answers that this version wrote ({error}); answer again") from None
         if file.stem in columns:
             raise UserError(f"{file}: two files are named {file.stem}; each column needs its own name, rename one")
-        columns[file.stem], made_from[file.stem] = answers, known
+        columns[file.stem] = answers
+        made_from[file.stem] = known
+    check_same_questions(columns)
+    if not next(iter(columns.values())):
+        raise UserError(f"{files[0]}: holds no answers")
+    return columns, made_from
+
+
+def check_same_questions(columns: dict[str, list[Answer]]) -> None:
+    """Raise UserError where the columns answer different questions."""
     name, first = next(iter(columns.items()))
     for other, answers in columns.items():
         for number, (one, two) in enumerate(zip(first, answers, strict=False)):
@@ -104,66 +123,75 @@ def read_columns(files: list[Path]) -> tuple[dict[str, list[Answer]], dict[str, 
             raise UserError(
                 f"{name} has {len(first)} answers, {other} {len(answers)}; answer the same --data with both"
             )
-    if not first:
-        raise UserError(f"{files[0]}: holds no answers")
-    return columns, made_from
 
 
 def as_shown(made_from: dict) -> dict:
-    """What answers were made from, in a reader's words: no pixel limit that limits nothing, no marks of files."""
-    budget = {key: value for key, value in made_from.get("budget", {}).items() if key != "cap_pixels"}
-    return {key: plain(value) for key, value in {**made_from, **budget}.items() if key not in ("budget", "weights")}
+    """What answers were made from, for a reader: the settings of the budget one by one, no marks of files."""
+    facts = {**made_from, **made_from.get("budget", {})}
+    for key in ("budget", "weights", "cap_pixels"):  # no cap is ever set for test data
+        facts.pop(key, None)
+    return {key: plain(value) for key, value in facts.items()}
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
 
 
 def score_rows(columns: dict[str, list[Answer]], metrics: list[str]) -> list[dict]:
-    """The lines of the table of scores: each metric, then the first one by kind of question where there are several.
+    """The lines of the table of scores: each metric, the loss, and the first metric by kind where there are several.
 
     A line has a cell for each column, and the difference of the last column to each of the others.
     """
     rows = []
-    summaries = [summarise(answers, metrics) for answers in columns.values()]
-    scores = {m: [[answer.score(m) for answer in answers] for answers in columns.values()] for m in metrics}
     for metric in metrics:
-        shown = [share(summary[metric]) for summary in summaries]
-        rows.append(score_row("metric", LABELS[metric], shown, scores[metric]))
+        scores = [scores_of(answers, metric) for answers in columns.values()]
+        texts = [share(mean(column)) for column in scores]
+        rows.append(score_row("metric", LABELS[metric], texts, scores))
+    losses = []
+    for answers in columns.values():
+        losses.append({"text": f"{mean([answer.loss for answer in answers]):.3f}"})
+    rows.append({"section": "loss", "label": "loss", "cells": losses, "differences": []})
     first = next(iter(columns.values()))
-    kinds = sorted({answer.kind for answer in first if answer.kind})
-    for kind in kinds if len(kinds) > 1 else []:
-        chosen = [number for number, answer in enumerate(first) if answer.kind == kind]
-        of_this = [[column[number] for number in chosen] for column in scores[metrics[0]]]
-        rows.append(score_row("kind", kind, [right_of_kind(column) for column in of_this], of_this))
-    losses = [{"text": f"{summary['loss']:.3f}"} for summary in summaries]
-    rows.insert(len(metrics), {"section": "loss", "label": "loss", "cells": losses, "differences": []})
+    for kind in several_kinds(answer.kind for answer in first):
+        # by number, because only the first column's kinds count
+        numbers = [number for number, answer in enumerate(first) if answer.kind == kind]
+        scores = []
+        for answers in columns.values():
+            scores.append(scores_of([answers[number] for number in numbers], metrics[0]))
+        rows.append(score_row("kind", kind, list(map(right_of_kind, scores)), scores))
     return rows
 
 
-def score_row(section: str, label: str, shown: list[str], scores: list[list[float | None]]) -> dict:
-    """One line of the table; `shown`: the text of each cell, as the terminal prints it."""
+def scores_of(answers: list[Answer], metric: str) -> list[float | None]:
+    return [answer.score(metric) for answer in answers]
+
+
+def score_row(section: str, label: str, texts: list[str], scores: list[list[float | None]]) -> dict:
+    """One line of the table; `texts`: of its cells, as the terminal prints them; `scores`: by column."""
     cells = []
-    for text, column in zip(shown, scores, strict=True):
-        found = [score for score in column if score is not None]
-        value = sum(found) / len(found) if found else None
+    for text, column in zip(texts, scores, strict=True):
         interval = confidence_interval(column)
-        cells.append({"text": text, "value": value, "interval": interval, "span": span(interval)})
+        cells.append({"text": text, "value": mean(column), "interval": interval, "span": span(interval)})
     differences = [difference(column, scores[-1]) for column in scores[:-1]]
     count = sum(score is not None for score in scores[0])
     return {"section": section, "label": label, "count": count, "cells": cells, "differences": differences}
 
 
 def difference(before: list[float | None], after: list[float | None]) -> dict:
-    """Mean of after - before over the questions that both have a score of, and its 95 % interval."""
-    changes = [new - old for old, new in zip(before, after, strict=True) if None not in (old, new)]
+    """Mean of after - before over the questions that have both scores, and its 95 % interval."""
+    changes = changes_between(before, after)
     if not changes:
         return {"value": None}
-    value = sum(changes) / len(changes)
-    return {"value": value, "text": points(value), "span": span(interval_of_changes(changes), points)}
+    value = mean(changes)
+    low, high = interval_of_changes(changes)
+    return {"value": value, "text": points(value), "span": f"{points(low)} to {points(high)}"}
 
 
-def span(interval: tuple[float, float] | None, shown=lambda value: f"{100 * value:.1f}") -> str | None:
-    return interval and " to ".join(map(shown, interval))
+def span(interval: tuple[float, float] | None) -> str | None:
+    """An interval of shares in percent: `60.1 to 64.7`."""
+    if interval is None:
+        return None
+    low, high = interval
+    return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def points(value: float) -> str:
@@ -181,11 +209,13 @@ def row_of(answers: tuple[Answer, ...], metrics: list[str]) -> dict:
         "question": asked.question,
         "reference": asked.reference,
         "answers": [answer.answer for answer in answers],
-        "scores": [[answer.score(metric) for metric in metrics] for answer in answers],
+        "scores": [list(map(answer.score, metrics)) for answer in answers],
         "losses": [round(answer.loss, 4) if math.isfinite(answer.loss) else None for answer in answers],
     }
-    boxes = [boxes_of(asked.reference), *(boxes_of(answer.answer) for answer in answers)]
-    return {**row, "boxes": boxes} if any(boxes) else row
+    boxes = [boxes_of(text) for text in (asked.reference, *row["answers"])]
+    if any(boxes):
+        row["boxes"] = boxes
+    return row
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
@@ -201,15 +231,18 @@ def run_facts(run: str | None) -> dict | None:
 
 
 def loss_curve(run: str) -> dict | None:
-    """Training loss by step, of long runs the means of several steps in a row, and the loss on held-out data."""
+    """Training loss by step (in long runs the means of several steps in a row), and the loss on held-out data."""
     lines = read_metrics(run)
     steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     held_out = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
     if not steps:
         return None
     width = math.ceil(len(steps) / MOST_POINTS)
-    groups = [steps[i : i + width] for i in range(0, len(steps), width)]
-    means = [[group[-1][0], round(sum(loss for _, loss in group) / len(group), 5)] for group in groups]
+    means = []  # [last step of a group, mean loss of the group]
+    for begin in range(0, len(steps), width):
+        group = steps[begin : begin + width]
+        last_step = group[-1][0]
+        means.append([last_step, round(sum(loss for _, loss in group) / len(group), 5)])
     every = max(1, math.ceil(len(held_out) / MOST_POINTS))
     return {"training": means, "stepsPerPoint": width, "heldOut": held_out[::every]}
 
@@ -235,7 +268,7 @@ class Pictures:
             self.numbers.append(known[key])
 
     def note(self) -> str | None:
-        """What a reader should know of these pictures."""
+        """A note for the reader where pictures were made smaller or could not be read; else None."""
         notes = []
         if smaller := sum(picture.get("reduced", False) for picture in self.facts):
             notes.append(
@@ -251,13 +284,14 @@ class Pictures:
 
 def draw_all(items: list[dict], budget: Budget, most_bytes: int) -> Iterator[dict]:
     """`draw_picture` for every item, in order, several at a time."""
-    shown = {"desc": "report", "unit": " pictures", "dynamic_ncols": True, "leave": False, "disable": not items}
+    bar_options = {"desc": "report", "unit": " pictures", "dynamic_ncols": True, "leave": False, "disable": not items}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "draw") as pool:  # decoding and encoding run side by side
-        yield from tqdm(pool.map(lambda item: draw_picture(item, budget, most_bytes), items), total=len(items), **shown)
+        pictures = pool.map(lambda item: draw_picture(item, budget, most_bytes), items)
+        yield from tqdm(pictures, total=len(items), **bar_options)
 
 
 def draw_picture(item: dict, budget: Budget, most_bytes: int) -> dict:
-    """One image, or frames of one video, as WebP of at most about `most_bytes`; what cannot be read, as the reason."""
+    """One image, or frames of one video, as WebP of about `most_bytes` at most; else why it cannot be read."""
     kind = item["type"]
     try:
         (there,) = fetch.localise([item], FetchSettings())
@@ -265,8 +299,11 @@ def draw_picture(item: dict, budget: Budget, most_bytes: int) -> dict:
         small, pixels = compress(image, most_bytes)
     except Exception as error:  # a picture is an illustration: whatever is wrong with it, the answers can be shown
         return {"type": kind, "problem": shortened(plain(str(error) or type(error).__name__), 200)}
-    facts = {"type": kind, "caption": caption, "width": small[0], "height": small[1], "pixels": pixels}
-    return {**facts, "reduced": True} if max(small) < min(SIDES[0], max(image.size)) else facts
+    width, height = small
+    facts = {"type": kind, "caption": caption, "width": width, "height": height, "pixels": pixels}
+    if max(small) < min(SIDES[0], max(image.size)):
+        facts["reduced"] = True
+    return facts
 
 
 def draw_image(item: dict) -> tuple[Image.Image, str]:
@@ -278,21 +315,35 @@ def draw_image(item: dict) -> tuple[Image.Image, str]:
 
 
 def draw_video(item: dict, budget: Budget) -> tuple[Image.Image, str]:
-    """Frames of those that the model saw, side by side in rows, and which they are in words."""
+    """A few of the frames that the model saw, side by side in rows, and words that say which."""
     with vision.open_video(item) as video:
         seen = sorted({*vision.plan_video(item, video, budget)[0]})
         count = min(FRAMES, len(seen))
         chosen = [seen[round(i * (len(seen) - 1) / max(1, count - 1))] for i in range(count)]
         frames = [as_image(frame, SIDES[0] // 2) for frame in video.frames_at(chosen)]
         seconds = [index / video.average_fps for index in (chosen[0], chosen[-1])]
-    width, height = frames[0].size
-    across = min(range(1, count + 1), key=lambda n: abs(math.log(width * n / (height * math.ceil(count / n)) / 1.4)))
-    sheet = Image.new("RGB", (across * (width + 2) - 2, math.ceil(count / across) * (height + 2) - 2), "white")
-    for number, frame in enumerate(frames):
-        sheet.paste(frame.resize((width, height)), (number % across * (width + 2), number // across * (height + 2)))
     when = "" if isinstance(item["video"], list) else f", {seconds[0]:.1f} to {seconds[1]:.1f} s"
-    share_shown = f"all {count}" if count == len(seen) else f"{count} of the {len(seen)}"
-    return sheet, f"{share_shown} frames that the model saw{when}"
+    which = f"all {count}" if count == len(seen) else f"{count} of the {len(seen)}"
+    return sheet_of(frames), f"{which} frames that the model saw{when}"
+
+
+def sheet_of(frames: list[Image.Image]) -> Image.Image:
+    """Frames side by side in rows, 2 pixels between them, so that the whole is about 1.4 times as wide as high."""
+    count = len(frames)
+    width, height = frames[0].size
+
+    def distance(across: int) -> float:
+        """From the wanted shape, with so many frames in a row."""
+        rows = math.ceil(count / across)
+        return abs(math.log(width * across / (height * rows) / 1.4))
+
+    across = min(range(1, count + 1), key=distance)
+    rows = math.ceil(count / across)
+    sheet = Image.new("RGB", (across * (width + 2) - 2, rows * (height + 2) - 2), "white")
+    for number, frame in enumerate(frames):
+        row, column = divmod(number, across)
+        sheet.paste(frame.resize((width, height)), (column * (width + 2), row * (height + 2)))
+    return sheet
 
 
 def as_image(pixels, side: int) -> Image.Image:
@@ -321,35 +372,37 @@ def compress(image: Image.Image, most_bytes: int) -> tuple[tuple[int, int], byte
 
 
 def key_of(item: dict) -> str:
-    """Media with the same key look the same: of an image the path says it all, of a video its other keys count, too."""
+    """A key that is the same for media that look the same: an image's path, or all keys of a video."""
     return item["image"] if item["type"] == "image" else json.dumps(item, sort_keys=True)
 
 
 def name_of(item: dict) -> str:
-    """A medium as messages show it: no secrets of a URL, and nothing of a folder that only this machine has."""
+    """A medium as messages show it: without secrets of a URL, and without folders that only this machine has."""
     value = item[item["type"]]
     paths = value if isinstance(value, list) else [value]
-    shown = plain(fetch.printable(paths[0]))
-    return f"{shown} and {len(paths) - 1} more frames" if len(paths) > 1 else shown
+    name = plain(fetch.printable(paths[0]))
+    return f"{name} and {len(paths) - 1} more frames" if len(paths) > 1 else name
 
 
 def plain(value):
-    """Paths below the current folder, alone or in a text, as a user would type them there."""
+    """A value, the current folder taken out of the paths in it, as a user would type them there."""
     if isinstance(value, list):
         return [plain(each) for each in value]
-    return value.replace(os.getcwd() + os.sep, "") if isinstance(value, str) else value
+    if isinstance(value, str):
+        return value.replace(os.getcwd() + os.sep, "")
+    return value
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 
 def as_json(value) -> str:
-    """JSON that can stand in a page: no text in it can end the element that holds it."""
+    """JSON that can stand in a page: it holds no "<", so no text in it can end the element around it."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def write_page(output: Path, facts: dict, pixels: list[bytes]) -> Path:
-    """Fill the template; complete or absent."""
+    """Write the page, complete or absent: the template with the facts and blocks of pictures put into it."""
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("<!-- pictures -->")
     (script,) = re.findall(r"<script>(.*?)</script>", head, re.DOTALL)
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -360,8 +413,9 @@ def write_page(output: Path, facts: dict, pixels: list[bytes]) -> Path:
         file.write(before)
         file.write(f'<script type="application/json" id="facts">{as_json(facts)}</script>')
         file.write(after)
-        for i in range(0, len(pixels), PICTURES_PER_BLOCK):
-            lines = "\n".join(base64.b64encode(one).decode() for one in pixels[i : i + PICTURES_PER_BLOCK])
+        for begin in range(0, len(pixels), PICTURES_PER_BLOCK):
+            block = pixels[begin : begin + PICTURES_PER_BLOCK]
+            lines = "\n".join(base64.b64encode(picture).decode() for picture in block)
             file.write(f'<script type="text/plain" class="pictures">{lines}</script>\n')
         file.write(tail)
     return output
