@@ -96,17 +96,20 @@ def read_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor
 
     Each is whole, on however many ranks it was saved.
     """
-    reader, weights = TensorReader(checkpoint), {}
+    reader = TensorReader(checkpoint)
     saved = reader.read_metadata().state_dict_metadata
-    group, size = {}, 0
     names = [key for key in saved if key.startswith(PREFIX)]
+    weights = {}
+    group = {}  # tensors that are read together
+    size = 0  # of the group, in bytes
     for key in names:
-        tensor = torch.empty(saved[key].size, dtype=saved[key].properties.dtype)
-        group, size = {**group, key: tensor}, size + tensor.nbytes
+        group[key] = torch.empty(saved[key].size, dtype=saved[key].properties.dtype)
+        size += group[key].nbytes
         if size >= MOST_BYTES or key == names[-1]:
             dcp.load(group, storage_reader=reader, no_dist=True)
             weights |= {name.removeprefix(PREFIX): tensor.to(dtype) for name, tensor in group.items()}
-            group, size = {}, 0
+            group = {}
+            size = 0
     return weights
 
 

@@ -30,7 +30,8 @@ def start_trackers(
     config: TrackerSettings, directory: Path, first_step: int, say: Callable[[str], None]
 ) -> list[Beside]:
     """A process for each chosen tracker, which sends the lines after `first_step` as they are written."""
-    folder, programs = directory.resolve() / "trackers", []
+    folder = directory.resolve() / "trackers"
+    programs = []
     for name in dict.fromkeys(config.report_to):
         otherwise = f"{name}: NOT ALL SENT; {later(directory, name)}"
         try:
@@ -116,40 +117,63 @@ TRACKERS = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}
 
 
 class Sender:
-    """What one tracker has of a run's metrics, and what it still lacks.
+    """Sends the lines of a run's metrics to one tracker as they come, and again where it fails.
 
     `since`: the first step to send; None: go on after what the tracker has.
     """
 
     def __init__(self, directory: Path, name: str, since: int | None, training: Training) -> None:
-        self.metrics = directory / METRICS
-        self.settings = settings_to_show(directory)
+        self.directory = directory
         self.name = name
         self.training = training
         self.folder = directory / "trackers"
         self.folder.mkdir(exist_ok=True)
         self.state_file = self.folder / f"{name}.json"
-        self.state = new_state() if since == 1 else read_state(self.state_file)  # from step 1 on it is a new run there
-        # The last step that it has is sent again, because its second line, of an evaluation, may be missing.
+        # From step 1 on it is a new run there.
+        self.state = new_state() if since == 1 else read_state(self.state_file)
+        # The last step that was sent comes again, because its second line, of an evaluation, may be missing.
         self.since = since or self.state["sent"]
-        self.tracker: Any = None
-        self.position = 0  # in the file of metrics
-        self.is_announced = False
+        self.settings = settings_to_show(directory)
+        self.tracker = None  # None before it is opened, and after a failure
+        self.position = 0  # in metrics.jsonl, in bytes
+        self.was_opened = False
+        self.is_failing = False  # since the last failure nothing has been sent
+        self.pause = 1.0  # seconds before the next attempt
 
-    def open(self) -> None:
-        """Begin with the tracker, or begin again after it failed."""
-        with within(PATIENCE):
-            self.tracker = TRACKERS[self.name](self.folder, self.settings, self.state, self.since)
-        self.position = 0
-        if not self.is_announced:
-            self.training.tell(f"{self.name}: {self.tracker.where}")
-        self.state["opened"] = self.is_announced = True
+    def send(self) -> bool:
+        """Send until the training has ended and all lines are sent, or cannot be. Whether all are."""
+        while True:
+            # Asked before the lines are read, so that none can be written between the two and be missed.
+            is_last = self.training.wait(EVERY if self.tracker else 0)
+            try:
+                self._send_new_lines()
+                if is_last:
+                    with within(PATIENCE):
+                        self.tracker.close()
+                    return True
+                if self.is_failing:
+                    self.training.tell(f"{self.name}: goes on")
+                self.pause = 1.0
+                self.is_failing = False
+            except Exception as error:
+                problem = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                if is_last:
+                    told = later(self.directory, self.name)
+                    self.training.tell(f"{self.name}: NOT ALL SENT ({problem}); {told}")
+                    return False
+                self._prepare_next_attempt(problem)
 
-    def send_new_lines(self) -> None:
-        """Send the lines that were written since the last call. Raises whatever the tracker raises."""
+    def _send_new_lines(self) -> None:
+        """Open the tracker if it is not, and send what was written since. Any exception may come out."""
         if self.tracker is None:
-            self.open()
-        for line, end in new_lines(self.metrics, self.position):
+            with within(PATIENCE):
+                self.tracker = TRACKERS[self.name](self.folder, self.settings, self.state, self.since)
+            self.position = 0
+            if not self.was_opened:
+                self.training.tell(f"{self.name}: {self.tracker.where}")
+            self.was_opened = True
+            self.state["opened"] = True
+        for line, end in new_lines(self.directory / METRICS, self.position):
             if line["step"] >= self.since:
                 with within(PATIENCE):
                     self.tracker.log(dict(scalars(line)), line["step"])
@@ -157,50 +181,18 @@ class Sender:
             self.position = end
         write_state(self.state_file, self.state)
 
-    def close(self) -> None:
-        with within(PATIENCE):
-            self.tracker.close()
-
-    def let_go(self) -> None:
-        """Forget a tracker that failed, so that the next attempt begins with a new one."""
+    def _prepare_next_attempt(self, problem: str) -> None:
+        """Say once that the tracker fails, close it and wait, each time for longer."""
+        if not self.is_failing:
+            self.training.tell(f"{self.name}: {problem}; the training goes on without it, and it is tried again")
+        self.is_failing = True
         self.since = max(self.since, self.state["sent"])
-        with suppress(Exception):
+        with suppress(Exception), within(PATIENCE):
             if self.tracker:
-                self.close()
+                self.tracker.close()
         self.tracker = None
-
-
-def send(directory: Path, name: str, since: int | None, training: Training) -> bool:
-    """Send the lines of a run's metrics to a tracker as they come, until the training ends. Whether all were sent.
-
-    `since`: the first step to send; None: go on after what the tracker has.
-    """
-    sender = Sender(directory, name, since, training)
-    pause = 1.0
-    has_failed = False
-    while True:
-        is_last = training.wait(EVERY if sender.tracker else 0)  # asked before reading: no line comes in between
-        try:
-            sender.send_new_lines()
-            if is_last:
-                sender.close()
-                return True
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            if is_last:
-                training.tell(f"{name}: NOT ALL SENT ({reason}); {later(directory, name)}")
-                return False
-            if not has_failed:
-                training.tell(f"{name}: {reason}; the training goes on without it, and it is tried again")
-            has_failed = True
-            sender.let_go()
-            training.wait(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-        else:
-            if has_failed:
-                training.tell(f"{name}: goes on")
-            has_failed = False
-            pause = 1.0
+        self.training.wait(self.pause)
+        self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
 
 @contextmanager
@@ -283,5 +275,5 @@ def main(arguments: list[str]) -> None:
     training = Training()
     if given.since is None:
         training.has_ended = True
-    is_sent = send(given.run.resolve(), given.tracker, given.since, training)
+    is_sent = Sender(given.run.resolve(), given.tracker, given.since, training).send()
     os._exit(not is_sent)  # at once: what a tracker wants to do at the end of its process may hang
