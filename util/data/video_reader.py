@@ -209,16 +209,26 @@ class VideoReader:
         codec = stream.codec_context
         is_remote_mp4 = self._file is not None and stream.container.format.name.startswith("mov,")
         may_be_skimmed = is_remote_mp4 and codec.codec.canonical_name in CODECS_THAT_MAY_BE_SKIMMED
+        is_vp8 = codec.name == "vp8"
         packets = []
         frames = []
         is_skimmed = False
         for packet in chain(self._demux(stream), [None]):
             if packet is not None:
                 # Edit lists hide packets; so does VP8 (bit unset: a frame only to refer to, RFC 6386, 9.1).
-                is_hidden = packet.is_discard or (codec.name == "vp8" and not memoryview(packet)[0] & 0x10)
+                is_hidden = packet.is_discard or (is_vp8 and not memoryview(packet)[0] & 0x10)
                 span = (packet.pos, packet.pos + packet.size) if may_be_skimmed else None
-                times = packet.pts, packet.dts, packet.duration
-                packets.append(Packet(*times, packet.is_keyframe, not is_hidden, packet.is_corrupt, span))
+                packets.append(
+                    Packet(
+                        packet.pts,
+                        packet.dts,
+                        packet.duration,
+                        packet.is_keyframe,
+                        not is_hidden,
+                        packet.is_corrupt,
+                        span,
+                    )
+                )
             if len(frames) < 2:
                 frames += self._decode(stream, packet)
                 is_skimmed = may_be_skimmed and len(frames) >= 2 and source.skim_media_data()
