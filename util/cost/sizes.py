@@ -41,7 +41,7 @@ class Finding:
     files: bytes = b""  # its local media (kept_sizes.media_files)
     state: int = 0  # and what they were like (kept_sizes.state_of)
     note: object = None  # what `look` was asked to bring along
-    unused: frozenset[str] = frozenset()  # keys of the sample that say nothing to training
+    unused: frozenset[str] = frozenset()  # keys of the sample that have no effect on training
 
 
 class Problem(NamedTuple):
@@ -64,7 +64,7 @@ class Table:
 
     @classmethod
     def of(cls, findings: Iterable[Finding]) -> tuple["Table", list[Problem]]:
-        """The columns of findings, and the first problems of each reason, by number among the findings.
+        """The columns of findings, and the first problems of each reason; a problem's `sample` counts the findings.
 
         The findings may come from a generator: none of them is kept.
         """

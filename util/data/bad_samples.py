@@ -54,7 +54,7 @@ class LenientCollator:
         self.collate = collate
 
     def __call__(self, samples: list):
-        """`collate`'s Batch of those of `samples` that are no Skipped; its counts tell of the Skipped."""
+        """A Batch of the samples that could be read; its counts hold the number of Skipped, in all and by reason."""
         read = [sample for sample in samples if not isinstance(sample, Skipped)]
         skipped = [sample for sample in samples if isinstance(sample, Skipped)]
         batch = self.collate(read)

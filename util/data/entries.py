@@ -25,8 +25,8 @@ def check_messages(
 ) -> list[dict]:
     """The messages of one entry in one form (content a list of items, media paths resolved), or DataError.
 
-    `forbidden`: what no text may hold. `folder`: of the data file; None: media are not looked for. `unused`: takes the
-    names of keys that say nothing to training.
+    `forbidden`: tokens that no text may contain. `folder`: of the data file; None: media files are not looked for.
+    `unused`: a set to which the names of keys that have no effect are added.
     """
     messages = entry.get("messages") if isinstance(entry, dict) else None
     if not isinstance(messages, list) or not messages:
@@ -73,7 +73,7 @@ def check_keys_of(entry: dict, unused: set[str]) -> None:
 
 
 def check_turn(message: object, before: str | None, where: str) -> None:
-    """DataError for what is no message, or one whose role cannot follow the role `before`."""
+    """DataError for a message without role or content, or whose role cannot follow the role `before`."""
     if not isinstance(message, dict) or message.get("role") not in ROLES or "content" not in message:
         raise DataError(f"{where}a message is {{'role': one of {', '.join(ROLES)}, 'content': ...}}")
     role = message["role"]
@@ -91,7 +91,7 @@ def text_of(content: str | list[dict]) -> str:
 
 
 def check_content(content: object, role: str, folder: Path | None, where: str, unused: set[str]) -> list[dict]:
-    """The content of a message as checked items, each image and video at its place."""
+    """The content of a message as checked items, images and videos moved to the tags in the text."""
     items = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise DataError(f"{where}content must be text or a list of items, is {type(content).__name__}")
@@ -100,7 +100,7 @@ def check_content(content: object, role: str, folder: Path | None, where: str, u
 
 
 def check_text(text: str, forbidden: Collection[str], where: str) -> None:
-    """DataError for a message's text, its items joined, that would control the conversation or is no text."""
+    """DataError for a message's text that contains a control token, or characters that are none."""
     try:
         text.encode()  # fails only for halves of surrogate pairs, and is many times faster than looking for them
     except UnicodeEncodeError:

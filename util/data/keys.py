@@ -4,10 +4,10 @@ No key is ignored silently, neither by training nor by `python -m util convert`:
 
 - of a sample, those that change what is trained are refused (media, weights, preferences ... beside the messages);
   any other, such as `id`, is counted and said;
-- of a message or of a content item, only the few that are known to say nothing (`name`, `detail` ...) are counted and
-  said; any other is refused, as a misspelt or a new one may mean that something is to be trained otherwise.
+- of a message or of a content item, only the few that are known to have no effect (`name`, `detail` ...) are counted
+  and said; any other is refused, as a misspelt or a new one may be meant to change what is trained.
 
-Keys whose value is empty (null, "", [], {}) are as if they were not there: tables give every row the keys of all.
+Keys whose value is empty (null, "", [], {}) count as absent, because tables give every row the keys of all rows.
 """
 
 import re
@@ -75,7 +75,7 @@ MEDIA_FILE = re.compile(
 
 
 def is_empty(value: object) -> bool:
-    """None, or text or a collection without anything in it."""
+    """Whether a value is None, or an empty text or collection."""
     return value is None or (isinstance(value, (str, bytes, list, dict)) and not value)
 
 
@@ -141,7 +141,7 @@ def check_message(message: dict, where: str) -> list[str]:
 
 
 def check_learning(key: str, value: object, role: object, where: str) -> None:
-    """DataError where a key asks for something else than what is done: each answer is learned, nothing else is."""
+    """DataError where a key asks that an answer is not learned, or that something else is."""
     is_answer = role == "assistant"
     if isinstance(value, (bool, int, float)) and value == is_answer:  # True, 1 and 1.0; False, 0 and 0.0
         return
@@ -152,9 +152,10 @@ def check_learning(key: str, value: object, role: object, where: str) -> None:
 
 
 def plain_item(item: dict) -> tuple[dict, list[str]]:
-    """A content item as it is meant, and the names of its keys that say nothing to training, which are gone.
+    """A content item in its plain form, and the names of the keys without effect that were taken out of it.
 
-    Empty keys go; a list of one image or one video file is that file; a number written as text is the number.
+    Empty keys are removed, a list of one image or one video file becomes that file, and a number written as text
+    becomes a number.
     """
     plain = {key: value for key, value in item.items() if value is not None}
     for kind in ("image", "video"):

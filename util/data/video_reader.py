@@ -327,7 +327,7 @@ class VideoReader:
         return self._key_packets[key - retreat] if key >= retreat else 0
 
     def _plan_run(self, wanted: deque[int], retreat: int) -> tuple[int, int]:
-        """First and last packet to decode in one go: a later wanted frame that can be reached by a seek starts anew."""
+        """First and last packet to decode in one go, up to where a seek to a later wanted frame skips packets."""
         end = self._packet_number[self._pts[wanted[0]]]
         for index in wanted:
             if self._key_packet(index) > end + 1:

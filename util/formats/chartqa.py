@@ -141,7 +141,7 @@ def sampled(kinds: list[str], share: float, seed: int, split: str) -> list[int]:
     return sorted(chosen)
 
 
-def compared(split: str, kinds: list[str]) -> str | None:
+def difference_to_published(split: str, kinds: list[str]) -> str | None:
     """A warning where a split has more or fewer rows than the published one; else None."""
     counts = Counter(kinds)
     differences = []
@@ -257,7 +257,7 @@ def prepare(
         kinds = opened.kinds(split)
         if source == "drawn":
             lines.append(f"{split}: {rows_in_words(kinds)}")
-        elif warning := compared(split, kinds):
+        elif warning := difference_to_published(split, kinds):
             print(warning, file=sys.stderr)
         else:
             lines.append(f"{split}: {rows_in_words(kinds)}, as published")

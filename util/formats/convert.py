@@ -307,7 +307,7 @@ def convert(
 ) -> str:
     """Convert files into one and give the summary. Raises UserError, and then nothing is written.
 
-    With `skip_bad`, bad samples are said on stderr, counted and left out; otherwise all are named (20 in full).
+    With `skip_bad`, bad samples are named on the error stream, counted and left out; else all are named in the error.
     """
     path = Path(output)
     check_output(path, inputs, overwrite)

@@ -24,5 +24,5 @@ class MetricSettings:
 
 
 def invalid_metric_settings(config: MetricSettings) -> list[str]:
-    """A message for each metric setting of a Config that cannot be."""
+    """A message for each metric setting of a Config that is impossible."""
     return [] if config.eval_metrics else ["--eval_metrics: name at least one"]
