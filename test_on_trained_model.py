@@ -6,7 +6,15 @@ python test_on_trained_model.py --image a.jpg --question "What is this?"
 """
 
 from util.command_line import run_command
-from util.results.answer import answer_one, compare, parse_arguments, require, run_after, run_before, write_report
+from util.results.answer import (
+    answer_one,
+    parse_arguments,
+    print_before_and_after,
+    require,
+    run_after,
+    run_before,
+    write_report,
+)
 
 
 def main() -> None:
@@ -14,9 +22,8 @@ def main() -> None:
     if settings.question:
         answer_one(settings, settings.run)
     else:
-        before = run_before(settings)
-        after = run_after(settings)
-        compare(before, after, settings.metrics, settings.show)
+        before, after = run_before(settings), run_after(settings)
+        print_before_and_after(before, after, settings.metrics, settings.show)
         write_report(settings)
         require(after, settings.metrics[0], settings.at_least)
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from util.command_line import UserError
 from util.results import report as reports
-from util.results.answer import compare, print_scores
+from util.results.answer import print_before_and_after, print_scores
 from util.results.answer_files import Answer, read_file, write_answers
 from util.results.report import report
 from util.vision import Budget
@@ -242,7 +242,7 @@ def test_the_scores_are_those_of_the_terminal(page, open_page, capsys):
     assert [text for text, _ in found["exact match"][:3]] == ["40.0%", "50.0%", "+10.0"]
     spans = [span for _, span in found["exact match"][:2]]
     assert spans == ["16.8 to 68.7", "23.7 to 76.3"], "Wilson's intervals of 4 and 5 of 10, from tables"
-    compare(columns["before"], columns["after"], ["exact_match"], 0)
+    print_before_and_after(columns["before"], columns["after"], ["exact_match"], 0)
     said = capsys.readouterr().out
     for words in ("3 answers became better, 2 became worse, 5 stayed as they were",):
         assert words in said

@@ -44,7 +44,7 @@ OPEN_OPTIONS = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]
 
 
 class VideoError(ValueError):
-    """A video that cannot be read; the message names the file and the reason."""
+    """A video that cannot be read; the message says which and why."""
 
 
 class Packet(NamedTuple):

@@ -265,7 +265,7 @@ def mark(score: float | None) -> str:
     return {None: "-", 0.0: "✗", 1.0: "✓"}.get(score) or f"{score:.2f}"
 
 
-def compare(before: list, after: list, metrics: list[str], show: int) -> None:
+def print_before_and_after(before: list, after: list, metrics: list[str], show: int) -> None:
     """Print both answers to each question, the scores, and what changed."""
     print_answers({"before": before, "after": after}, metrics, show)
     better, worse, same = better_worse_same(before, after, metrics[0])
