@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +82,7 @@ def measure(
             print(f"left out: {bad_samples.reasons_in_words(left_out)}")
             for line in first_of(told, left_out.total(), "; python -m util check lists them all"):
                 print(f"  {line}")
-    budget_of = cache(lambda cap: replace(samples.budget, cap_pixels=cap))  # few caps, perhaps of many samples
+    budget_of = cache(lambda cap: replace(samples.budget, cap_pixels=cap))  # one object for all samples of a cap
     caps = sizes.table.numbers["cap"][sizes.shrunk]
     samples.shrunk = {index: budget_of(cap) for index, cap in zip(sizes.shrunk.tolist(), caps.tolist(), strict=True)}
     return sizes
@@ -97,8 +96,13 @@ def find_sizes(
     Each rank looks at its share of them, and all ranks get the results of all, so that they agree even about a file
     that only some of them can read.
     """
-    kept = KeptSizes(keep_in, samples, max_tokens, on_long_sample) if keep_in and ranks.is_first() else None
-    known, before = kept.find() if kept else (np.zeros(0, dtype=np.int64), Table.of([])[0])
+    kept = None
+    known = np.zeros(0, dtype=np.int64)  # numbers of samples
+    before = Table.of([])[0]  # their sizes
+    if keep_in and ranks.is_first():
+        kept = KeptSizes(keep_in, samples, max_tokens, on_long_sample)
+        known, before = kept.find()
+    # The names of media files are many, and only the first rank needs them, to keep them.
     known, before_on_all = ranks.from_first((known, before.without("files")))
     unknown = np.setdiff1d(np.arange(len(samples)), known, assume_unique=True)
     rank, count = ranks.rank_and_size()
@@ -107,18 +111,21 @@ def find_sizes(
     found, told = Table.of(findings_of(Chunks(samples, own, max_tokens, on_long_sample), num_workers))
     told = [problem._replace(sample=int(own[problem.sample])) for problem in told]
     shares = ranks.gather_on_all((found.without("files"), told))
-    tables, told_by_rank = zip(*shares, strict=True)
-    order = np.argsort(np.concatenate([known, *(unknown[share::count] for share in range(count))]), kind="stable")
-    table = Table.joined([before_on_all, *tables]).take(order)
+    # The rows stand rank by rank behind the known ones; `order` puts them in the order of the samples.
+    order = np.argsort(np.concatenate([known, *[unknown[number::count] for number in range(count)]]), kind="stable")
+    table = Table.joined([before_on_all, *[share for share, _ in shares]]).take(order)
     if keep_in:
         found_by_rank = ranks.gather_on_first(found)
         if kept and len(unknown):
             keep(kept, Table.joined([before, *found_by_rank]).take(order), unknown)
 
-    long_before = known[before_on_all.numbers["reason"] == TOO_LONG][:MOST_TOLD].tolist()
-    texts = [too_long(samples.examples.where(i), int(table.numbers["tokens"][i]), max_tokens) for i in long_before]
-    told = [Problem(index, "too long", text) for index, text in zip(long_before, texts, strict=True)]
-    return Sizes(table, told + list(chain.from_iterable(told_by_rank)))
+    all_told = []
+    for index in known[before_on_all.numbers["reason"] == TOO_LONG][:MOST_TOLD].tolist():
+        text = too_long(samples.examples.where(index), int(table.numbers["tokens"][index]), max_tokens)
+        all_told.append(Problem(index, "too long", text))
+    for _, told_by_rank in shares:
+        all_told += told_by_rank
+    return Sizes(table, all_told)
 
 
 def keep(kept: KeptSizes, table: Table, changed: np.ndarray) -> None:
