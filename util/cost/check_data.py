@@ -269,7 +269,8 @@ def training_rate(device, dtype) -> tuple[float | None, str]:
 def percentiles(values: list[int]) -> str:
     """`40 / 52 / 130 / 900 / 1,200`: the least, 5 %, half, 95 %, the most."""
     ordered = sorted(values)
-    chosen = [ordered[round(share * (len(ordered) - 1))] for share in (0, 0.05, 0.5, 0.95, 1)]
+    last = len(ordered) - 1
+    chosen = [ordered[round(share * last)] for share in (0, 0.05, 0.5, 0.95, 1)]
     return " / ".join(f"{value:,}" for value in chosen)
 
 

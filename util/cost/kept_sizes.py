@@ -195,7 +195,8 @@ def processor_mark(processor) -> str:
 @lru_cache(1)
 def code_mark() -> str:
     """A hash that changes with the code that reads data, and with the libraries that open media."""
-    found = hashlib.sha256(json.dumps([version(name) for name in ("av", "pillow", "transformers")]).encode())
+    versions = [version(name) for name in ("av", "pillow", "transformers")]
+    found = hashlib.sha256(json.dumps(versions).encode())
     for name in CODE:
         found.update((run_folder.ROOT / "util" / f"{name}.py").read_bytes())
     return found.hexdigest()

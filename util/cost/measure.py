@@ -83,8 +83,8 @@ def measure(
             for line in first_of(told, left_out.total(), "; python -m util check lists them all"):
                 print(f"  {line}")
     budget_of = cache(lambda cap: replace(samples.budget, cap_pixels=cap))  # one object for all samples of a cap
-    caps = sizes.table.numbers["cap"][sizes.shrunk]
-    samples.shrunk = {index: budget_of(cap) for index, cap in zip(sizes.shrunk.tolist(), caps.tolist(), strict=True)}
+    caps = sizes.table.numbers["cap"][sizes.shrunk].tolist()
+    samples.shrunk = dict(zip(sizes.shrunk.tolist(), map(budget_of, caps), strict=True))
     return sizes
 
 
@@ -112,7 +112,8 @@ def find_sizes(
     told = [problem._replace(sample=int(own[problem.sample])) for problem in told]
     shares = ranks.gather_on_all((found.without("files"), told))
     # The rows stand rank by rank behind the known ones; `order` puts them in the order of the samples.
-    order = np.argsort(np.concatenate([known, *[unknown[number::count] for number in range(count)]]), kind="stable")
+    by_rank = [unknown[number::count] for number in range(count)]
+    order = np.argsort(np.concatenate([known, *by_rank]), kind="stable")
     table = Table.joined([before_on_all, *[share for share, _ in shares]]).take(order)
     if keep_in:
         found_by_rank = ranks.gather_on_first(found)
@@ -185,7 +186,8 @@ class Chunks:
         return math.ceil(len(self.indices) / CHUNK)
 
     def __getitem__(self, number: int) -> list[Finding]:
-        return [self.one(index) for index in self.indices[number * CHUNK : (number + 1) * CHUNK].tolist()]
+        own = self.indices[number * CHUNK : (number + 1) * CHUNK]
+        return [self.one(index) for index in own.tolist()]
 
     def one(self, index: int) -> Finding:
         """What can be known of a sample without decoding any pixels."""

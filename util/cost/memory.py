@@ -157,7 +157,9 @@ def remedies(config: Config, device: torch.device) -> Iterator[tuple[dict, Confi
     First those that leave the mathematics as it is, then the optimizer, then training less of the model, then adapters.
     """
     parts = ({}, {"freeze": ["vision"]}, {"freeze": ["language_model"]})
-    adapters = ({"quantize": "nf4"},) if config.lora_rank else ({"lora_rank": 16}, {"lora_rank": 16, "quantize": "nf4"})
+    adapters = [{"quantize": "nf4"}]
+    if not config.lora_rank:
+        adapters = [{"lora_rank": 16}, {"lora_rank": 16, "quantize": "nf4"}]
     optimizers = ("adamw", "adamw_8bit") if device.type == "cuda" else ("adamw",)
     choices = [*itertools.product(parts, optimizers), *itertools.product(adapters, ("adamw",))]
     for (part, optimizer), checkpointing in itertools.product(choices, ("none", "full")):

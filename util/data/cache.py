@@ -180,7 +180,8 @@ class FrameCache:
         """
         pixels = medium.patches.contiguous().flatten().numpy()
         fields = MAGIC, *medium.grid, medium.patches.shape[1], zlib.crc32(pixels)
-        header = HEADER.pack(zlib.crc32(HEADER.pack(0, *fields)[4:] + key.encode()), *fields)
+        rest = HEADER.pack(0, *fields)[4:]  # the header without its own checksum
+        header = HEADER.pack(zlib.crc32(rest + key.encode()), *fields)
         path = self._path(key)
         unfinished = path.parent / f".{key}.{secrets.token_hex(8)}.unfinished"
         os.makedirs(path.parent, exist_ok=True)

@@ -132,8 +132,10 @@ class JsonLines(Sequence):
         self.starts, self.ends = starts[~blank], ends[~blank]
         if len(self.starts) > 1:
             # A whole sample in one line neither begins nor ends like the first line of a list written over many lines.
-            first = self._read(self.starts[0], min(self.ends[0], self.starts[0] + 64)).strip()
-            last = self._read(max(self.starts[0], self.ends[0] - 64), self.ends[0]).strip()
+            start = self.starts[0]
+            end = self.ends[0]
+            first = self._read(start, min(end, start + 64)).strip()
+            last = self._read(max(start, end - 64), end).strip()
             if first.startswith(b"[") and last.endswith((b"[", b"{", b",")):
                 raise DataError(f"{file}: one JSON list over many lines; name the file .json, or write a sample a line")
 

@@ -45,10 +45,15 @@ class MediaReader:
         paths = [item["image"] for item in items]
         unknown = [item for item in items if item["image"] not in self.sizes]
         found = fetch.localise(unknown, self.settings, whole_images=False)
-        now = {item["image"]: vision.open_image(here["image"]).size for item, here in zip(unknown, found, strict=True)}
-        sizes = [now.get(path) or self.sizes[path] for path in paths]
-        if len(self.sizes) < MOST_SIZES:  # a local file, which may change, and the text of a `data:` URI are read anew
-            self.sizes |= {path: now[path] for path in now if fetch.scheme_of(path) not in ("", "file", "data")}
+        new_sizes = {}
+        for item, opened in zip(unknown, found, strict=True):
+            new_sizes[item["image"]] = vision.open_image(opened["image"]).size
+        sizes = [new_sizes.get(path) or self.sizes[path] for path in paths]
+        if len(self.sizes) < MOST_SIZES:
+            for path, size in new_sizes.items():
+                # A local file may change, and a `data:` URI is a long text: neither is remembered.
+                if fetch.scheme_of(path) not in ("", "file", "data"):
+                    self.sizes[path] = size
         return sizes
 
     def statistics(self) -> dict[str, float]:

@@ -457,11 +457,15 @@ def to_image(frame: VideoFrame, reformatter: VideoReformatter) -> torch.Tensor:
     try:
         matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     except ValueError:  # PyAV trips over kinds of side data that it has no name for, such as EXIF; mirroring is lost
-        return torch.from_numpy(np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))).permute(2, 0, 1)
+        matrix = None
+        rgb = np.rot90(rgb, round(frame.rotation / 90))
     if matrix is not None:  # x' = a x + c y, y' = b x + d y: which axis goes where, and which way round
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
         if abs(b) > abs(a):  # a quarter turn: x and y change places
             rgb = rgb.transpose(1, 0, 2)
             a, d = c, b
-        rgb = rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+        if d < 0:
+            rgb = rgb[::-1]
+        if a < 0:
+            rgb = rgb[:, ::-1]
     return torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)

@@ -161,7 +161,9 @@ class Media:
         if fetch.is_remote(placed):
             return placed
         local = fetch.local_path(placed)
-        tried = [local] if self.root or os.path.isabs(local) else [os.path.join(source, local), local]
+        tried = [local]
+        if not self.root and not os.path.isabs(local):
+            tried = [os.path.join(source, local), local]
         found = next((candidate for candidate in tried if os.path.isfile(candidate)), None)
         if found is None:
             entries.refuse_base64(path, where)
@@ -174,7 +176,8 @@ class Media:
             return path
         # Links in the folder's path are resolved, as the system does for `..`; a file that is a link keeps its name.
         parent, name = os.path.split(found or local)
-        return Path(os.path.relpath(os.path.join(os.path.realpath(parent), name), self.folder)).as_posix()
+        resolved = os.path.join(os.path.realpath(parent), name)
+        return Path(os.path.relpath(resolved, self.folder)).as_posix()
 
     def _write(self, content: bytes, kind: str, name: object, where: str) -> str:
         """Write a file named by its content, unless it is there, and give its path."""

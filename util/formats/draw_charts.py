@@ -75,8 +75,9 @@ class Canvas:
     def axes(self, names: tuple[str, ...], columns: list[float]) -> None:
         """Horizontal lines at 0, 20 ... 100 with their numbers, and a name below each column."""
         for level in (0, 20, 40, 60, 80, 100):
-            self.draw.line(self.points((LEFT - 10, y_of(level)), (RIGHT - 2, y_of(level))), GRID, self.scale)
-            self.write((LEFT - 12, y_of(level)), str(level), 6, "rm")
+            y = y_of(level)
+            self.draw.line(self.points((LEFT - 10, y), (RIGHT - 2, y)), GRID, self.scale)
+            self.write((LEFT - 12, y), str(level), 6, "rm")
         for name, x in zip(names, columns, strict=True):
             self.write((x, 78), name)
 
@@ -100,7 +101,8 @@ def bars(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Que
     canvas.axes(TITLES[title][:number], columns)
     half_width = float(random.uniform(6, 11))
     for x, colour, value in zip(columns, colours, values, strict=True):
-        canvas.draw.rectangle(canvas.points((x - half_width, y_of(value)), (x + half_width, BOTTOM)), COLOURS[colour])
+        corners = canvas.points((x - half_width, y_of(value)), (x + half_width, BOTTOM))
+        canvas.draw.rectangle(corners, COLOURS[colour])
     human = [("Which bar is the tallest?", colours[tallest]), ("How many bars are there?", str(number))]
     return canvas.image, questions(human, [("What is the highest value?", str(highest))])
 
@@ -117,8 +119,9 @@ def lines(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Qu
         values = values[::-1]
     points = canvas.points(*[(x, y_of(value)) for x, value in zip(COLUMNS, values, strict=True)])
     canvas.draw.line(points, COLOURS[colour], 2 * scale, joint="curve")
+    radius = 2 * scale
     for x, y in points:
-        canvas.draw.ellipse((x - 2 * scale, y - 2 * scale, x + 2 * scale, y + 2 * scale), COLOURS[colour])
+        canvas.draw.ellipse((x - radius, y - radius, x + radius, y + radius), COLOURS[colour])
     human = [("Does the line rise or fall?", "rise" if rises else "fall"), ("What colour is the line?", colour)]
     return canvas.image, questions(human, [("What is the highest value?", str(highest))])
 
@@ -130,15 +133,21 @@ def pies(random: np.random.Generator, scale: int) -> tuple[Image.Image, list[Que
     colours = random.permutation(list(COLOURS))[:number].tolist()
     largest = int(random.choice(LARGEST))
     place = int(random.integers(number))
-    shares = random.multinomial(100 - largest - 5 * (number - 1), [1 / (number - 1)] * (number - 1)) + 5
+    others = number - 1
+    # Each of the others has at least 5 %; what is left falls to them at random.
+    shares = random.multinomial(100 - largest - 5 * others, [1 / others] * others) + 5
     shares = np.insert(shares, place, largest)
     canvas = Canvas(random, title, scale)
     angle = float(random.uniform(0, 360))
-    for row, (colour, name, part) in enumerate(zip(colours, TITLES[title][:number], shares, strict=True)):
-        canvas.draw.pieslice(canvas.points((4, 16), (68, 80)), angle, angle + 3.6 * part, COLOURS[colour])
-        angle += 3.6 * part
-        canvas.draw.rectangle(canvas.points((74, 22 + 14 * row), (80, 28 + 14 * row)), COLOURS[colour])
-        canvas.write((83, 25 + 14 * row), name, 7, "lm")
+    names = TITLES[title][:number]
+    circle = canvas.points((4, 16), (68, 80))
+    for row, (colour, name, part) in enumerate(zip(colours, names, shares, strict=True)):
+        end = angle + 3.6 * part
+        canvas.draw.pieslice(circle, angle, end, COLOURS[colour])
+        angle = end
+        top = 22 + 14 * row  # of its line in the legend
+        canvas.draw.rectangle(canvas.points((74, top), (80, top + 6)), COLOURS[colour])
+        canvas.write((83, top + 3), name, 7, "lm")
     human = [("Which segment is the largest?", colours[place]), ("How many segments are there?", str(number))]
     return canvas.image, questions(human, [("What percentage is the largest segment?", str(largest))])
 
@@ -163,7 +172,8 @@ def draw_dataset(
     """
     kinds = kinds or tuple(CHARTS)
     made_from = [counts, seed, scale, kinds, np.__version__, PIL.__version__]
-    stamp = hashlib.sha256(Path(__file__).read_bytes() + json.dumps(made_from).encode()).hexdigest() + "\n"
+    code = Path(__file__).read_bytes()
+    stamp = hashlib.sha256(code + json.dumps(made_from).encode()).hexdigest() + "\n"
     stamp_file = folder / "stamp.txt"
     if stamp_file.exists() and stamp_file.read_text() == stamp:
         return False

@@ -60,13 +60,18 @@ def detect(entry: object) -> str | None:
     turns = entry.get("conversations") if "conversations" in entry else entry.get("messages")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return None
-    if turns and not any({"from", "value"} <= turn.keys() or {"role", "content"} <= turn.keys() for turn in turns):
+    if turns and not any(is_turn(turn) for turn in turns):
         return None
     if any("value" in item for item in items_of_all(turns)):
         return None
     if "conversations" in entry:
         return QWEN_VL if is_qwen_vl(entry, turns) else LLAVA
     return detect_messages(entry, turns)
+
+
+def is_turn(turn: dict) -> bool:
+    """Whether a turn has the keys of one of the two ways to write it."""
+    return {"from", "value"} <= turn.keys() or {"role", "content"} <= turn.keys()
 
 
 def is_qwen_vl(entry: dict, turns: list[dict]) -> bool:
@@ -89,7 +94,7 @@ def detect_messages(entry: dict, turns: list[dict]) -> str:
         return LLAVA
     if any(item.get("type") in OPENAI_TYPES for item in items):
         return OPENAI
-    if any(item.get("type") in KINDS and not isinstance(item.get(item["type"]), (str, list)) for item in items):
+    if any(has_medium_elsewhere(item) for item in items):
         return HUGGING_FACE
     if has_media(entry):
         return LLAVA if has_marker else HUGGING_FACE
@@ -106,6 +111,12 @@ def detect_messages(entry: dict, turns: list[dict]) -> str:
         return LLAVA
     # A marker without any media: the media were forgotten. from_llava says so.
     return LLAVA if has_marker and not items else OWN
+
+
+def has_medium_elsewhere(item: dict) -> bool:
+    """Whether an item of an image or a video holds neither a path nor frames itself."""
+    kind = item.get("type")
+    return kind in KINDS and not isinstance(item.get(kind), (str, list))
 
 
 def has_marker_in_text(turn: dict) -> bool:
@@ -208,7 +219,8 @@ def from_llava(entry: dict, dropped: Counter) -> dict:
                 continue
             place = markers[kind]
             markers[kind] += 1
-            items.append({"type": kind, kind: media[kind][place] if place < len(media[kind]) else None})
+            medium = media[kind][place] if place < len(media[kind]) else None  # None: refused below, by its count
+            items.append({"type": kind, kind: medium})
         messages.append({"role": role, "content": simplest(items)})
         if turn[role_key] in CALL_ROLES:
             messages[-1] |= {"content": "", "tool_calls": calls_in(text, where)}
@@ -610,7 +622,7 @@ def ground(text: str, where: str) -> str:
 
 
 def text_items(text: str) -> list[dict]:
-    """No item for no text, else one."""
+    """An item of the text; [] where the text is empty."""
     return [{"type": "text", "text": text}] if text else []
 
 
@@ -618,4 +630,6 @@ def simplest(items: list[dict]) -> str | list[dict]:
     """Content as people write it: plain text where there is nothing else."""
     if not items:
         return ""
-    return items[0]["text"] if len(items) == 1 and items[0].keys() == {"type", "text"} else items
+    if len(items) == 1 and items[0].keys() == {"type", "text"}:
+        return items[0]["text"]
+    return items

@@ -39,7 +39,8 @@ class Answer:
 
 def fingerprint(base: str, data_files: list[str], budget: "Budget", max_new_tokens: int) -> dict:
     """What a file of answers was made from; where the fingerprint differs, it is made anew."""
-    data = hashlib.sha256(b"".join(Path(file).read_bytes() for file in data_files)).hexdigest()[:16]
+    content = b"".join(Path(file).read_bytes() for file in data_files)
+    data = hashlib.sha256(content).hexdigest()[:16]
     return {
         "model": base,
         "weights": weights_mark(base),

@@ -75,7 +75,8 @@ def write_report(files: list[Path], output: Path, metrics: list[str], run: str |
         media |= {key_of(item): item for item in answer.media}
     budget = Budget(**next(reversed(made_from.values())).get("budget", {}))
     room = (MOST_BYTES - len(as_json(facts))) * 3 // 4  # base64 writes 3 bytes as 4 characters
-    pictures = Pictures(draw_all(list(media.values()), budget, max(1000, room // max(1, len(media)))))
+    bytes_each = max(1000, room // max(1, len(media)))
+    pictures = Pictures(draw_all(list(media.values()), budget, bytes_each))
     number = dict(zip(media, pictures.numbers, strict=True))
     for row, answer in zip(facts["rows"], first, strict=True):
         row["media"] = [number[key_of(item)] for item in answer.media]
@@ -319,7 +320,9 @@ def draw_video(item: dict, budget: Budget) -> tuple[Image.Image, str]:
     with vision.open_video(item) as video:
         seen = sorted({*vision.plan_video(item, video, budget)[0]})
         count = min(FRAMES, len(seen))
-        chosen = [seen[round(i * (len(seen) - 1) / max(1, count - 1))] for i in range(count)]
+        last = len(seen) - 1
+        gaps = max(1, count - 1)
+        chosen = [seen[round(number * last / gaps)] for number in range(count)]
         frames = [as_image(frame, SIDES[0] // 2) for frame in video.frames_at(chosen)]
         seconds = [index / video.average_fps for index in (chosen[0], chosen[-1])]
     when = "" if isinstance(item["video"], list) else f", {seconds[0]:.1f} to {seconds[1]:.1f} s"
@@ -350,7 +353,8 @@ def as_image(pixels, side: int) -> Image.Image:
     """uint8 (3, H, W) as an image whose longer side has at most `side` pixels."""
     height, width = pixels.shape[1:]
     if (scale := side / max(height, width)) < 1:
-        pixels = vision.resize(pixels, (max(1, round(height * scale)), max(1, round(width * scale))))
+        smaller = (max(1, round(height * scale)), max(1, round(width * scale)))
+        pixels = vision.resize(pixels, smaller)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
