@@ -26,21 +26,19 @@ from util.run_folder import SETTINGS, read_settings
 from util.tensors import trained_parameters
 from util.vision import Budget
 
-# Before a weight's name in a checkpoint: `model.` of all weights, then the name under which PackedLoss has the model
-PREFIX = "model.model."
-MOST_BYTES = 2**31  # of weights read at a time, in the precision of training; they are kept in that of compute
+PREFIX = "model.model."  # of a weight in a checkpoint: `model.` of all weights, and where PackedLoss keeps its model
+MOST_BYTES = 2**31  # read at a time, in the precision of training; what is kept has that of compute
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether a path is a complete checkpoint of a run."""
     return (Path(path) / "state.json").is_file() and (Path(path) / ".metadata").is_file()
 
 
 def export(checkpoint: Path, out: Path) -> None:
-    """Write the model or adapter that the run would have saved if it had ended at this checkpoint into a new folder.
+    """Write what the run would have saved as its final model or adapter, had it ended here, into a new folder.
 
-    The run's training_config.json goes with it: from that the test scripts know the base model and the pixel budget.
-    UserError: there is no checkpoint, it is damaged or of another model, or the folder `out` is in use.
+    With it goes the run's training_config.json, by which the test scripts know the base model and the pixel budget.
+    UserError: no checkpoint, a damaged one, one of another model, or `out` is in use.
     """
     checkpoint = checkpoint.resolve()
     settings = settings_of(checkpoint)
@@ -70,7 +68,7 @@ def export(checkpoint: Path, out: Path) -> None:
 
 
 def settings_of(checkpoint: Path) -> dict:
-    """The settings of the run that a checkpoint lies in. UserError: there is no checkpoint, or no settings."""
+    """The settings of the run that a checkpoint lies in. Raises UserError where none are there."""
     if not is_checkpoint(checkpoint):
         raise UserError(f"{checkpoint}: no checkpoint there (it is a folder checkpoints/step_... of a run)")
     run = checkpoint.resolve().parent.parent
@@ -81,49 +79,40 @@ def settings_of(checkpoint: Path) -> dict:
 
 
 def empty_model(path: str) -> Qwen2VLForConditionalGeneration:
-    """The model as training has it, but without memory for weights. `path`: a model's folder or its name on the hub."""
+    """The model of a checkpoint directory or hub name as training has it, but without memory for weights."""
     config = load_config(path)
     with torch.device("meta"):
         model = Qwen2VLForConditionalGeneration(config)
     model.config.use_cache = False
-    with suppress(OSError):  # not every model has a generation config
+    with suppress(OSError):  # it may have none
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 
 def read_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint in CPU memory and in `dtype`, by the names that the model's parameters have.
-
-    Each is whole, on however many ranks it was saved.
-    """
-    reader = TensorReader(checkpoint)
+    """The weights of a checkpoint by the names of the model's parameters, whole, in `dtype`, in CPU memory."""
+    reader, weights = TensorReader(checkpoint), {}
     saved = reader.read_metadata().state_dict_metadata
+    group, size = {}, 0
     names = [key for key in saved if key.startswith(PREFIX)]
-    weights = {}
-    group = {}  # tensors that are read together
-    size = 0  # of the group, in bytes
     for key in names:
-        group[key] = torch.empty(saved[key].size, dtype=saved[key].properties.dtype)
-        size += group[key].nbytes
+        tensor = torch.empty(saved[key].size, dtype=saved[key].properties.dtype)
+        group, size = {**group, key: tensor}, size + tensor.nbytes
         if size >= MOST_BYTES or key == names[-1]:
             dcp.load(group, storage_reader=reader, no_dist=True)
             weights |= {name.removeprefix(PREFIX): tensor.to(dtype) for name, tensor in group.items()}
-            group = {}
-            size = 0
+            group, size = {}, 0
     return weights
 
 
 def exported(path: str) -> str:
-    """The folder of a model: `path` itself, or where that is a checkpoint, what is exported of it.
-
-    That is removed when this process ends.
-    """
+    """The folder of a model for a path that may be a checkpoint's, exported then until this process ends."""
     if not is_checkpoint(path):
         return path
     run = Path(path).resolve().parent.parent
     folder = Path(tempfile.mkdtemp(prefix=".exported_", dir=run))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    out = folder / Path(path).resolve().name  # the name under which answers and reports show it
+    out = folder / Path(path).resolve().name  # by which it is called
     export(Path(path), out)
     return str(out)
 

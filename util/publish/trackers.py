@@ -3,7 +3,7 @@
     python -m util track train_output/my_run wandb     # sends what that tracker does not have yet
 
 For each tracker a process follows metrics.jsonl. So a tracker that raises, is slow or hangs never touches the training,
-and what could not be sent can be sent later from that file.
+and what could not be sent is sent later, from that file.
 """
 
 import argparse
@@ -30,8 +30,7 @@ def start_trackers(
     config: TrackerSettings, directory: Path, first_step: int, say: Callable[[str], None]
 ) -> list[Beside]:
     """A process for each chosen tracker, which sends the lines after `first_step` as they are written."""
-    folder = directory.resolve() / "trackers"
-    programs = []
+    folder, programs = directory.resolve() / "trackers", []
     for name in dict.fromkeys(config.report_to):
         otherwise = f"{name}: NOT ALL SENT; {later(directory, name)}"
         try:
@@ -46,7 +45,6 @@ def start_trackers(
 
 
 def later(directory: Path, name: str) -> str:
-    """The command that sends the rest later."""
     return f"later: python -m util track {directory} {name}"
 
 
@@ -60,14 +58,14 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.where = f"tensorboard --logdir {folder / 'tensorboard'}"
-        # A resumed run repeats steps: what was written earlier from this step on is no longer shown.
+        # What an earlier process wrote of this step and later ones is no longer shown.
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=since)
         self.writer.add_text("settings", "\n".join(f"- {key}: `{value}`" for key, value in settings.items()), since)
 
     def log(self, values: dict[str, float], step: int) -> None:
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
-        self.writer.flush()  # values wait in a queue until a thread writes them
+        self.writer.flush()  # another thread of it writes
 
     def close(self) -> None:
         self.writer.close()
@@ -101,8 +99,7 @@ class Wandb:
             config=settings, settings=wandb.Settings(console="off", silent=True, x_stats_pid=os.getppid()),
         )  # fmt: skip
         self.where = self.run.url or f"wandb sync {Path(self.run.dir).parent}"
-        # wandb refuses steps that it has seen, but a resumed run repeats the steps after its checkpoint. So the step is
-        # logged as a value like others, and all charts are drawn over it.
+        # It refuses steps that it has seen, but a resumed run repeats those after its checkpoint: so they are values.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -116,88 +113,58 @@ class Wandb:
 TRACKERS = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}
 
 
-class Sender:
-    """Sends the lines of a run's metrics to one tracker as they come, and again where it fails.
-
-    `since`: the first step to send; None: go on after what the tracker has.
-    """
-
-    def __init__(self, directory: Path, name: str, since: int | None, training: Training) -> None:
-        self.directory = directory
-        self.name = name
-        self.training = training
-        self.folder = directory / "trackers"
-        self.folder.mkdir(exist_ok=True)
-        self.state_file = self.folder / f"{name}.json"
-        # From step 1 on it is a new run there.
-        self.state = new_state() if since == 1 else read_state(self.state_file)
-        # The last step that was sent comes again, because its second line, of an evaluation, may be missing.
-        self.since = since or self.state["sent"]
-        self.settings = settings_to_show(directory)
-        self.tracker = None  # None before it is opened, and after a failure
-        self.position = 0  # in metrics.jsonl, in bytes
-        self.was_opened = False
-        self.is_failing = False  # since the last failure nothing has been sent
-        self.pause = 1.0  # seconds before the next attempt
-
-    def send(self) -> bool:
-        """Send until the training has ended and all lines are sent, or cannot be. Whether all are."""
-        while True:
-            # Asked before the lines are read, so that none can be written between the two and be missed.
-            is_last = self.training.wait(EVERY if self.tracker else 0)
-            try:
-                self._send_new_lines()
-                if is_last:
-                    with within(PATIENCE):
-                        self.tracker.close()
-                    return True
-                if self.is_failing:
-                    self.training.tell(f"{self.name}: goes on")
-                self.pause = 1.0
-                self.is_failing = False
-            except Exception as error:
-                problem = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-                if is_last:
-                    told = later(self.directory, self.name)
-                    self.training.tell(f"{self.name}: NOT ALL SENT ({problem}); {told}")
-                    return False
-                self._prepare_next_attempt(problem)
-
-    def _send_new_lines(self) -> None:
-        """Open the tracker if it is not, and send what was written since. Any exception may come out."""
-        if self.tracker is None:
-            with within(PATIENCE):
-                self.tracker = TRACKERS[self.name](self.folder, self.settings, self.state, self.since)
-            self.position = 0
-            if not self.was_opened:
-                self.training.tell(f"{self.name}: {self.tracker.where}")
-            self.was_opened = True
-            self.state["opened"] = True
-        for line, end in new_lines(self.directory / METRICS, self.position):
-            if line["step"] >= self.since:
+def send(directory: Path, name: str, since: int | None, training: Training) -> bool:
+    """Send a run's lines from step `since` on (None: those not sent yet), until the training has ended and all are
+    sent, or cannot be. Whether all are."""
+    folder = directory / "trackers"
+    folder.mkdir(exist_ok=True)
+    state_file = folder / f"{name}.json"
+    state = read_state(state_file) if since != 1 else new_state()  # a run from the start is another run
+    since = since or state["sent"]  # of the last step sent, a line may have been missing
+    settings = settings_to_show(directory)
+    tracker, position, pause, is_opened, is_told = None, 0, 1.0, False, False
+    while True:
+        is_last = training.wait(EVERY if tracker else 0)  # asked before reading, so that no line comes in between
+        try:
+            if tracker is None:
                 with within(PATIENCE):
-                    self.tracker.log(dict(scalars(line)), line["step"])
-                self.state["sent"] = line["step"]
-            self.position = end
-        write_state(self.state_file, self.state)
-
-    def _prepare_next_attempt(self, problem: str) -> None:
-        """Say once that the tracker fails, close it and wait, each time for longer."""
-        if not self.is_failing:
-            self.training.tell(f"{self.name}: {problem}; the training goes on without it, and it is tried again")
-        self.is_failing = True
-        self.since = max(self.since, self.state["sent"])
-        with suppress(Exception), within(PATIENCE):
-            if self.tracker:
-                self.tracker.close()
-        self.tracker = None
-        self.training.wait(self.pause)
-        self.pause = min(2 * self.pause, LONGEST_PAUSE)
+                    tracker, position = TRACKERS[name](folder, settings, state, since), 0
+                if not is_opened:
+                    training.tell(f"{name}: {tracker.where}")
+                state["opened"] = is_opened = True
+            for line, end in new_lines(directory / METRICS, position):
+                if line["step"] >= since:
+                    with within(PATIENCE):
+                        tracker.log(dict(scalars(line)), line["step"])
+                    state["sent"] = line["step"]
+                position = end
+            write_state(state_file, state)
+            if is_last:
+                with within(PATIENCE):
+                    tracker.close()
+                return True
+            if is_told:
+                training.tell(f"{name}: goes on")
+            pause, is_told = 1.0, False
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            if is_last:
+                training.tell(f"{name}: NOT ALL SENT ({reason}); {later(directory, name)}")
+                return False
+            if not is_told:
+                training.tell(f"{name}: {reason}; the training goes on without it, and it is tried again")
+            is_told, since = True, max(since, state["sent"])
+            with suppress(Exception), within(PATIENCE):
+                if tracker:
+                    tracker.close()
+            tracker = None
+            training.wait(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """A block that raises TimeoutError when it takes longer, also while it waits for a network, a lock or a disk."""
+    """TimeoutError in what takes longer: waiting for a network, a lock or a disk is broken off."""
 
     def give_up(number, frame):
         raise TimeoutError(f"no answer within {seconds:g} s")
@@ -240,10 +207,7 @@ def settings_to_show(directory: Path) -> dict:
 
 
 def new_state() -> dict:
-    """What is remembered of a run in a tracker between two processes.
-
-    `id`: the run's name there. `sent`: the last step that was sent. `opened`: whether the run was begun there.
-    """
+    """`id`: of this run in the tracker; `sent`: the last step that it has; `opened`: whether it knows the run."""
     return {"id": uuid.uuid4().hex[:16], "sent": 0, "opened": False}
 
 
@@ -275,5 +239,5 @@ def main(arguments: list[str]) -> None:
     training = Training()
     if given.since is None:
         training.has_ended = True
-    is_sent = Sender(given.run.resolve(), given.tracker, given.since, training).send()
+    is_sent = send(given.run.resolve(), given.tracker, given.since, training)
     os._exit(not is_sent)  # at once: what a tracker wants to do at the end of its process may hang
