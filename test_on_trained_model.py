@@ -22,7 +22,8 @@ def main() -> None:
     if settings.question:
         answer_one(settings, settings.run)
     else:
-        before, after = run_before(settings), run_after(settings)
+        before = run_before(settings)
+        after = run_after(settings)
         print_before_and_after(before, after, settings.metrics, settings.show)
         write_report(settings)
         require(after, settings.metrics[0], settings.at_least)

@@ -218,7 +218,7 @@ class FiniteGuard:
             return True
         self.left_out += 1
         self.in_a_row += 1
-        names = []
+        names: list[str] = []
         for share in ranks.gather_on_all([batch.where for batch in batches]):
             names += chain.from_iterable(share)
         what = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"

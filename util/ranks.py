@@ -43,7 +43,7 @@ def from_first(value: object) -> object:
     return box[0]
 
 
-def any_of(flag: bool) -> bool:
+def any_of(flag: bool | int) -> bool:
     """Whether the flag is set on any rank; all ranks must call. It goes over the CPU, so that no GPU is waited for."""
     if not are_several():
         return bool(flag)

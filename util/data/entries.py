@@ -51,7 +51,7 @@ def check_messages(
             )
         checked.append({"role": role, "content": items})
         kinds.update(item["type"] for item in items)
-        length += len(conversation.text_of(items))
+        length += len(text_of(items))
     if checked[-1]["role"] != "assistant":
         raise DataError(f": ends with a {checked[-1]['role']} message, so nothing is supervised; add the answer")
     if length > MOST_TEXT:

@@ -340,7 +340,7 @@ def from_openai_item(item: dict, where: str, dropped: Counter) -> dict:
 
 
 def from_own(entry: dict, dropped: Counter) -> dict:
-    """This project's format (README.md, "Your own data"), unchanged but for keys that have no effect."""
+    """This project's format (docs/data.md), unchanged but for keys that have no effect."""
     dropped.update(keys.check_entry(entry))
     messages = []
     for where, turn in turns_of(entry, "messages"):

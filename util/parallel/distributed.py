@@ -258,7 +258,7 @@ def drop_blank_gradients(packed: PackedLoss, visual_tokens: int) -> None:
                 parameter.grad = None
 
 
-def before_backward(packed: FSDPModule, config: Config, is_last: bool) -> None:
+def before_backward(packed: PackedLoss, config: Config, is_last: bool) -> None:
     """Let ZeRO-1 and replicas sum their gradients once a step, in the last backward pass, not in each of them."""
     if dist.get_world_size() == 1:
         return

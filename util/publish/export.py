@@ -26,19 +26,21 @@ from util.run_folder import SETTINGS, read_settings
 from util.tensors import trained_parameters
 from util.vision import Budget
 
-PREFIX = "model.model."  # of a weight in a checkpoint: `model.` of all weights, and where PackedLoss keeps its model
-MOST_BYTES = 2**31  # read at a time, in the precision of training; what is kept has that of compute
+# Before a weight's name in a checkpoint: `model.` of all weights, then the name under which PackedLoss has the model
+PREFIX = "model.model."
+MOST_BYTES = 2**31  # of weights read at a time, in the precision of training; they are kept in that of compute
 
 
 def is_checkpoint(path: str | Path) -> bool:
+    """Whether a path is a complete checkpoint of a run."""
     return (Path(path) / "state.json").is_file() and (Path(path) / ".metadata").is_file()
 
 
 def export(checkpoint: Path, out: Path) -> None:
-    """Write what the run would have saved as its final model or adapter, had it ended here, into a new folder.
+    """Write the model or adapter that the run would have saved if it had ended at this checkpoint into a new folder.
 
-    With it goes the run's training_config.json, by which the test scripts know the base model and the pixel budget.
-    UserError: no checkpoint, a damaged one, one of another model, or `out` is in use.
+    The run's training_config.json goes with it: from that the test scripts know the base model and the pixel budget.
+    UserError: there is no checkpoint, it is damaged or of another model, or the folder `out` is in use.
     """
     checkpoint = checkpoint.resolve()
     settings = settings_of(checkpoint)
@@ -68,7 +70,7 @@ def export(checkpoint: Path, out: Path) -> None:
 
 
 def settings_of(checkpoint: Path) -> dict:
-    """The settings of the run that a checkpoint lies in. Raises UserError where none are there."""
+    """The settings of the run that a checkpoint lies in. UserError: there is no checkpoint, or no settings."""
     if not is_checkpoint(checkpoint):
         raise UserError(f"{checkpoint}: no checkpoint there (it is a folder checkpoints/step_... of a run)")
     run = checkpoint.resolve().parent.parent
@@ -79,18 +81,21 @@ def settings_of(checkpoint: Path) -> dict:
 
 
 def empty_model(path: str) -> Qwen2VLForConditionalGeneration:
-    """The model of a checkpoint directory or hub name as training has it, but without memory for weights."""
+    """The model as training has it, but without memory for weights. `path`: a model's folder or its name on the hub."""
     config = load_config(path)
     with torch.device("meta"):
         model = Qwen2VLForConditionalGeneration(config)
     model.config.use_cache = False
-    with suppress(OSError):  # it may have none
+    with suppress(OSError):  # not every model has a generation config
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 
 def read_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint by the names of the model's parameters, whole, in `dtype`, in CPU memory."""
+    """The weights of a checkpoint in CPU memory and in `dtype`, by the names that the model's parameters have.
+
+    Each is whole, on however many ranks it was saved.
+    """
     reader, weights = TensorReader(checkpoint), {}
     saved = reader.read_metadata().state_dict_metadata
     group, size = {}, 0
@@ -106,13 +111,16 @@ def read_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor
 
 
 def exported(path: str) -> str:
-    """The folder of a model for a path that may be a checkpoint's, exported then until this process ends."""
+    """The folder of a model: `path` itself, or where that is a checkpoint, what is exported of it.
+
+    That is removed when this process ends.
+    """
     if not is_checkpoint(path):
         return path
     run = Path(path).resolve().parent.parent
     folder = Path(tempfile.mkdtemp(prefix=".exported_", dir=run))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    out = folder / Path(path).resolve().name  # by which it is called
+    out = folder / Path(path).resolve().name  # the name under which answers and reports show it
     export(Path(path), out)
     return str(out)
 

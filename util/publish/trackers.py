@@ -3,7 +3,7 @@
     python -m util track train_output/my_run wandb     # sends what that tracker does not have yet
 
 For each tracker a process follows metrics.jsonl. So a tracker that raises, is slow or hangs never touches the training,
-and what could not be sent is sent later, from that file.
+and what could not be sent can be sent later from that file.
 """
 
 import argparse
@@ -45,6 +45,7 @@ def start_trackers(
 
 
 def later(directory: Path, name: str) -> str:
+    """The command that sends the rest later."""
     return f"later: python -m util track {directory} {name}"
 
 
@@ -58,14 +59,14 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.where = f"tensorboard --logdir {folder / 'tensorboard'}"
-        # What an earlier process wrote of this step and later ones is no longer shown.
+        # A resumed run repeats steps: what was written earlier from this step on is no longer shown.
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=since)
         self.writer.add_text("settings", "\n".join(f"- {key}: `{value}`" for key, value in settings.items()), since)
 
     def log(self, values: dict[str, float], step: int) -> None:
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
-        self.writer.flush()  # another thread of it writes
+        self.writer.flush()  # values wait in a queue until a thread writes them
 
     def close(self) -> None:
         self.writer.close()
@@ -99,7 +100,8 @@ class Wandb:
             config=settings, settings=wandb.Settings(console="off", silent=True, x_stats_pid=os.getppid()),
         )  # fmt: skip
         self.where = self.run.url or f"wandb sync {Path(self.run.dir).parent}"
-        # It refuses steps that it has seen, but a resumed run repeats those after its checkpoint: so they are values.
+        # wandb refuses steps that it has seen, but a resumed run repeats the steps after its checkpoint. So the step is
+        # logged as a value like others, and all charts are drawn over it.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -113,58 +115,97 @@ class Wandb:
 TRACKERS = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}
 
 
+class Sender:
+    """What one tracker has of a run's metrics, and what it still lacks.
+
+    `since`: the first step to send; None: go on after what the tracker has.
+    """
+
+    def __init__(self, directory: Path, name: str, since: int | None, training: Training) -> None:
+        self.metrics = directory / METRICS
+        self.settings = settings_to_show(directory)
+        self.name = name
+        self.training = training
+        self.folder = directory / "trackers"
+        self.folder.mkdir(exist_ok=True)
+        self.state_file = self.folder / f"{name}.json"
+        self.state = new_state() if since == 1 else read_state(self.state_file)  # from step 1 on it is a new run there
+        # The last step that it has is sent again, because its second line, of an evaluation, may be missing.
+        self.since = since or self.state["sent"]
+        self.tracker: Any = None
+        self.position = 0  # in the file of metrics
+        self.is_announced = False
+
+    def open(self) -> None:
+        """Begin with the tracker, or begin again after it failed."""
+        with within(PATIENCE):
+            self.tracker = TRACKERS[self.name](self.folder, self.settings, self.state, self.since)
+        self.position = 0
+        if not self.is_announced:
+            self.training.tell(f"{self.name}: {self.tracker.where}")
+        self.state["opened"] = self.is_announced = True
+
+    def send_new_lines(self) -> None:
+        """Send the lines that were written since the last call. Raises whatever the tracker raises."""
+        if self.tracker is None:
+            self.open()
+        for line, end in new_lines(self.metrics, self.position):
+            if line["step"] >= self.since:
+                with within(PATIENCE):
+                    self.tracker.log(dict(scalars(line)), line["step"])
+                self.state["sent"] = line["step"]
+            self.position = end
+        write_state(self.state_file, self.state)
+
+    def close(self) -> None:
+        with within(PATIENCE):
+            self.tracker.close()
+
+    def let_go(self) -> None:
+        """Forget a tracker that failed, so that the next attempt begins with a new one."""
+        self.since = max(self.since, self.state["sent"])
+        with suppress(Exception):
+            if self.tracker:
+                self.close()
+        self.tracker = None
+
+
 def send(directory: Path, name: str, since: int | None, training: Training) -> bool:
-    """Send a run's lines from step `since` on (None: those not sent yet), until the training has ended and all are
-    sent, or cannot be. Whether all are."""
-    folder = directory / "trackers"
-    folder.mkdir(exist_ok=True)
-    state_file = folder / f"{name}.json"
-    state = read_state(state_file) if since != 1 else new_state()  # a run from the start is another run
-    since = since or state["sent"]  # of the last step sent, a line may have been missing
-    settings = settings_to_show(directory)
-    tracker, position, pause, is_opened, is_told = None, 0, 1.0, False, False
+    """Send the lines of a run's metrics to a tracker as they come, until the training ends. Whether all were sent.
+
+    `since`: the first step to send; None: go on after what the tracker has.
+    """
+    sender = Sender(directory, name, since, training)
+    pause = 1.0
+    has_failed = False
     while True:
-        is_last = training.wait(EVERY if tracker else 0)  # asked before reading, so that no line comes in between
+        is_last = training.wait(EVERY if sender.tracker else 0)  # asked before reading: no line comes in between
         try:
-            if tracker is None:
-                with within(PATIENCE):
-                    tracker, position = TRACKERS[name](folder, settings, state, since), 0
-                if not is_opened:
-                    training.tell(f"{name}: {tracker.where}")
-                state["opened"] = is_opened = True
-            for line, end in new_lines(directory / METRICS, position):
-                if line["step"] >= since:
-                    with within(PATIENCE):
-                        tracker.log(dict(scalars(line)), line["step"])
-                    state["sent"] = line["step"]
-                position = end
-            write_state(state_file, state)
+            sender.send_new_lines()
             if is_last:
-                with within(PATIENCE):
-                    tracker.close()
+                sender.close()
                 return True
-            if is_told:
-                training.tell(f"{name}: goes on")
-            pause, is_told = 1.0, False
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             if is_last:
                 training.tell(f"{name}: NOT ALL SENT ({reason}); {later(directory, name)}")
                 return False
-            if not is_told:
+            if not has_failed:
                 training.tell(f"{name}: {reason}; the training goes on without it, and it is tried again")
-            is_told, since = True, max(since, state["sent"])
-            with suppress(Exception), within(PATIENCE):
-                if tracker:
-                    tracker.close()
-            tracker = None
+            has_failed = True
+            sender.let_go()
             training.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+        else:
+            if has_failed:
+                training.tell(f"{name}: goes on")
+            has_failed = False
+            pause = 1.0
 
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """TimeoutError in what takes longer: waiting for a network, a lock or a disk is broken off."""
+    """A block that raises TimeoutError when it takes longer, also while it waits for a network, a lock or a disk."""
 
     def give_up(number, frame):
         raise TimeoutError(f"no answer within {seconds:g} s")
@@ -207,7 +248,10 @@ def settings_to_show(directory: Path) -> dict:
 
 
 def new_state() -> dict:
-    """`id`: of this run in the tracker; `sent`: the last step that it has; `opened`: whether it knows the run."""
+    """What is remembered of a run in a tracker between two processes.
+
+    `id`: the run's name there. `sent`: the last step that was sent. `opened`: whether the run was begun there.
+    """
     return {"id": uuid.uuid4().hex[:16], "sent": 0, "opened": False}
 
 

@@ -25,7 +25,6 @@ from util.dataset import Example, Examples, Sample, Samples
 from util.guard import Stopped, StopSignal
 from util.loss import PackedLoss
 from util.model import choose_attention, load_weights, set_attention, whole_weights
-from util.parallel import ranks
 from util.results.answer_files import Answer
 from util.results.metrics import several_kinds, summarise
 
@@ -366,7 +365,7 @@ def ask(answerer: Answerer, messages: list[dict], budget: vision.Budget, max_new
 
 def answer_of(question: Example, text: str, loss: float) -> Answer:
     """The Answer with this text; `loss`: of the question's reference."""
-    reference = conversation.text_of(question.messages[-1]["content"])
-    asked = conversation.text_of(question.messages[-2]["content"])
-    earlier = [[message["role"], conversation.text_of(message["content"])] for message in question.messages[:-2]]
+    reference = text_of(question.messages[-1]["content"])
+    asked = text_of(question.messages[-2]["content"])
+    earlier = [[message["role"], text_of(message["content"])] for message in question.messages[:-2]]
     return Answer(question.where, question.kind, asked, question.media, reference, text, loss, earlier)
