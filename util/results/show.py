@@ -16,6 +16,9 @@ from util.command_line import UserError, command_parser
 from util.config import Config
 
 
+GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
+
+
 def describe(samples, index: int) -> str:
     """Several lines about sample `index` of a `dataset.Samples`: counts, then its pieces."""
     from util.collator import expand, mrope_positions
@@ -62,12 +65,16 @@ def describe_first(samples, on_bad_sample: str) -> str:
 
 def one_piece(text: str, supervised: bool, position: list[int]) -> str:
     """One piece, its position before it, its further lines indented under the first."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    on, off = (("\033[32m" if supervised else "\033[90m"), "\033[0m") if colour else ("", "")
+    on, off = "", ""
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        on, off = GREEN if supervised else GREY, PLAIN
     bar = "┃" if supervised else " "
     head = f"{' '.join(map(str, position)):>14}  "
-    shown = text.replace("\n", "⏎\n").removesuffix("\n").split("\n")
-    return "\n".join(f"{head if not i else ' ' * len(head)}{bar} {on}{line}{off}" for i, line in enumerate(shown))
+    lines = []
+    for line in text.replace("\n", "⏎\n").removesuffix("\n").split("\n"):
+        lines.append(f"{head}{bar} {on}{line}{off}")
+        head = " " * len(head)
+    return "\n".join(lines)
 
 
 def parser() -> argparse.ArgumentParser:
