@@ -15,7 +15,6 @@ from pathlib import Path
 from util.command_line import UserError, command_parser
 from util.config import Config
 
-
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 
 
