@@ -46,7 +46,7 @@ def train(config: Config) -> str:
     resumed = resolve_resume(config, LATEST)
 
     # ---- data: checked, measured from file headers, and all steps surveyed before any weight is loaded
-    # What a bad sample or too little memory ends is then ended in seconds, and not after an hour of training.
+    # So a bad sample, or too little memory, stops the run within seconds and not after an hour of training.
     budget = Budget.of(config)
     reader = MediaReader(config)
     examples = Examples(config.data, processor)
@@ -72,7 +72,7 @@ def train(config: Config) -> str:
     disk.check(run.directory, counts, config, dtype)
 
     # ---- the run: the first batch, the model, the files
-    # The first batch is made while nothing is written yet: what its pixels are refused for leaves no trace.
+    # The first batch is made before anything is written: if its pixels cannot be decoded, no run directory is left.
     first = read_state(resumed)["step"] if resumed else 0
     batches = packed_batches(samples, steps.micro_batches(first), collate, config, device).begin()
 
@@ -95,7 +95,7 @@ def train(config: Config) -> str:
     # ---- the loop
     for planned in steps.after(first):
         step = planned.number
-        # Batches are made ahead, in data workers: what is waited for here is what the device lacked.
+        # Batches are made ahead, in data workers: time spent waiting here is time the device was idle.
         began = time.perf_counter()
         micro_batches = stop.fetch(batches, len(planned.micro_batches))
         data_seconds = time.perf_counter() - began
@@ -105,19 +105,19 @@ def train(config: Config) -> str:
 
         # One division, by the supervised tokens of the whole global batch, which are known before the first backward:
         # how samples are spread over micro-batches then changes nothing.
-        supervised_tokens = totals["supervised_tokens"] or math.nan  # of no token there is no mean, and no update
+        supervised_tokens = totals["supervised_tokens"] or math.nan  # of none: NaN, and the guard skips the update
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # stays on the device: reading it would wait
         for batch in micro_batches:
-            batch_loss_sum = model(batch.to(device))
-            if batch_loss_sum.requires_grad:  # not of text alone where only the tower is trained
+            batch_loss_sum = model(batch.to(device))  # PackedLoss.forward, in util/loss.py
+            if batch_loss_sum.requires_grad:  # a text-only batch has no gradient where only the vision tower is trained
                 (batch_loss_sum / supervised_tokens).backward()
             loss_sum += batch_loss_sum.detach()  # else it would keep the graphs of all micro-batches
 
         # The norm and the loss are read once all passes are queued: each read waits for the device.
         grad_norm = clip_gradient(model, config.max_grad_norm).item()
-        learning_rate = set_learning_rate(optimizer, step - 1, len(steps), config)
+        learning_rate = set_learning_rate(optimizer, step - 1, len(steps), config)  # the schedule counts from 0
         loss = loss_sum.item() / supervised_tokens
-        stopping = stop.requested
+        stopping = stop.requested  # asked once, so that all that follows goes by the same answer
         due = saver.is_due(step)
         if guard.allows(planned, loss, grad_norm, micro_batches):
             saver.wait_for_copy()  # a save under way still copies the weights that are about to change
@@ -133,14 +133,14 @@ def train(config: Config) -> str:
         evaluates = is_last or (config.eval_every and step % config.eval_every == 0)
         state = {"step": step}  # of the checkpoint, if one is due
         if held_out and evaluates and not stopping:
-            # A signal leaves the evaluation, to save in time what a scheduler is about to end.
+            # A signal breaks the evaluation off (None), so that the run is saved before a scheduler kills it.
             state["eval_loss"] = stop.unless_stopped(evaluate, step, held_out, evaluation)
             stopping = state["eval_loss"] is None
         ends_early = bool(stopping) and not is_last
         if due or stopping:
             saver.save(model, optimizer, state, is_last=ends_early)
         if ends_early:
-            stop.end(step, saver)
+            stop.end(step, saver)  # raises Ended: the run is saved, and says how to go on
         run.restart_clock()  # evaluating and saving are no part of the next step's time
 
     saver.wait()

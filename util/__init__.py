@@ -1,4 +1,4 @@
-"""The training of Qwen2-VL, read from the ground up. No import is circular, lazy ones included.
+"""The training of Qwen2-VL: three groups of files and seven rooms. No import is circular, lazy ones included.
 
 ground: command_line, config, run_folder, signals, ranks: what everyone asks.
 walk: dataset, conversation, vision, collator, loss: one sample, from a data file to its loss.

@@ -28,11 +28,11 @@ class Batch:
     visual_index: torch.Tensor  # (V,) int64: rows that are visual tokens
     image_patches: torch.Tensor  # (P of images, 588) uint8
     video_patches: torch.Tensor  # (P of videos, 1176) uint8
-    grid_thw: torch.Tensor  # (N, 3) int64
+    grid_thw: torch.Tensor  # (N, 3) int64: what transformers' own forward takes; ours needs what stands below alone
     vision_position_ids: torch.Tensor  # (P, 2) int64: row and column of each patch
     vision_segments: Segments  # each image, each pair of video frames attends within itself
     where: list[str]  # the samples' names, for error messages
-    counts: dict[str, int]  # what the log counts: samples, tokens, visual tokens, supervised tokens
+    counts: dict[str, int]  # for the log: samples, tokens ...; skipped samples are added by data/bad_samples.py
 
     def _map(self, method: str, *args, **kwargs) -> "Batch":
         """This batch, a method called on each of its tensors and segments."""
@@ -62,7 +62,7 @@ def total_counts(batches: Sequence[Batch]) -> dict[str, int]:
 class Visual:
     """What a batch gathers of its images, or of its videos: a list entry for each of them."""
 
-    rows: list[torch.Tensor] = field(default_factory=list)  # of the packed row, which its visual tokens take
+    rows: list[torch.Tensor] = field(default_factory=list)  # places of its visual tokens in the packed row
     patches: list[torch.Tensor] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
     positions: list[torch.Tensor] = field(default_factory=list)  # row and column of each patch
@@ -76,7 +76,7 @@ class Visual:
 
 
 class Collator:
-    """Packs samples into one row; nothing is padded or truncated. Of no samples: one token that is not supervised."""
+    """Packs samples into one row; nothing is padded or truncated. An empty list gives a batch of one dummy token."""
 
     def __call__(self, samples: list[Sample]) -> Batch:
         ids, positions, supervised_index, targets, lengths = [], [], [], [], []
@@ -119,7 +119,7 @@ class Collator:
 
 
 def count(samples: int, tokens: int, visual_tokens: int, supervised_tokens: int) -> dict[str, int]:
-    """What the log counts of a batch; the token that stands in for no sample is none."""
+    """What the log counts of a batch; the dummy token of an empty one is not counted."""
     return {
         "samples": samples,
         "tokens": tokens if samples else 0,
@@ -128,7 +128,7 @@ def count(samples: int, tokens: int, visual_tokens: int, supervised_tokens: int)
     }
 
 
-# A rank whose share of a step is used up still runs forward passes, for the others gather their weights with it.
+# A rank whose share of a step is used up still runs forward passes: FSDP gathers each weight on all ranks together.
 NO_SAMPLE = Sample(Encoded([0], [False], []), [], "")
 
 

@@ -21,6 +21,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from util import run_folder, signals
 
 NOT_GIVEN = object()
+USAGE = "%(prog)s [--model MODEL] [--data FILE ...] [any of the flags below]"
 # The groups of `--help`, in their order: what everybody sets comes first.
 GROUPS = (
     "essentials",
@@ -155,12 +156,14 @@ def parse(
     description: str,
     arguments: list[str] | None = None,
     others: Callable[[dict], dict] = lambda given: {},
+    parser: "CollectingParser | None" = None,
 ):
     """The command line as `settings`, a dataclass. A wrong one ends with exit code 2, every problem in one message.
 
     `others`: from the flags that are given, the values of those that are not, where these are not the defaults.
+    `parser`: one that `settings_parser` made; None: made here.
     """
-    parser = settings_parser(settings, description)
+    parser = parser or settings_parser(settings, description)
     fields = dataclasses.fields(settings)
     # argparse puts a default only where there is nothing yet
     untouched = argparse.Namespace(**{item.name: NOT_GIVEN for item in fields})
@@ -179,11 +182,11 @@ def parse(
     return made
 
 
-def settings_parser(settings: type, description: str) -> "CollectingParser":
+def settings_parser(settings: type, description: str, usage: str = USAGE) -> "CollectingParser":
     """The parser of a dataclass: a flag for each field, in the groups that the fields name, `GROUPS` first."""
     parser = CollectingParser(
         description=description,
-        usage="%(prog)s [--model MODEL] [--data FILE ...] [any of the flags below]",
+        usage=usage,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=30),
         allow_abbrev=False,
     )

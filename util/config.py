@@ -38,7 +38,10 @@ class Config(SampleSettings, FetchSettings, CacheSettings, MetricSettings, LoraS
         1e-5, "peak learning rate of the language model, and of what has none of its own", group="essentials", least=0
     )
     global_batch_size: int = setting(
-        8, "samples per optimizer step: the only dial that changes the mathematics", group="essentials", least=1
+        8,
+        "samples per optimizer step: of the batch settings the only one that changes the result",
+        group="essentials",
+        least=1,
     )
     eval_data: list[str] = setting([], "held-out data for the evaluation loss", group="essentials", harmless=True)
     save_every: str | int = setting(
@@ -114,7 +117,7 @@ class Config(SampleSettings, FetchSettings, CacheSettings, MetricSettings, LoraS
     )
     max_tokens: int = setting(
         20480,
-        "at most this many tokens per forward pass (memory only)",
+        "at most this many tokens per forward pass (memory only, unless --on_long_sample goes by it)",
         group="memory and speed",
         least=1,
         harmless=True,

@@ -1,6 +1,6 @@
 """Messages -> token ids, and which of them are supervised.
 
-The labels are written while the tokens are written: the conversation is rendered once by the processor's own chat
+What is supervised is marked while the tokens are written: the conversation is rendered once by the processor's own chat
 template and cut only where supervision begins or ends. Nothing searches for token ids afterwards.
 """
 
@@ -11,7 +11,7 @@ from util.data.entries import text_of
 END_OF_TURN = "<|im_end|>\n"
 # Qwen2-VL's grounding marks are text that a user may write; every other special token controls the conversation.
 GROUNDING_PREFIXES = ("<|object_ref_", "<|box_", "<|quad_")
-# Stands for an assistant's content while the template runs. Private-use characters, refused in a user's text.
+# Stands for an assistant's content while the template runs. Private-use characters, refused in the text of data files.
 MARK = "\ue000\uf8ff"
 
 
@@ -48,8 +48,9 @@ def render(messages: list[dict], processor) -> list[Piece]:
         raise ValueError("the processor's chat template does not end every assistant turn with <|im_end|> and newline")
     pieces = [Piece(prompt, False)]
     for answer, following in zip(answers, rest, strict=True):
+        # The end of the turn is learned with the answer: else a tuned model would not know when to stop. Its newline
+        # goes with it, so that a boundary of supervision is one of the template's own.
         pieces.append(Piece(answer + END_OF_TURN, True))
-        # The end of a turn is learned with the answer; else a tuned model would not know when to stop.
         if following != END_OF_TURN:
             pieces.append(Piece(following[len(END_OF_TURN) :], False))
     return pieces
@@ -63,7 +64,7 @@ def render_prompt(messages: list[dict], processor) -> list[Piece]:
 def encode(pieces: list[Piece], processor) -> Encoded:
     """Tokenise each piece by itself and mark its tokens.
 
-    Returns ids with one placeholder token for each image or video. Length is counted in tokens.
+    Returns ids with one placeholder token for each image or video.
     """
     media_ids = (processor.image_token_id, processor.video_token_id)  # read from the checkpoint, never written here
     encoded = Encoded([], [], [])
@@ -78,7 +79,7 @@ def encode(pieces: list[Piece], processor) -> Encoded:
 
 
 def control_tokens(processor) -> list[str]:
-    """The special tokens that no user text may contain, and the two that stand for media whatever they are.
+    """The special tokens that no text of a data file may contain, and the placeholders of images and videos.
 
     Tokens that were added without being special (`<loc_1>`, `<tool_call>`) are text, which may be trained.
     """

@@ -1,9 +1,12 @@
 """data.json or data.jsonl -> checked examples, each encoded and with its pixels; the order of an epoch.
 
+Four stages: an entry of a data file -> an Example (checked messages) -> a Sample (token ids and pixels), or a Size
+(what it costs, from file headers alone). Which samples share an optimizer step is decided in steps.py.
+
 A data file holds conversations: `{"messages": [{"role": ..., "content": "text" or [item, ...]}, ...]}` with items
 `{"type": "image", "image": PATH}`, `{"type": "video", "video": PATH or [FRAME, ...]}`, `{"type": "text", "text": ...}`,
-and boxes (boxes.py); tools, their calls and answers are rewritten to such messages before anything else (tools.py).
-entries.py checks each of them. Samples and messages are counted from 0.
+and boxes (data/boxes.py); tools, their calls and answers are rewritten to such messages first (data/tools.py).
+data/entries.py checks each of them. Samples and messages are counted from 0.
 """
 
 import itertools
@@ -30,8 +33,8 @@ class Example:
     messages: list[dict]
     where: str  # "train_data/data.json, sample 3"
     kind: str | None = None  # free-form name of the kind of sample, if the file gives one
-    unused: frozenset[str] = frozenset()  # keys that the file gives and that say nothing to training
-    budget: vision.Budget | None = None  # of a question about a sample that is shrunk
+    unused: frozenset[str] = frozenset()  # keys of the file that have no effect on training
+    budget: vision.Budget | None = None  # set only by evaluation, for a question about a sample that is shrunk
 
     @property
     def media(self) -> list[dict]:
@@ -134,7 +137,7 @@ class Examples(Sequence):
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The samples of an epoch (`epoch_samples`,) in order: a function of (seed, epoch) alone, so that resuming
-        needs no replay. Those that are left out have their places in it, too: else every later one would move."""
+        needs no replay. A sample that is left out keeps its place in it, so that leaving it out shifts no other."""
         # A generator of its own: nothing else that draws random numbers can move the order.
         generator = torch.Generator().manual_seed((seed << 20) + epoch)
         parts = [torch.zeros(0, dtype=torch.int64)]
@@ -162,7 +165,7 @@ def load_examples(files: list[str], processor) -> Examples:
 
 
 class Samples(Dataset):
-    """Examples by index, encoded and with their pixels: what a data worker does for one sample."""
+    """A Dataset: index -> Sample, the example encoded and with its pixels. Data workers call it."""
 
     def __init__(self, examples: Sequence[Example], processor, budget: vision.Budget, reader=MediaReader()):
         self.examples = examples

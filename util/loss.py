@@ -29,7 +29,7 @@ class PackedLoss(nn.Module):
     def __init__(self, model: Qwen2VLForConditionalGeneration, processor, dtype: torch.dtype) -> None:
         super().__init__()
         self.model: Any = model  # transformers' modules, whose own types say Tensor or Module of every part
-        self.reshard_after_forward = False  # of its layers, where it is sharded (model.shard)
+        self.reshard_after_forward = False  # of its layers, where they are sharded: see shard in util/model.py
         self.dtype = dtype  # of compute; the weights may be kept in a wider one
         wide = torch.promote_types(dtype, torch.float32)
         mean = torch.tensor(processor.image_processor.image_mean, dtype=wide)
@@ -51,7 +51,7 @@ class PackedLoss(nn.Module):
         return torch.cat(losses).sum()
 
     def score(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
-        """What evaluation asks: (2, S), the cross-entropy of each supervised token, and 1 where it is the likeliest.
+        """For evaluation: (2, S), the cross-entropy of each supervised token, and 1.0 where it has the largest logit.
 
         `visual` (V, D): the batch's visual tokens, where they are known already.
         """
@@ -71,9 +71,9 @@ class PackedLoss(nn.Module):
         # transformers' own model would build a mask of T x T; these layers take where each sample begins and ends.
         for layer in language_model.layers:
             hidden = layer(hidden, position_embeddings=position_embeddings, segments=batch.segments)
-        # A prompt's rows have no target. Of 152,000 logits a row, none is made that nobody asks for.
+        # A prompt's tokens have no target: the head, 152,000 logits wide, skips them.
         supervised = hidden[0].index_select(0, batch.supervised_index)
-        return language_model.norm(supervised)  # row by row, so the other rows need none
+        return language_model.norm(supervised)  # the norm works row by row, so the others can do without
 
     def embed(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
         """The row's embeddings (T, D), visual tokens in their places; `visual` (V, D) where they are known already."""
@@ -82,7 +82,7 @@ class PackedLoss(nn.Module):
             return hidden
         if visual is None:
             visual = self.visual_tokens(batch)
-        # A rank without pictures has blank patches, which no row takes: there may be more tokens than rows for them.
+        # A rank without pictures has dummy patches (EvenCollator in parallel/distributed.py): drop their tokens.
         visual = visual[: len(batch.visual_index)].to(hidden.dtype)
         return hidden.index_copy(0, batch.visual_index, visual)
 
@@ -118,13 +118,16 @@ class PackedLoss(nn.Module):
 
     def normalise(self, patches: torch.Tensor) -> torch.Tensor:
         """uint8 (P, 3 * n) -> (P, 3 * n) in the dtype of compute, normalised by channel."""
-        # Bytes travel to the device, an eighth of what the processor's floats would take.
+        # Patches travel to the device as bytes: 8 times less than the processor's floats for images, 4 for videos.
         pixels = patches.unflatten(1, (3, -1)).to(self.pixel_scale.dtype)
         pixels = pixels * self.pixel_scale[:, None] + self.pixel_shift[:, None]
         return pixels.flatten(1).to(self.dtype)
 
     def token_losses(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-        """(S, D), (S,) -> the cross-entropy of each token (S,)."""
+        """(S, D), (S,) -> the cross-entropy of each token (S,). May run twice (see forward), so it must be pure.
+
+        Another loss begins here: docs/adding.md.
+        """
         return F.cross_entropy(self.logits(hidden), target_ids, reduction="none")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

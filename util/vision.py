@@ -53,7 +53,8 @@ class Grid(NamedTuple):
 class Medium:
     """The pixels of one image or video."""
 
-    patches: torch.Tensor  # uint8, (P, 588) of an image or (P, 1176) of a video: channel, (frame,) row, column
+    # uint8: (P, 588) of an image, 3 channels x 14 x 14, or (P, 1176) of a video, whose patches span 2 frames
+    patches: torch.Tensor
     grid: Grid
 
     @property
@@ -70,7 +71,7 @@ class Budget:
     video_fps: float = 2.0
     video_max_frames: int = 768
     video_max_tokens: int = 16384
-    cap_pixels: int = 2**53  # no image or frame is larger whatever an item says: --on_long_sample shrink, by sample
+    cap_pixels: int = 2**53  # a hard cap per image or frame, which --on_long_sample shrink sets per sample
 
     @classmethod
     def of(cls, config) -> "Budget":
@@ -80,7 +81,7 @@ class Budget:
         return cls(**{name: values[name] for name in names})
 
     def pixels(self, default: tuple[int, int]) -> tuple[int, int]:
-        """(fewest, most) pixels of an image or frame. One that is given moves the other's default out of its way."""
+        """(fewest, most) pixels of an image or frame. A limit that is given pushes the other one's default aside."""
         least = self.min_pixels or default[0]
         most = self.max_pixels or default[1]
         if self.max_pixels is None:
@@ -130,7 +131,7 @@ def video_grid(video, indices: list[int], height: int, width: int, capped: bool)
 def smart_resize(height: float, width: float, least: float, most: float) -> tuple[int, int]:
     """Height and width in multiples of 28, the product within [least, most] pixels, the aspect ratio kept.
 
-    The rule of qwen-vl-utils, and two cases where it breaks: a side never rounds to nothing, and `most` holds then too.
+    The rule of qwen-vl-utils, with two fixes: no side becomes 0, and `most` holds for narrow pictures, too.
     """
     if max(height, width) > MOST_ASPECT * min(height, width):
         raise ValueError(f"{width}x{height} pixels: one side is more than {MOST_ASPECT} times the other; crop it")
@@ -188,7 +189,7 @@ def frame_size(item: dict, height: int, width: int, frames: int, budget: Budget)
 def frame_limits(item: dict, frames: int, budget: Budget) -> tuple[float, float]:
     """(fewest, most) pixels of each of a video's frames, by qwen-vl-utils' rule (fetch_video).
 
-    The video's total is shared by its pairs of frames; a share never goes below 1.05 times the fewest.
+    The video's total is shared by its pairs of frames; the limit of a frame is never below 1.05 times its fewest.
     """
     least = item.get("min_pixels", budget.pixels(FRAME_PIXELS)[0])
     share = item.get("total_pixels", TOTAL_PIXELS) / frames * TEMPORAL
@@ -274,8 +275,8 @@ def open_image(path: str) -> Image.Image:
 def open_whole_image(path: str) -> Image.Image:
     """An image as `open_image` gives it, or the ValueError of one whose pixels are not all there.
 
-    Its end is looked at; where that is missing, its pixels are decoded: what decodes is whole enough. Of a remote file
-    nothing more is fetched for it.
+    Only the end of the file is looked at. Where it is missing, the pixels are decoded, and an image that decodes is
+    taken. A remote file is not fetched any further for this check.
     """
     image = open_image(path)
     file = getattr(image, "fp", None)  # None: decoded already, as it had to be turned
@@ -312,7 +313,7 @@ def to_tensor(image: Image.Image, path: str) -> torch.Tensor:
 
 
 def open_video(item: dict):
-    """A VideoReader for a file, or the same face for a list of frame images."""
+    """A VideoReader for a file, or the same interface for a list of frame images."""
     frames = item["video"]
     return nullcontext(FrameList(frames)) if isinstance(frames, list) else VideoReader(frames, "video")
 

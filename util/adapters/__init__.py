@@ -1,7 +1,7 @@
-"""LoRA and its kin, through peft, over weights of 4 bits if asked.
+"""LoRA, DoRA and QLoRA through peft.
 
-Enters: a model of transformers, and a Config. Leaves: the same model with adapters that alone are trained, and these in
-peft's format.
+Enters: a model of transformers, and a Config. Leaves: the same model with adapters, of which alone the
+parameters are trained; they are saved in peft's format.
 
 May import: ground.
 """

@@ -453,7 +453,7 @@ def check(config: CheckSettings) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = settings_parser(CheckSettings, __doc__.splitlines()[0])
+    made = settings_parser(CheckSettings, __doc__.splitlines()[0], "%(prog)s FILE ... [any of the flags below]")
     made.prog = "python -m util check"
     return made
 
@@ -463,4 +463,4 @@ def main(arguments: list[str]) -> None:
     flags = arguments[len(files) :]
     if files:
         flags = ["--data", *files, *flags]
-    check(parse(CheckSettings, __doc__.splitlines()[0], flags))
+    check(parse(CheckSettings, "", flags, parser=parser()))

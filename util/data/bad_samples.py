@@ -66,7 +66,7 @@ def count_skipped(skipped: list[Skipped]) -> dict[str, int]:
     """How many were skipped, in all and by reason, for the log. The keys are always the same, so that ranks can sum."""
     reasons = Counter(sample.reason for sample in skipped)
     by_reason = {metric_of(reason): reasons[reason] for reason in REASONS if reason != "too long"}
-    return {"skipped": len(skipped), **by_reason, "unread": 0}  # "unread" is counted by guard.Unread
+    return {"skipped": len(skipped), **by_reason, "unread": 0}  # "unread": see guard.unread_batch
 
 
 def metric_of(reason: str) -> str:

@@ -1,7 +1,7 @@
 """What several ranks add: start-up, sharding, dealing, and the faults of a job.
 
-Enters: torchrun's environment. Leaves: a `World`, a sharded model, sums over ranks. With one rank nothing here is
-read.
+Enters: torchrun's environment. Leaves: a `World`, a sharded model, sums over ranks.
+`finetune.py` imports nothing of it.
 
 May import: ground, walk, loop, adapters, cost.
 """
