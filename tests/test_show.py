@@ -5,6 +5,7 @@ import re
 from itertools import chain
 
 import pytest
+from PIL import Image
 
 import finetune
 from util.__main__ import main as command
@@ -81,7 +82,10 @@ def test_without_losses_no_weights_are_loaded(run, capsys, monkeypatch):
     ("arguments", "words"),
     [
         (["--run", "RUN", "--step", 99], "--step 99: RUN knows nothing of it; it has steps 1 to 8"),
-        (["--run", "RUN"], "name a data file, or a step by --run"),
+        (["--run", "RUN"], "a step is named by --run"),
+        (["--run", "RUN", "--step", 3, "--sample", 1], "--sample has no use with it"),
+        (["--run", "RUN", "--step", 3, "--max_pixels", 9000], "--max_pixels has no use with it"),
+        (["train_data/data.json", "--losses"], "--losses and --device go with --run"),
         ([], "name a data file, or a step by --run"),
         (["--run", "nowhere", "--step", 1], "--run nowhere: no run of finetune.py"),
     ],
@@ -92,6 +96,54 @@ def test_what_is_not_there_is_named(arguments, words, run, capsys):
     assert (code, printed) == (2, "")
     assert words.replace("RUN", str(run)) in said
     assert "Traceback" not in said
+
+
+def test_the_largest_share_comes_first(run, capsys):
+    _, printed, _ = shown(capsys, "--run", run, "--step", 3, "--losses", "--device", "cpu")
+    shares = [float(text) for text in re.findall(r"(\S+)% of the step's gradient", printed)]
+    assert shares == sorted(shares, reverse=True)
+    names = re.findall(r"^train_data/data.json, sample (\d+): ", printed, re.MULTILINE)
+    assert sorted(map(int, names)) == sorted(samples_of(run)[2])
+
+
+def test_pixels_are_written_as_the_model_sees_them(capsys, tmp_path):
+    """Sample 0 has one image, of 24 x 32 patches."""
+    code, printed, said = shown(capsys, "train_data/data.json", "--pixels", tmp_path / "seen")
+    assert code == 0, said
+    assert "image: train_data/media/0000_colour_0.png" in printed
+    (file,) = (tmp_path / "seen").iterdir()
+    assert Image.open(file).size == (32 * 14, 24 * 14)
+    assert f"written: {file}" in printed
+
+
+def test_a_sample_that_was_skipped_is_named_and_the_others_shown(tiny_path, tmp_path, capsys):
+    """Its pixels cannot be read, which only the data worker found out: the step went without it."""
+    data, folder = tmp_path / "data.json", tmp_path / "run"
+    Image.effect_noise((84, 84), 90).convert("RGB").save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes())
+    entries = []
+    for file in ("whole.jpg", "cut.jpg"):
+        content = [{"type": "image", "image": file}, {"type": "text", "text": "?"}]
+        entries.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]})
+    data.write_text(json.dumps(entries))
+    config = Config(model=str(tiny_path), device="cpu", data=[str(data)], epochs=1, num_workers=0,
+                    on_bad_sample="skip", output_dir=str(folder))  # fmt: skip
+    finetune.train(config)
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
+    capsys.readouterr()
+    code, printed, said = shown(capsys, "--run", folder, "--step", 1, "--losses", "--device", "cpu")
+    assert code == 0, said
+    assert "sample 0: " in printed
+    assert re.search(r"not read: \S+data.json, sample 1: \S*cut.jpg", printed)
+    assert printed.count("% of the step's gradient") == 1
+
+
+def test_another_folder_is_named(run, capsys, tmp_path, monkeypatch):
+    """Paths of a run are those of the folder that it was started in."""
+    monkeypatch.chdir(tmp_path)
+    code, _, said = shown(capsys, "--run", run, "--step", 1)
+    assert code == 2
+    assert "train_data/data.json is not here; go to the folder that the training was started in" in said
 
 
 def test_data_that_changed_is_said(tiny_path, tmp_path, capsys):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -286,6 +287,17 @@ def test_changed_settings_are_listed_and_those_that_matter_refused(saved, tiny_p
     assert "--micro_batch_size: None -> 2" in printed
     assert "--learning_rate: 0.001 -> 0.002" in printed
     assert [step for step, _ in losses(saved)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_setting_that_is_younger_than_the_checkpoint_had_its_default(saved, tiny_path, tmp_path):
+    """A checkpoint written before there was a --schedule: another than the default changes what is computed."""
+    checkpoint_now = checkpoint.complete_checkpoints(saved)[-1]
+    state = checkpoint.read_state(checkpoint_now)
+    del state["settings"]["schedule"]
+    now = Config(**{**state["settings"], "resume": "auto", "output_dir": str(saved)})
+    checkpoint.compare_settings(now, state, checkpoint_now)
+    with pytest.raises(UserError, match="--schedule: cosine -> linear"):
+        checkpoint.compare_settings(replace(now, schedule="linear"), state, checkpoint_now)
 
 
 def test_other_data_under_the_same_name_is_noticed(tiny_path, tmp_path):

@@ -127,6 +127,15 @@ def test_resized_image_is_close_to_qwen_vl_utils(height, width, share, picture, 
     assert np.mean(np.abs(ours.astype(int) - np.array(pillow)) > 1) < 1e-4
 
 
+def test_pixels_come_out_of_patches_as_they_went_in(picture, write_video, tmp_path):
+    """`frames_of`, which `python -m util show --pixels` writes, against the patches put together one by one."""
+    Image.fromarray(picture(70, 98, 0)).save(tmp_path / "a.png")
+    path = write_video(tmp_path / "a.mp4", [picture(84, 112, seed) for seed in range(6)], fps=2)
+    for item in (image_item(tmp_path / "a.png"), video_item(path)):
+        medium = vision.load(item, Budget(min_pixels=3136))
+        assert np.array_equal(vision.frames_of(medium).permute(0, 2, 3, 1).numpy(), unpatchify(medium))
+
+
 def test_video_frames_are_the_official_processors(any_processor, picture, write_video, decode_all, tmp_path):
     """A file whose every frame is wanted, then one whose frames must be chosen and resized."""
     frames = [picture(84, 112, seed) for seed in range(6)]

@@ -9,7 +9,7 @@ from util.command_line import run_command
 
 # command -> (module, what it does). A module has `parser()`, its command line, and `main(arguments)`.
 COMMANDS = {
-    "show": ("util.results.show", "look at one sample as the model sees it, coloured by supervision"),
+    "show": ("util.results.show", "look at a sample, or at one step of a run, as the model sees it"),
     "check": ("util.cost.check_data", "look over all data before training, from file headers"),
     "convert": ("util.formats.convert", "convert data files of other formats to this one"),
     "chartqa": ("util.formats.chartqa", "prepare ChartQA, from the hub, a folder, or drawn on the spot"),

@@ -424,8 +424,9 @@ def resolve_resume(config: Config, latest: Path) -> Path | None:
 def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:
     """Say which settings are not those of a checkpoint; UserError for one that changes what is computed."""
     now = dataclasses.asdict(config)
-    then = state["settings"]
-    changed = {name: (then[name], now[name]) for name in now if name in then and then[name] != now[name]}
+    # A setting that is younger than the checkpoint was what is its default now.
+    then = {**dataclasses.asdict(Config()), **state["settings"]}
+    changed = {name: (then[name], now[name]) for name in now if then[name] != now[name]}
     if config.data == then["data"] and data_fingerprint(config.data) != state["data"]:
         changed["data"] = ("the files as they were", "files with other content")
     lines = {name: f"  --{name}: {old} -> {new}" for name, (old, new) in changed.items()}

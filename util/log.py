@@ -1,4 +1,4 @@
-"""What a run says: the plan before, a line per step, metrics.jsonl, the summary and the loss curve after."""
+"""What a run says: a line per step, metrics.jsonl, samples.jsonl, the summary and the loss curve."""
 
 import dataclasses
 import json

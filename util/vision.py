@@ -351,6 +351,15 @@ def resize(frame: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return transforms.resize(frame, list(size), transforms.InterpolationMode.BICUBIC, antialias=True)
 
 
+def frames_of(medium: Medium) -> torch.Tensor:
+    """The pixels that the model sees, uint8 (frames, 3, H, W): the inverse of `patchify`."""
+    t, h, w = medium.grid[:3]
+    frames = medium.patches.shape[1] // (3 * PATCH**2)
+    patches = medium.patches.reshape(t, h // MERGE, w // MERGE, MERGE, MERGE, 3, frames, PATCH, PATCH)
+    pixels = patches.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)  # time, frame, channel, then rows of pixels, then columns
+    return pixels.reshape(t * frames, 3, h * PATCH, w * PATCH)
+
+
 def patchify(frames: Iterable[torch.Tensor], grid: Grid, frames_per_patch: int) -> Medium:
     """Frames (3, H, W) one by one -> patches (P, 3 * frames_per_patch * 14 * 14), the four patches of a token together.
 

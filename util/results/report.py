@@ -308,7 +308,7 @@ def draw_picture(item: dict, budget: Budget, most_bytes: int) -> dict:
 
 
 def draw_image(item: dict) -> tuple[Image.Image, str]:
-    """The image as the model saw it, upright and on white, and its size in words."""
+    """The image upright and on white, and its size in words."""
     image = vision.open_image(item["image"])
     pixels = vision.to_tensor(image, item["image"])
     height, width = pixels.shape[1:]

@@ -1,7 +1,8 @@
 """See samples as the model sees them: `python -m util show train_data/data.json --sample 3`.
 
 Or those of one optimizer step of a run: `python -m util show --run train_output/latest --step 812`, with `--losses`
-each one's own loss and its share of the step's gradient.
+each one's own loss and its share of the step's gradient, by the weights of the newest checkpoint before the step. With
+`--pixels FOLDER` its images and video frames are written as the model sees them.
 
 Supervised text is green (and marked with a bar), everything else grey; visual tokens are collapsed to
 `<image 24x36>`, the grid in patches; each piece begins with its position (temporal, height, width).
@@ -32,6 +33,8 @@ def describe(samples, index: int) -> str:
         f"{sample.where}: {len(ids):,} tokens = {len(ids) - visual:,} text + {visual:,} visual "
         f"({patches:,} patches); {int(supervised.sum()):,} supervised"
     ]
+    for item in samples.example(index).media:
+        lines.append(f"{'':>16}  {item['type']}: {media_in_words(item)}")
     token = 0
     while token < len(ids):
         if token in media_at:
@@ -46,6 +49,16 @@ def describe(samples, index: int) -> str:
         lines.append(one_piece(text, bool(supervised[token]), positions[:, token].tolist()))
         token = end
     return "\n".join(lines)
+
+
+def media_in_words(item: dict) -> str:
+    """The path of an image or video, or of the first of a list of frames."""
+    from util.data.fetch import printable
+
+    value = item[item["type"]]
+    if isinstance(value, list):
+        return f"{printable(value[0])} and {len(value) - 1} more frames"
+    return printable(value)
 
 
 def describe_first(samples, on_bad_sample: str) -> str:
@@ -76,32 +89,43 @@ def one_piece(text: str, supervised: bool, position: list[int]) -> str:
     return "\n".join(lines)
 
 
+SIZES = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_tokens")
+
+
 def parser() -> argparse.ArgumentParser:
     made = command_parser("show", __doc__)
     made.add_argument("data", nargs="?", help="a .json or .jsonl data file")
-    made.add_argument("--sample", type=int, default=0, help="its number, counted from 0")
-    made.add_argument("--model", default="tiny", help="whose processor: checkpoint directory, hub name or tiny")
-    for name in ("min_pixels", "max_pixels", "video_max_frames", "video_max_tokens"):
-        made.add_argument(f"--{name}", type=int, help="as in finetune.py")
-    made.add_argument("--video_fps", type=float, help="as in finetune.py")
+    made.add_argument("--sample", type=int, help="its number, counted from 0; default: 0")
+    made.add_argument("--model", help="whose processor: checkpoint directory, hub name or tiny; default: tiny")
+    for name in SIZES:
+        made.add_argument(f"--{name}", type=float if name == "video_fps" else int, help="as in finetune.py")
     made.add_argument("--run", type=Path, help="a run directory, of which a step is shown instead of a data file")
     made.add_argument("--step", type=int, help="the optimizer step of --run whose samples are shown")
     made.add_argument("--losses", action="store_true", help="with --run: each sample's own loss and share of the "
-                      "gradient, which takes two passes over the step")  # fmt: skip
-    made.add_argument("--device", default="auto", help="of --losses: cuda, cuda:1, cpu")
+                      "gradient, largest first, which takes two passes over the step")  # fmt: skip
+    made.add_argument("--device", help="of --losses: cuda, cuda:1, cpu; default: the GPU where there is one")
+    made.add_argument("--pixels", type=Path, metavar="FOLDER", help="write images and video frames as the model sees "
+                      "them into this folder")  # fmt: skip
     return made
 
 
 def main(arguments: list[str]) -> None:
     given = parser().parse_args(arguments)
-    if given.run or given.step is not None:
-        if given.data or not given.run or given.step is None:
-            raise UserError("name a data file, or a step by --run RUN --step NUMBER")
-        show_step(given.run, given.step, given.losses, given.device)
-    elif given.data:
-        show_sample(given)
-    else:
+    of_a_step = {"--run": given.run, "--step": given.step}
+    of_a_file = {"a data file": given.data, "--sample": given.sample, "--model": given.model}
+    of_a_file |= {f"--{name}": getattr(given, name) for name in SIZES}
+    beside = [name for name, value in of_a_file.items() if value is not None]
+    if any(value is not None for value in of_a_step.values()):
+        if None in of_a_step.values() or beside:
+            stray = f" ({beside[0]} has no use with it)" if beside else ""
+            raise UserError(f"a step is named by --run RUN --step NUMBER{stray}")
+        show_step(given)
+    elif given.data is None:
         raise UserError("name a data file, or a step by --run RUN --step NUMBER")
+    elif given.losses or given.device:
+        raise UserError("--losses and --device go with --run RUN --step NUMBER")
+    else:
+        show_sample(given)
 
 
 def show_sample(given: argparse.Namespace) -> None:
@@ -112,29 +136,52 @@ def show_sample(given: argparse.Namespace) -> None:
     from util.model import find_model, load_processor
     from util.vision import Budget
 
-    names = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_tokens")
-    limits = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-    processor = load_processor(find_model(given.model, torch.device("cpu")))
+    limits = {name: getattr(given, name) for name in SIZES if getattr(given, name) is not None}
+    processor = load_processor(find_model(given.model or "tiny", torch.device("cpu")))
     samples = Samples(load_examples([given.data], processor), processor, Budget.of(Config(**limits)))
-    if not 0 <= given.sample < len(samples):
-        raise UserError(f"--sample {given.sample}: {given.data} has samples 0 to {len(samples) - 1}")
-    print(describe(samples, given.sample))
+    number = given.sample or 0
+    if not 0 <= number < len(samples):
+        raise UserError(f"--sample {number}: {given.data} has samples 0 to {len(samples) - 1}")
+    print(describe(samples, number))
+    if given.pixels:
+        write_pixels(samples, number, given.pixels)
 
 
-def show_step(run: Path, number: int, with_losses: bool, device: str) -> None:
-    """Print the samples of one step of a run, with each one's loss and share of the gradient where asked for."""
+def show_step(given: argparse.Namespace) -> None:
+    """Print the samples of one step of a run; with `--losses` what each gave to it, the largest share first."""
+    from util.data.lines import DataError
     from util.results.step import RunStep
 
-    step = RunStep(run, number)
+    step = RunStep(given.run, given.step)
     print(step.in_words())
-    lines = [""] * len(step.sample_numbers)
-    if with_losses:
-        shares, whole = step.shares(device)
+    shares = {}
+    if given.losses:
+        shares, whole = step.shares(given.device or "auto")
         weights = step.checkpoint or f"{step.model_path}, with which the run began"
         print(f"with the weights of {weights}: gradient norm {whole:.4f}")
-        lines = [
-            f"loss {own.loss:.4f}, gradient norm {own.grad_norm:.4f}, {own.share:.1%} of the step's gradient\n"
-            for own in shares
-        ]
-    for line, sample in zip(lines, step.sample_numbers, strict=True):
-        print(f"\n{line}{describe(step.samples, sample)}")
+    order = sorted(step.sample_numbers, key=lambda number: -shares[number].share if number in shares else 0.0)
+    for number in order:
+        print()
+        if own := shares.get(number):
+            print(f"loss {own.loss:.4f}, gradient norm {own.grad_norm:.4f}, {own.share:.1%} of the step's gradient")
+        try:
+            print(describe(step.samples, number))
+            if given.pixels:
+                write_pixels(step.samples, number, given.pixels)
+        except DataError as error:  # the step may have gone without it, by --on_bad_sample skip
+            print(f"not read: {error}")
+
+
+def write_pixels(samples, number: int, folder: Path) -> None:
+    """Write each image and video frame of a sample as the model sees it, `SAMPLE_MEDIUM_FRAME.png`, into a folder."""
+    from PIL import Image
+
+    from util.vision import frames_of
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for place, medium in enumerate(samples[number].media):
+        frames = frames_of(medium) if medium.is_video else frames_of(medium)[:1]
+        for time, frame in enumerate(frames):
+            file = folder / f"{number:06d}_{place}_{time:03d}.png"
+            Image.fromarray(frame.permute(1, 2, 0).numpy()).save(file)
+            print(f"{'':>16}  written: {file}")

@@ -1,6 +1,7 @@
 """One optimizer step of a run, looked at again: its samples, and what each gave to its loss and gradient."""
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from torch import nn
 from tqdm import tqdm
 
 from util.checkpoint import data_fingerprint, load_checkpoint, read_state
-from util.collator import Collator
+from util.collator import Batch, Collator
 from util.command_line import UserError
 from util.config import Config
 from util.cost.measure import measure_all
+from util.data.lines import DataError, split_weight
 from util.data.media import MediaReader
 from util.dataset import Examples, Samples
 from util.model import build_model, choose_device, load_processor
@@ -28,11 +30,11 @@ class Share:
 
     loss: float  # mean cross-entropy of its supervised tokens
     grad_norm: float  # of its own part of the step's gradient
-    share: float  # of the step's gradient along its own direction: the shares of a step add up to 1
+    share: float  # own gradient x step's gradient / its square: may be below 0; those of a step add up to 1
 
 
 class RunStep:
-    """A step of a run, by what the run directory says of it. Raises UserError where it says nothing."""
+    """A step of a run, by what the run directory says of it. Raises UserError where it does not know the step."""
 
     def __init__(self, run: Path, number: int) -> None:
         settings = read_settings(run)
@@ -47,7 +49,12 @@ class RunStep:
         self.sample_numbers: list[int] = lines[number]
         self.config = config_of(settings)
         self.model_path: str = settings["model"]
-        self.processor = load_processor(self.model_path)
+        missing = [file for file in self.config.data if not Path(split_weight(file)[0]).exists()]
+        if missing:
+            raise UserError(f"--run {run}: {missing[0]} is not here; go to the folder that the training was started in")
+        # A finished run has a processor of its own, so that its first model need not be there any more.
+        is_finished = (run / "tokenizer_config.json").exists()
+        self.processor = load_processor(str(run) if is_finished else self.model_path)
         examples = Examples(self.config.data, self.processor)
         if len(examples) <= max(self.sample_numbers, default=-1):
             raise UserError(
@@ -75,9 +82,9 @@ class RunStep:
             text += "\nthe data files have changed since: a number may be another sample now"
         return text
 
-    def shares(self, device_name: str) -> tuple[list[Share], float]:
-        """What each sample gave to the step, with the weights of the newest checkpoint before it, and the norm of the
-        step's whole gradient.
+    def shares(self, device_name: str) -> tuple[dict[int, Share], float]:
+        """What each sample gave to the step, by its number, and the norm of the step's whole gradient, with the weights
+        of `checkpoint`, or with those that the run began with. A sample that cannot be read is left out.
 
         Two passes over the samples, one by one: the first adds up the step's gradient, the second compares each
         sample's own with it. Dropout is off, so with --lora_dropout the numbers are not quite those of the training.
@@ -88,21 +95,29 @@ class RunStep:
         if self.checkpoint:
             load_checkpoint(self.checkpoint, model, build_optimizer(model, config))
         model.eval()
-        batches = [Collator()([self.samples[number]]) for number in self.sample_numbers]
-        supervised = sum(batch.counts["supervised_tokens"] for batch in batches)
+        batches = self.read()
+        supervised = sum(batch.counts["supervised_tokens"] for batch in batches.values())
         parameters = [p for p in run_parameters(model).values() if p.requires_grad]
-        for batch in tqdm(batches, "the step's gradient", unit=" samples", leave=False, disable=None):
+        for batch in tqdm(batches.values(), "the step's gradient", unit=" samples", leave=False, disable=None):
             (model(batch.to(device)) / supervised).backward()
         whole = take_gradients(parameters)
         square = dot(whole, whole)
-        found = []
-        for batch in tqdm(batches, "each sample's own", unit=" samples", leave=False, disable=None):
+        found = {}
+        for number, batch in tqdm(batches.items(), "each sample's own", unit=" samples", leave=False, disable=None):
             loss_sum = model(batch.to(device))
             (loss_sum / supervised).backward()
             own = take_gradients(parameters)
             loss = loss_sum.item() / batch.counts["supervised_tokens"]
-            found.append(Share(loss, dot(own, own) ** 0.5, dot(own, whole) / square))
+            found[number] = Share(loss, dot(own, own) ** 0.5, dot(own, whole) / square)
         return found, square**0.5
+
+    def read(self) -> dict[int, Batch]:
+        """A batch of each sample alone, by its number, of those that can be read."""
+        batches = {}
+        for number in self.sample_numbers:
+            with suppress(DataError):  # `--on_bad_sample skip` may have left it out of the step
+                batches[number] = Collator()([self.samples[number]])
+        return batches
 
 
 def config_of(settings: dict) -> Config:
