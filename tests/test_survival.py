@@ -1,6 +1,7 @@
 """Nothing is lost: signals, kills, full disks, damaged and hostile checkpoints, steps that are no numbers."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -26,6 +27,7 @@ from util import checkpoint
 from util.command_line import Ended, UserError
 from util.config import Config
 from util.cost.sizes import Finding, Sizes
+from util.data.loader import told_of_dead_workers
 from util.dataset import Size
 from util.steps import Steps
 
@@ -483,7 +485,34 @@ def test_a_killed_data_worker_is_a_clear_message(tiny_path, tmp_path):
     (saved,) = checkpoint.complete_checkpoints(tmp_path / "run")
     assert f"stopped after step {checkpoint.verify(saved)['step']}, which is saved; go on with: " in stopped
     assert checkpoint.verify(saved)["step"] == len(losses(tmp_path / "run"))
-    assert "Traceback" not in err
+    assert "Traceback" not in err, err
+
+
+class Batches:
+    """Stands for torch's iterator, which takes a batch out of the memory of a worker that dies just then."""
+
+    def __init__(self, error: Exception, dies: bool) -> None:
+        self.error = error
+        self._workers = [multiprocessing.Process(target=os._exit if dies else time.sleep, args=(9,), daemon=True)]
+        self._workers[0].start()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset by peer"), FileNotFoundError("gone"), EOFError()])
+def test_a_worker_that_dies_while_its_batch_is_taken_is_named(error):
+    """torch lets the broken connection through, which says nothing of a worker."""
+    batches = Batches(error, dies=True)
+    with pytest.raises(RuntimeError, match=rf"DataLoader worker \(pid {batches._workers[0].pid}\) exited"):
+        next(told_of_dead_workers(batches))
+    alive = Batches(error, dies=False)
+    with pytest.raises(type(error)):
+        next(told_of_dead_workers(alive))
+    alive._workers[0].kill()
 
 
 def test_a_million_samples_are_skipped_without_planning_them(monkeypatch):

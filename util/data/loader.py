@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from multiprocessing import active_children
+from multiprocessing import active_children, connection
 
 import torch
 from torch.utils.data import DataLoader
@@ -23,7 +23,11 @@ class Loader(DataLoader):
     thread is at, and could leave a step's update half done.
     """
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator:
+        return told_of_dead_workers(self._start())
+
+    def _start(self):
+        """torch's iterator, its workers started out of reach of signals."""
         if not signals.is_main_thread():
             return super().__iter__()
         before = signal.getsignal(signal.SIGCHLD)
@@ -41,6 +45,25 @@ class Loader(DataLoader):
         for first in batches:
             return chain([first], batches)
         return batches
+
+
+def told_of_dead_workers(batches) -> Iterator:
+    """The batches of torch's iterator. Where one cannot be had because a worker died, the error says so.
+
+    torch says so itself, but only where it waits for the worker. While it takes a batch out of the worker's memory,
+    the end of the worker is a broken connection, a file that is gone, or an end of input.
+    """
+    try:
+        yield from batches
+    except (OSError, EOFError) as error:
+        workers = getattr(batches, "_workers", [])
+        # The connections of a process that dies are closed a moment before it can be seen to have ended.
+        if workers:
+            connection.wait([worker.sentinel for worker in workers], timeout=2)
+        for worker in workers:
+            if worker.exitcode:
+                raise RuntimeError(f"DataLoader worker (pid {worker.pid}) exited unexpectedly") from error
+        raise
 
 
 def packed_batches(
