@@ -58,10 +58,9 @@ def told_of_dead_workers(batches) -> Iterator:
     except (OSError, EOFError) as error:
         workers = getattr(batches, "_workers", [])
         # The connections of a process that dies are closed a moment before it can be seen to have ended.
-        if workers:
-            connection.wait([worker.sentinel for worker in workers], timeout=2)
+        ended = connection.wait([worker.sentinel for worker in workers], timeout=2) if workers else []
         for worker in workers:
-            if worker.exitcode:
+            if worker.sentinel in ended:
                 raise RuntimeError(f"DataLoader worker (pid {worker.pid}) exited unexpectedly") from error
         raise
 
