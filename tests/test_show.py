@@ -98,6 +98,24 @@ def test_what_is_not_there_is_named(arguments, words, run, capsys):
     assert "Traceback" not in said
 
 
+def test_a_text_beside_a_tower_that_alone_is_trained_has_no_share(tiny_path, tmp_path, capsys):
+    """Its loss has no gradient, which the training loop passes over, too."""
+    Image.effect_noise((56, 56), 90).convert("RGB").save(tmp_path / "a.png")
+    text = {"type": "text", "text": "?"}
+    entries = []
+    for content in ([text], [{"type": "image", "image": "a.png"}, text]):
+        entries.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]})
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    config = Config(model=str(tiny_path), device="cpu", data=[str(tmp_path / "data.json")], epochs=1, num_workers=0,
+                    freeze=["language_model"], output_dir=str(tmp_path / "run"))  # fmt: skip
+    finetune.train(config)
+    capsys.readouterr()
+    code, printed, said = shown(capsys, "--run", tmp_path / "run", "--step", 1, "--losses", "--device", "cpu")
+    assert code == 0, said
+    assert re.findall(r"gradient norm (\S+), (\S+)% of the step's gradient", printed)[1] == ("0.0000", "0.0")
+    assert printed.count(" supervised\n") == 2
+
+
 def test_the_largest_share_comes_first(run, capsys):
     _, printed, _ = shown(capsys, "--run", run, "--step", 3, "--losses", "--device", "cpu")
     shares = [float(text) for text in re.findall(r"(\S+)% of the step's gradient", printed)]

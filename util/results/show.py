@@ -33,7 +33,7 @@ def describe(samples, index: int) -> str:
         f"{sample.where}: {len(ids):,} tokens = {len(ids) - visual:,} text + {visual:,} visual "
         f"({patches:,} patches); {int(supervised.sum()):,} supervised"
     ]
-    for item in samples.example(index).media:
+    for item in samples.examples[index].media:
         lines.append(f"{'':>16}  {item['type']}: {media_in_words(item)}")
     token = 0
     while token < len(ids):

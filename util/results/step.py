@@ -99,16 +99,17 @@ class RunStep:
         supervised = sum(batch.counts["supervised_tokens"] for batch in batches.values())
         parameters = [p for p in run_parameters(model).values() if p.requires_grad]
         for batch in tqdm(batches.values(), "the step's gradient", unit=" samples", leave=False, disable=None):
-            (model(batch.to(device)) / supervised).backward()
+            add_gradient(model(batch.to(device)) / supervised)
         whole = take_gradients(parameters)
         square = dot(whole, whole)
         found = {}
         for number, batch in tqdm(batches.items(), "each sample's own", unit=" samples", leave=False, disable=None):
             loss_sum = model(batch.to(device))
-            (loss_sum / supervised).backward()
+            add_gradient(loss_sum / supervised)
             own = take_gradients(parameters)
             loss = loss_sum.item() / batch.counts["supervised_tokens"]
-            found[number] = Share(loss, dot(own, own) ** 0.5, dot(own, whole) / square)
+            share = dot(own, whole) / square if square else 0.0  # a step of text alone moves nothing
+            found[number] = Share(loss, dot(own, own) ** 0.5, share)
         return found, square**0.5
 
     def read(self) -> dict[int, Batch]:
@@ -125,6 +126,12 @@ def config_of(settings: dict) -> Config:
     names = {item.name for item in dataclasses.fields(Config)} - {"report_to", "push_to_hub", "push_every_save"}
     known = {name: value for name, value in settings.items() if name in names}
     return Config(**{**known, "device": "auto", "attention": "auto", "resume": "none", "compile": False})
+
+
+def add_gradient(loss: torch.Tensor) -> None:
+    """The backward pass, where there is one: text has no gradient where only the vision tower is trained."""
+    if loss.requires_grad:
+        loss.backward()
 
 
 def take_gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
