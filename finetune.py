@@ -49,7 +49,7 @@ def train(config: Config) -> str:
     # So a bad sample, or too little memory, stops the run within seconds and not after an hour of training.
     budget = Budget.of(config)
     reader = MediaReader(config)
-    examples = Examples(config.data, processor)
+    examples = Examples(config.data, processor, config.train_on)
     samples = Samples(examples, processor, budget, reader)
     sizes = measure_all(samples, config)
     if resumed:
@@ -59,7 +59,7 @@ def train(config: Config) -> str:
     held_out = None
     evaluation = None
     if config.eval_data:
-        held_out = Samples(Examples(config.eval_data, processor), processor, budget, reader)
+        held_out = Samples(Examples(config.eval_data, processor, config.train_on), processor, budget, reader)
         held_out_sizes = measure_all(held_out, config)
         evaluation = held_out_steps(held_out_sizes, config)
 
@@ -103,20 +103,20 @@ def train(config: Config) -> str:
         stop.end_if_unread(totals, step, saver, model, optimizer)
         planned.check(totals)
 
-        # One division, by the supervised tokens of the whole global batch, which are known before the first backward:
-        # how samples are spread over micro-batches then changes nothing.
-        supervised_tokens = totals["supervised_tokens"] or math.nan  # of none: NaN, and the guard skips the update
+        # One division, by the supervised tokens of the whole global batch (each counted by its weight, mostly 1), which
+        # are known before the first backward: how samples are spread over micro-batches then changes nothing.
+        supervised_weight = totals["supervised_weight"] or math.nan  # of none: NaN, and the guard skips the update
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # stays on the device: reading it would wait
         for batch in micro_batches:
             batch_loss_sum = model(batch.to(device))  # PackedLoss.forward, in util/loss.py
             if batch_loss_sum.requires_grad:  # a text-only batch has no gradient where only the vision tower is trained
-                (batch_loss_sum / supervised_tokens).backward()
+                (batch_loss_sum / supervised_weight).backward()
             loss_sum += batch_loss_sum.detach()  # else it would keep the graphs of all micro-batches
 
         # The norm and the loss are read once all passes are queued: each read waits for the device.
         grad_norm = clip_gradient(model, config.max_grad_norm).item()
         learning_rate = set_learning_rate(optimizer, step - 1, len(steps), config)  # the schedule counts from 0
-        loss = loss_sum.item() / supervised_tokens
+        loss = loss_sum.item() / supervised_weight
         stopping = stop.requested  # asked once, so that all that follows goes by the same answer
         due = saver.is_due(step)
         if guard.allows(planned, loss, grad_norm, micro_batches):

@@ -51,7 +51,7 @@ def train(config: Config) -> str:
     # So a bad sample, or too little memory, stops the run within seconds and not after an hour of training.
     budget = Budget.of(config)
     reader = MediaReader(config)
-    examples = Examples(config.data, processor)
+    examples = Examples(config.data, processor, config.train_on)
     samples = Samples(examples, processor, budget, reader)
     sizes = measure_all(samples, config)
     if resumed:
@@ -63,7 +63,7 @@ def train(config: Config) -> str:
     held_out = None
     evaluation = None
     if config.eval_data:
-        held_out = Samples(Examples(config.eval_data, processor), processor, budget, reader)
+        held_out = Samples(Examples(config.eval_data, processor, config.train_on), processor, budget, reader)
         held_out_sizes = measure_all(held_out, config)
         dealing = distributed.dealing(held_out_sizes, config, model_config, world)
         evaluation = held_out_steps(held_out_sizes, config, dealing)
@@ -112,15 +112,15 @@ def train(config: Config) -> str:
         stop.end_if_unread(totals, step, saver, model, optimizer)
         planned.check(totals)
 
-        # One division, by the supervised tokens of the whole global batch, which are known before the first backward:
-        # how samples are spread over micro-batches then changes nothing.
-        supervised_tokens = totals["supervised_tokens"] or math.nan  # of none: NaN, and the guard skips the update
+        # One division, by the supervised tokens of the whole global batch (each counted by its weight, mostly 1), which
+        # are known before the first backward: how samples are spread over micro-batches then changes nothing.
+        supervised_weight = totals["supervised_weight"] or math.nan  # of none: NaN, and the guard skips the update
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # stays on the device: reading it would wait
         for batch in micro_batches:
             distributed.before_backward(model, config, is_last=batch is micro_batches[-1])
             batch_loss_sum = model(batch.to(device))  # PackedLoss.forward, in util/loss.py
             if batch_loss_sum.requires_grad:  # a text-only batch has no gradient where only the vision tower is trained
-                (batch_loss_sum / supervised_tokens * world.size).backward()  # gradients are averaged over the ranks
+                (batch_loss_sum / supervised_weight * world.size).backward()  # gradients are averaged over the ranks
             loss_sum += batch_loss_sum.detach()  # else it would keep the graphs of all micro-batches
 
         distributed.drop_blank_gradients(model, totals["visual_tokens"])
@@ -128,7 +128,7 @@ def train(config: Config) -> str:
         grad_norm = clip_gradient(model, config.max_grad_norm).item()
         learning_rate = set_learning_rate(optimizer, step - 1, len(steps), config)  # the schedule counts from 0
         sums = world.sum({"loss": loss_sum.item(), "stop": stop.requested, "due": saver.is_due(step)})
-        loss = sums["loss"] / supervised_tokens
+        loss = sums["loss"] / supervised_weight
         stopping = sums["stop"]  # asked once, so that all that follows goes by the same answer
         due = sums["due"]
         if guard.allows(planned, loss, grad_norm, micro_batches):

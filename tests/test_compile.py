@@ -64,7 +64,7 @@ def grown(sample, tokens: int):
     longer = replace(
         encoded,
         input_ids=encoded.input_ids[:1] * tokens + encoded.input_ids,
-        supervised=[False] * tokens + encoded.supervised,
+        weights=[0.0] * tokens + encoded.weights,
     )
     return replace(sample, encoded=longer)
 

@@ -639,6 +639,7 @@ def test_measured_sizes_are_what_the_collator_builds(samples):
         "tokens": sum(size.tokens for size in sizes),
         "visual_tokens": sum(grid.t * grid.h * grid.w // 4 for size in sizes for grid in size.grids),
         "supervised_tokens": sum(size.supervised for size in sizes),
+        "supervised_weight": sum(size.supervised for size in sizes),
     }
     assert sizes[1].grids == [Grid(1, 4, 6, False)]
     assert sizes[4].grids == [Grid(2, 4, 6, False), Grid(1, 4, 6, False)]

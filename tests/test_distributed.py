@@ -44,8 +44,8 @@ def torchrun(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, Path]:
-    """The showcase; and one picture among texts, so that one of two ranks never sees a picture, and in the last,
-    shorter global batch one has nothing at all."""
+    """The showcase; and one picture among texts of unequal weights, so that one of two ranks never sees a picture, and
+    in the last, shorter global batch one has nothing at all."""
     folder = tmp_path_factory.mktemp("data")
     showcase = ROOT / "train_data" / "data.json"
     entries = json.loads(showcase.read_text())
@@ -53,9 +53,10 @@ def data(tmp_path_factory) -> dict[str, Path]:
     item = next(item for item in picture["messages"][-2]["content"] if item["type"] == "image")
     item["image"] = str(showcase.parent / item["image"])
     texts = [
-        {"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": "x" * n}]}
+        {"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": "x" * n}],
+         "weight": n / 2}
         for n in range(1, 5)
-    ]
+    ]  # fmt: skip
     (folder / "texts.json").write_text(json.dumps([picture, *texts]))
     return {"showcase": showcase, "texts": folder / "texts.json"}
 

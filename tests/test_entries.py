@@ -81,9 +81,14 @@ TAKEN = {
     "a name": (entry({**QUESTION, "name": "ada"}, ANSWER), None, {"messages[].name"}),
     "loss that says what is so": (
         entry({**QUESTION, "loss": False}, {**ANSWER, "loss": True, "weight": 1.0}), None,
-        {"messages[].loss", "messages[].weight"},
+        {"messages[].loss"},
     ),
-    "a sample that counts as any": ({**entry(QUESTION, ANSWER), "weight": 1}, None, {"weight"}),
+    "a sample that counts as any": ({**entry(QUESTION, ANSWER), "weight": 1, "loss_weight": 1.0}, None, {"loss_weight"}),
+    "a sample that counts for half": ({**entry(QUESTION, ANSWER), "weight": 0.5}, None, set()),
+    "an answer that is not learned beside one that is": (
+        entry(QUESTION, {**ANSWER, "train": False}, QUESTION, ANSWER), None, set(),
+    ),
+    "an answer that counts for half": (entry(QUESTION, {**ANSWER, "weight": 0.5}), None, set()),
     "detail": (entry(user([{**PICTURE, "detail": "high"}]), ANSWER), [PICTURE], {"content[].detail"}),
     "cache_control": (
         entry(user([PICTURE, {**text("What?"), "cache_control": {"type": "ephemeral"}}]), ANSWER),
@@ -140,18 +145,20 @@ def test_a_list_of_frames_with_fps_is_that_of_the_readme_of_qwen2_vl(folder, pro
 # ---- refused by both -------------------------------------------------------------------------------------------------
 
 B64 = base64.b64encode(b"\xff\xd8\xff\xe0" + bytes(range(256)) * 2).decode()
-UNLEARNED = "but every assistant message is supervised"
 REFUSED = {
-    "an answer not to be learned": (entry(QUESTION, {**ANSWER, "loss": False}), f", message 1: loss False, {UNLEARNED}"),
-    "an answer of weight 0": (entry(QUESTION, {**ANSWER, "weight": 0}), f", message 1: weight 0, {UNLEARNED}"),
-    "an answer of half a weight": (
-        entry(QUESTION, {**ANSWER, "loss_weight": 0.5}), f", message 1: loss_weight 0.5, {UNLEARNED}",
+    "no answer to be learned": (entry(QUESTION, {**ANSWER, "train": False}), ": none of its answers is to be learned; take"),
+    "an answer of weight 0": (entry(QUESTION, {**ANSWER, "weight": 0}), ": none of its answers is to be learned; take"),
+    "a weight below 0": (entry(QUESTION, {**ANSWER, "weight": -1}), ", message 1: weight must be a number, 0 or from"),
+    "a weight that is no number": (
+        entry(QUESTION, {**ANSWER, "weight": "high"}), ", message 1: weight must be a number, 0 or from 1e-06 to 1,000,000",
     ),
-    "an answer not to be trained": (entry(QUESTION, {**ANSWER, "train": False}), f", message 1: train False, {UNLEARNED}"),
+    "a share to be trained": (
+        entry(QUESTION, {**ANSWER, "train": 0.5}), ", message 1: train must be true or false, is 0.5; a number is a 'weight'",
+    ),
     "a question to be learned": (
-        entry({**QUESTION, "loss": True}, ANSWER), ", message 0: loss True, but only assistant messages are supervised",
+        entry({**QUESTION, "loss": True}, ANSWER), ", message 0: loss True, but only assistant messages are learned",
     ),
-    "a sample of half a weight": ({**entry(QUESTION, ANSWER), "weight": 0.5}, f": weight 0.5, {UNLEARNED}"),
+    "a sample of weight 0": ({**entry(QUESTION, ANSWER), "weight": 0}, ": no"),
     "thoughts": (
         entry(QUESTION, {**ANSWER, "reasoning_content": "2+2"}),
         ", message 1: has 'reasoning_content': Qwen2-VL's chat template writes no thoughts",

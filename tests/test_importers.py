@@ -270,7 +270,7 @@ SAMPLES = {
             user([text("What is this cheese?"), image("https://example.org/danbo.jpg")]),
             assistant("Danbo"),
         ],
-        {"image_url.detail": 1, "messages[].name": 1, "messages[].weight": 1, "parallel_tool_calls": 1},
+        {"image_url.detail": 1, "messages[].name": 1, "parallel_tool_calls": 1},
     ),
     "openai, embedded": (
         OPENAI,
@@ -608,7 +608,7 @@ REFUSALS = [
         {"messages": [user("Hi"), ANSWER], "tools": [TOOL], "functions": [TOOL]},
         ": has both 'tools' and 'functions'; keep one of them",
     ),
-    ({"messages": [user("Hi"), {**ANSWER, "weight": 0}]}, ", message 1: weight 0, but every assistant message is"),
+    ({"messages": [user("Hi"), {**ANSWER, "weight": -1}]}, ", message 1: weight must be a number, 0 or from"),
     ({"messages": [user("Hi"), {**ANSWER, "refusal": "No."}]}, ", message 1: has 'refusal': an answer stands in"),
     ({"messages": [user([part("")]), ANSWER]}, ", message 0: image_url holds no url"),
     (

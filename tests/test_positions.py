@@ -209,6 +209,7 @@ def test_packed_row_written_by_hand(batch):
         "tokens": 17,
         "visual_tokens": 5,
         "supervised_tokens": 6,
+        "supervised_weight": 6.0,
     }
 
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import finetune
+from tests.samples import assistant, entry, user
 from util.__main__ import main as command
 from util.config import Config
 from util.run_folder import read_metrics
@@ -66,6 +67,24 @@ def test_a_step_is_taken_apart(number, run, capsys):
     assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares)), "the parts make the whole"
     whole = float(re.search(r": gradient norm (\S+)$", printed, re.MULTILINE)[1])
     assert whole == pytest.approx(logged["grad_norm"], abs=1e-3)
+
+
+def test_a_step_of_weighted_answers_is_taken_apart(tiny_path, tmp_path, capsys):
+    """Each sample's loss counts by the sum of its answers' weights, as it did in the training."""
+    texts = ["one", "two and a half", "three"]
+    rows = [entry(user(f"Say {text}."), assistant(text)) | {"weight": 2**n} for n, text in enumerate(texts)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    run = tmp_path / "run"
+    finetune.train(Config(model=str(tiny_path), device="cpu", dtype="float32", data=[str(tmp_path / "data.json")],
+                          max_steps=1, num_workers=0, output_dir=str(run)))  # fmt: skip
+    code, printed, said = shown(capsys, "--run", run, "--step", 1, "--losses", "--device", "cpu")
+    assert code == 0, said
+    parts = re.findall(r"^loss (\S+), .*\n.*sample (\d): .* (\d+) supervised$", printed, re.MULTILINE)
+    weighed = [(float(loss), 2 ** int(sample) * int(tokens)) for loss, sample, tokens in parts]
+    mean = sum(loss * weight for loss, weight in weighed) / sum(weight for _, weight in weighed)
+    (logged,) = [line for line in read_metrics(run) if "loss" in line]
+    assert len(parts) == 3
+    assert mean == pytest.approx(logged["loss"], abs=2e-4)
 
 
 def test_without_losses_no_weights_are_loaded(run, capsys, monkeypatch):

@@ -25,6 +25,7 @@ class Batch:
     segments: Segments  # where each of the B samples begins and ends in the row
     supervised_index: torch.Tensor  # (S,) int64: rows of the hidden states whose next token is supervised
     target_ids: torch.Tensor  # (S,) int64: those next tokens
+    target_weights: torch.Tensor  # (S,) float32: how much each counts in the loss
     visual_index: torch.Tensor  # (V,) int64: rows that are visual tokens
     image_patches: torch.Tensor  # (P of images, 588) uint8
     video_patches: torch.Tensor  # (P of videos, 1176) uint8
@@ -32,7 +33,7 @@ class Batch:
     vision_position_ids: torch.Tensor  # (P, 2) int64: row and column of each patch
     vision_segments: Segments  # each image, each pair of video frames attends within itself
     where: list[str]  # the samples' names, for error messages
-    counts: dict[str, int]  # for the log: samples, tokens ...; skipped samples are added by data/bad_samples.py
+    counts: dict[str, float]  # for the log: samples, tokens ...; skipped samples are added by data/bad_samples.py
 
     def _map(self, method: str, *args, **kwargs) -> "Batch":
         """This batch, a method called on each of its tensors and segments."""
@@ -50,7 +51,7 @@ class Batch:
         return self._map("pin_memory")
 
 
-def total_counts(batches: Sequence[Batch]) -> dict[str, int]:
+def total_counts(batches: Sequence[Batch]) -> dict[str, float]:
     """The counts of several batches, added up."""
     totals: Counter = Counter()
     for batch in batches:
@@ -79,26 +80,27 @@ class Collator:
     """Packs samples into one row; nothing is padded or truncated. An empty list gives a batch of one dummy token."""
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        ids, positions, supervised_index, targets, lengths = [], [], [], [], []
+        ids, positions, supervised_index, targets, weights, lengths = [], [], [], [], [], []
         images = Visual()
         videos = Visual()
         start = 0  # of the sample in the packed row
         for sample in samples or [NO_SAMPLE]:
             sample_grids = [medium.grid for medium in sample.media]
-            row_ids, row_supervised, spans = expand(sample.encoded, sample_grids)
+            row_ids, row_weights, spans = expand(sample.encoded, sample_grids)
             ids.append(row_ids)
             positions.append(mrope_positions(len(row_ids), spans, sample_grids))
             # Shift once, here: row i predicts token i + 1. A sample's first token is nobody's target.
-            predicts = torch.nonzero(row_supervised[1:]).flatten()
+            predicts = torch.nonzero(row_weights[1:]).flatten()
             supervised_index.append(predicts + start)
             targets.append(row_ids[1:][predicts])
+            weights.append(row_weights[1:][predicts])
             # Images and videos apart, since their patches have other sizes; the tower sees images first.
             for medium, (begin, end) in zip(sample.media, spans, strict=True):
                 kind = videos if medium.is_video else images
                 kind.add(medium, begin + start, end + start)
             lengths.append(len(row_ids))
             start += len(row_ids)
-        target_ids = torch.cat(targets)
+        target_weights = torch.cat(weights)
         visual_index = joined(images.rows + videos.rows, torch.int64)
         grids = images.grids + videos.grids
         return Batch(
@@ -106,7 +108,8 @@ class Collator:
             position_ids=torch.cat(positions, dim=1),
             segments=Segments.of(lengths),
             supervised_index=torch.cat(supervised_index),
-            target_ids=target_ids,
+            target_ids=torch.cat(targets),
+            target_weights=target_weights,
             visual_index=visual_index,
             image_patches=joined(images.patches, torch.uint8, 3 * PATCH**2),
             video_patches=joined(videos.patches, torch.uint8, 3 * TEMPORAL * PATCH**2),
@@ -114,22 +117,23 @@ class Collator:
             grid_thw=joined([torch.tensor([grid[:3]]) for grid in grids], torch.int64, 3),
             vision_segments=tower_segments(grids),
             where=[sample.where for sample in samples],
-            counts=count(len(samples), start, len(visual_index), len(target_ids)),
+            counts=count(len(samples), start, len(visual_index), target_weights),
         )
 
 
-def count(samples: int, tokens: int, visual_tokens: int, supervised_tokens: int) -> dict[str, int]:
+def count(samples: int, tokens: int, visual_tokens: int, target_weights: torch.Tensor) -> dict[str, float]:
     """What the log counts of a batch; the dummy token of an empty one is not counted."""
     return {
         "samples": samples,
         "tokens": tokens if samples else 0,
         "visual_tokens": visual_tokens,
-        "supervised_tokens": supervised_tokens,
+        "supervised_tokens": len(target_weights),
+        "supervised_weight": target_weights.sum(dtype=torch.float64).item(),  # what the sum of losses is divided by
     }
 
 
 # A rank whose share of a step is used up still runs forward passes: FSDP gathers each weight on all ranks together.
-NO_SAMPLE = Sample(Encoded([0], [False], []), [], "")
+NO_SAMPLE = Sample(Encoded([0], [0.0], []), [], "")
 
 
 def joined(parts: list[torch.Tensor], dtype: torch.dtype, *width: int) -> torch.Tensor:
@@ -148,7 +152,7 @@ def tower_segments(grids: list[Grid]) -> Segments:
 def expand(encoded: Encoded, grids: list[Grid]) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
     """Repeat each placeholder as often as its medium has tokens.
 
-    Returns ids (T,), supervised (T,) bool, and for each medium the [begin, end) of its visual tokens.
+    Returns ids (T,), weights (T,) float32, and for each medium the [begin, end) of its visual tokens.
     """
     ids = torch.tensor(encoded.input_ids)
     repeats = torch.ones(len(ids), dtype=torch.int64)
@@ -158,8 +162,8 @@ def expand(encoded: Encoded, grids: list[Grid]) -> tuple[torch.Tensor, torch.Ten
     ends = repeats.cumsum(0)
     begins = ends - repeats
     spans = [(int(begins[place]), int(ends[place])) for place in encoded.placeholders]
-    supervised = torch.tensor(encoded.supervised)
-    return ids.repeat_interleave(repeats), supervised.repeat_interleave(repeats), spans
+    weights = torch.tensor(encoded.weights, dtype=torch.float32)
+    return ids.repeat_interleave(repeats), weights.repeat_interleave(repeats), spans
 
 
 def mrope_positions(length: int, spans: list[tuple[int, int]], grids: list[Grid]) -> torch.Tensor:

@@ -20,7 +20,12 @@ class Piece:
     """A stretch of rendered text that is supervised as a whole or not at all."""
 
     text: str
-    supervised: bool
+    is_answer: bool  # an assistant's content, and the end of its turn
+    weight: float = 1.0  # of an answer: how much each token counts in the loss; 0.0: it is not learned
+
+    @property
+    def supervised(self) -> bool:
+        return self.is_answer and self.weight > 0
 
 
 @dataclass
@@ -28,29 +33,36 @@ class Encoded:
     """Token ids of one conversation, each image or video still one placeholder token."""
 
     input_ids: list[int]
-    supervised: list[bool]  # one per id: is this token something the assistant has to write?
+    weights: list[float]  # one per id: what its cross-entropy is multiplied by; 0.0: it is not supervised
     placeholders: list[int]  # indices into input_ids, in the order of the media
+    unlearned: int = 0  # tokens of answers that are not supervised
+
+    @property
+    def supervised(self) -> list[bool]:
+        """One per id: is this token something the assistant has to write, and to learn?"""
+        return [weight > 0 for weight in self.weights]
 
 
 def render(messages: list[dict], processor) -> list[Piece]:
     """Cut a conversation into pieces at supervision boundaries.
 
-    A supervised piece is an assistant's content, `<|im_end|>` and the newline after it. What precedes it is exactly
-    the prompt that generation sees.
+    An answer is an assistant's content, `<|im_end|>` and the newline after it. What precedes it is exactly the prompt
+    that generation sees. An assistant message may have a `weight`; one of 0.0 is cut like any other, so that the
+    tokens do not depend on what is learned.
     """
     # The template runs once, with a mark in place of each answer: what stands between the marks is exactly what the
     # template puts around answers, whatever it is.
     masked = [{**m, "content": MARK} if m["role"] == "assistant" else m for m in messages]
     rendered = processor.tokenizer.apply_chat_template(masked, chat_template=processor.chat_template, tokenize=False)
     prompt, *rest = rendered.split(MARK)
-    answers = [text_of(m["content"]) for m in messages if m["role"] == "assistant"]
+    answers = [message for message in messages if message["role"] == "assistant"]
     if len(rest) != len(answers) or not all(text.startswith(END_OF_TURN) for text in rest):
         raise ValueError("the processor's chat template does not end every assistant turn with <|im_end|> and newline")
     pieces = [Piece(prompt, False)]
     for answer, following in zip(answers, rest, strict=True):
         # The end of the turn is learned with the answer: else a tuned model would not know when to stop. Its newline
         # goes with it, so that a boundary of supervision is one of the template's own.
-        pieces.append(Piece(answer + END_OF_TURN, True))
+        pieces.append(Piece(text_of(answer["content"]) + END_OF_TURN, True, answer.get("weight", 1.0)))
         if following != END_OF_TURN:
             pieces.append(Piece(following[len(END_OF_TURN) :], False))
     return pieces
@@ -74,7 +86,9 @@ def encode(pieces: list[Piece], processor) -> Encoded:
         start = len(encoded.input_ids)
         encoded.placeholders += [start + offset for offset, token in enumerate(ids) if token in media_ids]
         encoded.input_ids += ids
-        encoded.supervised += [piece.supervised] * len(ids)
+        encoded.weights += [piece.weight if piece.supervised else 0.0] * len(ids)
+        if piece.is_answer and not piece.supervised:
+            encoded.unlearned += len(ids)
     return encoded
 
 

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from util import conversation, vision
-from util.data import boxes, entries, fetch
+from util.data import boxes, entries, fetch, weights
 from util.data.lines import DataError, open_entries, shortened, split_weight, stop_on
 from util.data.media import MediaReader
 from util.formats import advice
@@ -58,6 +58,8 @@ class Size:
     tokens: int  # after every placeholder is expanded
     supervised: int
     grids: list[vision.Grid]
+    unlearned: int = 0  # tokens of answers that are not supervised
+    weighted: int = 0  # supervised tokens that count less or more than 1
 
     @property
     def patches(self) -> int:
@@ -75,7 +77,8 @@ class Examples(Sequence):
     `FILE*2` gives each of a file's samples twice in an epoch, `FILE*0.5` half of them, another half each time.
     """
 
-    def __init__(self, files: list[str], processor) -> None:
+    def __init__(self, files: list[str], processor, train_on: str = "all") -> None:
+        self.train_on = train_on  # which answers of a conversation are learned: "all", or the "last" one alone
         self.forbidden = conversation.control_tokens(processor)
         self.files: list[str] = []
         self.weights: list[float] = []  # how often an epoch takes each sample of a file
@@ -104,6 +107,7 @@ class Examples(Sequence):
         unused: set[str] = set()
         try:
             messages = entries.check_messages(entry, self.forbidden, Path(name).parent, unused)
+            messages = weights.train_on(messages, self.train_on)
         except DataError as error:
             # Most of what breaks a rule at once is in another format: say which, and what converts it.
             hint = advice.advice(entry, name, self.forbidden)
@@ -185,11 +189,15 @@ class Samples(Dataset):
 
     def size(self, index: int) -> Size:
         """The cost of one sample from its text and its media's headers, without decoding a pixel."""
-        example = self.example(index)
+        return self.size_of(self.example(index), self.shrunk.get(index))
+
+    def size_of(self, example: Example, budget: vision.Budget | None = None) -> Size:
+        """The same of an example whose boxes are text; `budget`: of one that is shrunk."""
         encoded = self._encode(example)
-        grids = self._media(example, vision.read_grid, self.shrunk.get(index))
+        grids = self._media(example, vision.read_grid, budget)
         tokens = len(encoded.input_ids) + sum(grid.tokens - 1 for grid in grids)  # a placeholder is one token already
-        return Size(tokens, sum(encoded.supervised), grids)
+        weighted = sum(weight not in (0.0, 1.0) for weight in encoded.weights)
+        return Size(tokens, sum(encoded.supervised), grids, encoded.unlearned, weighted)
 
     def example(self, index: int) -> Example:
         """A sample with its boxes written as text."""

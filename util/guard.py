@@ -105,7 +105,7 @@ class StopSignal:
             self._note_failure(error)
             return [unread_batch()]
 
-    def end_if_unread(self, totals: dict[str, int], step: int, saver, model, optimizer) -> None:
+    def end_if_unread(self, totals: dict[str, float], step: int, saver, model, optimizer) -> None:
         """Save the run as the step before left it, and end it, where a batch of `step` was not read on any rank."""
         if totals.pop("unread"):
             saver.save_unless_there(model, optimizer, step - 1)

@@ -221,8 +221,8 @@ class SilentRun:
 
 
 def mean_loss(totals: dict[str, float]) -> float:
-    """Loss per supervised token; NaN of none."""
-    return totals["loss_sum"] / (totals["supervised_tokens"] or math.nan)
+    """Loss per supervised token, each counted by its weight; NaN of none."""
+    return totals["loss_sum"] / (totals["supervised_weight"] or math.nan)
 
 
 def point_latest_at(directory: Path) -> None:

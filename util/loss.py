@@ -39,16 +39,17 @@ class PackedLoss(nn.Module):
         self.register_buffer("pixel_shift", -mean / std, persistent=False)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """The cross-entropies of all supervised tokens, summed up: a scalar in fp32 (fp64 where the weights are)."""
+        """The cross-entropies of all supervised tokens, each times its weight, summed up: a scalar in fp32 (fp64 where
+        the model's weights are)."""
         hidden = self.supervised_rows(batch, self.embed(batch))
         if len(hidden) <= LOGIT_ROWS:
-            return self.token_losses(hidden, batch.target_ids).sum()
+            return (self.token_losses(hidden, batch.target_ids) * batch.target_weights).sum()
         # Logits of all rows at once would be the largest tensor of a step. They are made chunk by chunk, and made
         # anew in the backward pass instead of being kept for it.
         losses = []
         for rows, targets in chunks(hidden, batch.target_ids):
             losses.append(checkpoint(self.token_losses, rows, targets, use_reentrant=False))
-        return torch.cat(losses).sum()
+        return (torch.cat(losses) * batch.target_weights).sum()
 
     def score(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
         """For evaluation: (2, S), the cross-entropy of each supervised token, and 1.0 where it has the largest logit.

@@ -6,7 +6,7 @@ import torch
 
 from util.config import Config
 from util.cost import disk
-from util.cost.measure import CUT, unused_in_words
+from util.cost.measure import CUT, unlearned_in_words, unused_in_words, weighted_in_words
 from util.cost.memory import GIB, free_bytes, parts_in_words, peak_bytes
 from util.cost.sizes import Sizes
 from util.data import bad_samples
@@ -132,6 +132,12 @@ def what_is_unusual(config: Config, sizes: Sizes, steps: Steps, evaluation: Step
         facts["videos"] = (
             f"{capped:,} made smaller or shorter to cost at most --video_max_tokens {config.video_max_tokens:,}"
         )
+    unlearned = sizes.table.numbers["unlearned"][sizes.usable]
+    if unlearned.any():
+        facts["not learned"] = unlearned_in_words(int(unlearned.sum()), int((unlearned > 0).sum()))
+    weighted = sizes.table.numbers["weighted"][sizes.usable]
+    if weighted.any():
+        facts["weights"] = weighted_in_words(int(weighted.sum()), int((weighted > 0).sum()))
     if cut := sizes.cut_videos:
         facts["cut videos"] = f"{cut:,} {CUT}; python -m util check names them"
     if unused := sizes.unused:

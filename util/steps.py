@@ -35,7 +35,7 @@ class Step(NamedTuple):
         """The samples of this rank."""
         return list(chain.from_iterable(self.micro_batches))
 
-    def check(self, totals: dict[str, int]) -> None:
+    def check(self, totals: dict[str, float]) -> None:
         """Every sample of the step was there: trained on, or skipped and counted."""
         assert totals["samples"] + totals["skipped"] == len(self.samples)
 

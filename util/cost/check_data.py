@@ -314,7 +314,7 @@ def kinds_line(name: str, counted: Counter) -> dict[str, str]:
 
 def size_lines(sizes: list) -> dict[str, str]:
     """Lines about the sizes of at least one sample."""
-    from util.cost.measure import CUT
+    from util.cost.measure import CUT, unlearned_in_words, weighted_in_words
 
     tokens = [size.tokens for size in sizes]
     supervised = [size.supervised for size in sizes]
@@ -324,6 +324,10 @@ def size_lines(sizes: list) -> dict[str, str]:
     if patches:
         lines["patches"] = f"{percentiles(patches)} an image or video, {sum(patches):,} of {len(patches):,} in all"
     lines["supervised"] = f"{sum(supervised) / sum(tokens):.1%} of the tokens; {percentiles(supervised)} a sample"
+    if unlearned := sum(size.unlearned for size in sizes):
+        lines["not learned"] = unlearned_in_words(unlearned, sum(size.unlearned > 0 for size in sizes))
+    if weighted := sum(size.weighted for size in sizes):
+        lines["weights"] = weighted_in_words(weighted, sum(size.weighted > 0 for size in sizes))
     if capped := sum(grid.capped for grid in grids):
         lines["videos"] = f"{capped:,} made smaller or shorter to cost at most --video_max_tokens"
     if cut := sum(grid.cut for grid in grids):
@@ -395,7 +399,7 @@ def look_at(title: str, files: list[str], processor, config: CheckSettings) -> L
     from util.dataset import Examples, Samples
     from util.vision import Budget
 
-    samples = Samples(Examples(files, processor), processor, Budget.of(config), MediaReader(config))
+    samples = Samples(Examples(files, processor, config.train_on), processor, Budget.of(config), MediaReader(config))
     began = time.perf_counter()
     findings = look(samples, config.max_tokens, config.on_long_sample, config.num_workers, note)
     rate = len(samples) / (time.perf_counter() - began)

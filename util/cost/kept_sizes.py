@@ -29,7 +29,7 @@ FOLDER = "sizes"
 # The files whose code decides what a sample costs: after a change in any of them all sizes are found anew.
 CODE = ("conversation", "dataset", "vision", "cost/kept_sizes", "cost/measure", "cost/sizes", "data/boxes",
         "data/entries", "data/fetch", "data/jpeg", "data/keys", "data/lines", "data/media", "data/tools",
-        "data/video_reader", "data/whole")  # fmt: skip
+        "data/video_reader", "data/weights", "data/whole")  # fmt: skip
 NO_FILE = (-2, -2)  # in place of size and time
 
 
@@ -92,6 +92,7 @@ class KeptSizes:
         self.settings = [
             asdict(samples.budget),
             self.limit,
+            self.examples.train_on,
             processor_mark(samples.processor),
             code_mark(),
             os.getcwd(),

@@ -48,6 +48,14 @@ def unused_in_words(unused: Counter) -> str:
     return f"not used: {', '.join(parts)}"
 
 
+def unlearned_in_words(tokens: int, samples: int) -> str:
+    return f"{tokens:,} tokens of answers in {samples:,} samples (train false, weight 0 or --train_on last)"
+
+
+def weighted_in_words(tokens: int, samples: int) -> str:
+    return f"{tokens:,} supervised tokens of {samples:,} samples count less or more than 1"
+
+
 def measure_all(samples: Samples, config) -> Sizes:
     """`measure` as a run does it: sizes that an earlier run found and kept are used, and new ones are kept."""
     return measure(samples, config.max_tokens, config, config.num_workers, folder_of(config))
@@ -262,7 +270,7 @@ def shrink(samples: Samples, example: Example, size: Size, max_tokens: int) -> t
         else:
             high = middle
     budget, grids = with_cap(low)
-    return budget, Size(total(grids), size.supervised, grids)
+    return budget, replace(size, tokens=total(grids), grids=grids)
 
 
 def read_header(item: dict, budget: vision.Budget) -> Callable[[vision.Budget], vision.Grid]:
@@ -321,15 +329,14 @@ class QuickSize:
 
     def __call__(self, example: Example) -> Size:
         """Raises DataError as `Samples.size` does."""
-        counted = self.text_tokens(example)
+        size = self.text_size(example)
+        if size is None:
+            return self.samples.size_of(example)
         grids = self.samples._media(example, vision.read_grid)
-        if counted is None:
-            encoded = self.samples._encode(example)
-            counted = len(encoded.input_ids), sum(encoded.supervised)
-        return Size(counted[0] + sum(grid.tokens - 1 for grid in grids), counted[1], grids)
+        return replace(size, tokens=size.tokens + sum(grid.tokens - 1 for grid in grids), grids=grids)
 
-    def text_tokens(self, example: Example) -> tuple[int, int] | None:
-        """Tokens, one for each medium, and how many of them are supervised; None where only rendering can tell."""
+    def text_size(self, example: Example) -> Size | None:
+        """The size of the text, with one token for each medium; None where only rendering can tell."""
         roles_and_kinds = []
         texts = []
         for message in example.messages:
@@ -344,20 +351,24 @@ class QuickSize:
         structure = self.structures[key]
         if structure is None or not all(texts):  # a template may leave out what is empty
             return None
-        tokens = 0
-        supervised = 0
-        for parts, is_supervised in structure:
+        answers = iter([message for message in example.messages if message["role"] == "assistant"])
+        size = Size(0, 0, [])
+        for parts, is_answer in structure:
             count = self.count("".join([texts[part] if isinstance(part, int) else part for part in parts]))
-            tokens += count
-            supervised += count * is_supervised
-        return tokens, supervised
+            size.tokens += count
+            if is_answer:
+                weight = next(answers).get("weight", 1.0)
+                size.supervised += count * (weight > 0)
+                size.unlearned += count * (weight == 0)
+                size.weighted += count * (weight not in (0.0, 1.0))
+        return size
 
     def _count(self, text: str) -> int:
         return len(self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
 
 
 def find_structure(example: Example, processor) -> list[tuple[list[str | int], bool]] | None:
-    """The pieces of a conversation as (parts, is supervised); a part is literal text or the number of a text.
+    """The pieces of a conversation as (parts, is an answer); a part is literal text or the number of a text.
 
     None where the template does not put every text, unchanged and in order, in its place.
     """
@@ -383,5 +394,5 @@ def find_structure(example: Example, processor) -> list[tuple[list[str | int], b
         if any("\ue001" in part for part in literals_and_slots):
             return None
         order += parts[1::2]
-        structure.append((parts, piece.supervised))
+        structure.append((parts, piece.is_answer))
     return structure if order == list(range(count)) else None

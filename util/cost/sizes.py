@@ -20,6 +20,8 @@ GRID_COLUMNS = 5  # t, h, w, whether it was capped, whether its file is cut
 NUMBERS = {
     "tokens": np.int32,
     "supervised": np.int32,
+    "unlearned": np.int32,  # tokens of answers that are not supervised
+    "weighted": np.int32,  # supervised tokens that count less or more than 1
     "reason": np.uint8,
     "cap": np.int64,  # pixels of an image or frame at most, of a sample that is shrunk; else 0
     "before": np.int32,  # tokens before it was shrunk; else 0
@@ -136,7 +138,8 @@ def numbers_of(finding: Finding, size: Size) -> tuple[int, ...]:
     """A finding's row of the columns NUMBERS."""
     reason = 1 + REASONS.index(finding.reason) if finding.reason else FINE
     cap = finding.budget.cap_pixels if finding.budget else 0
-    return size.tokens, size.supervised, reason, cap, finding.tokens_before, finding.state
+    of_size = size.tokens, size.supervised, size.unlearned, size.weighted
+    return *of_size, reason, cap, finding.tokens_before, finding.state
 
 
 def take_lists(ends: np.ndarray, flat: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -192,7 +195,9 @@ class Sizes(Sequence):
         begin = self.grid_ends[index - 1] if index else 0
         rows = self.grids[begin : self.grid_ends[index]].tolist()
         grids = [vision.Grid(t, h, w, bool(capped), bool(cut)) for t, h, w, capped, cut in rows]
-        return Size(int(self.tokens[index]), int(self.supervised[index]), grids)
+        numbers = self.table.numbers
+        beside = int(numbers["unlearned"][index]), int(numbers["weighted"][index])
+        return Size(int(self.tokens[index]), int(self.supervised[index]), grids, *beside)
 
     @property
     def usable(self) -> np.ndarray:

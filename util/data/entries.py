@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from util.data import boxes, fetch, keys, tools
+from util.data import boxes, fetch, keys, tools, weights
 from util.data.lines import MOST_TEXT, DataError
 
 ROLES = ("system", "user", "assistant")
@@ -36,6 +36,7 @@ def check_messages(
     checked = []
     kinds = set()  # of all content items
     length = 0  # characters of text
+    sample_weight = weights.weight_of(entry, ("weight",), ": ")
     for where, message in tools.turns(entry):
         before = checked[-1]["role"] if checked else None
         check_turn(message, before, where)
@@ -44,16 +45,15 @@ def check_messages(
         items = boxes.choose_images(items, checked, where)
         text = "\n".join([text_of(items), *boxes.labels_of(items)])
         check_text(text, forbidden, where)
-        if role == "assistant" and not text.strip() and not any(item["type"] == "box" for item in items):
-            raise DataError(
-                f"{where}an empty assistant message, so nothing to learn; write the answer, or take it out with its "
-                "question"
-            )
         checked.append({"role": role, "content": items})
+        if role == "assistant":
+            check_answer(items, text, where)
+            checked[-1] |= weights.of_answer(message, sample_weight, where)
         kinds.update(item["type"] for item in items)
         length += len(text_of(items))
     if checked[-1]["role"] != "assistant":
         raise DataError(f": ends with a {checked[-1]['role']} message, so nothing is supervised; add the answer")
+    weights.train_on(checked, "all")  # raises where no answer is learned
     if length > MOST_TEXT:
         raise DataError(f": {length:,} characters of text, above {MOST_TEXT:,}; make several samples of it", "too long")
     if len(entry) > 1 and kinds.isdisjoint(KINDS):
@@ -107,6 +107,15 @@ def check_text(text: str, forbidden: Collection[str], where: str) -> None:
         raise DataError(f"{where}text holds half of a surrogate pair, which is no character; repair the file") from None
     if found := [token for token in forbidden if token in text]:
         raise DataError(f"{where}text contains the control token {found[0]!r}; take it out")
+
+
+def check_answer(items: list[dict], text: str, where: str) -> None:
+    """DataError for an assistant message that says nothing."""
+    if not text.strip() and not any(item["type"] == "box" for item in items):
+        raise DataError(
+            f"{where}an empty assistant message, so nothing to learn; write the answer, or take it out with "
+            "its question"
+        )
 
 
 # ---- items ----------------------------------------------------------------------------------------------------------

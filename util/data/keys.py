@@ -13,10 +13,11 @@ Keys whose value is empty (null, "", [], {}) count as absent, because tables giv
 import re
 
 from util.data.lines import DataError
+from util.data.weights import LEARNING_KEYS, OWN_KEYS, check_learning
 
 MEDIA_KEYS = ("image", "images", "video", "videos")
 ENTRY_KEYS = frozenset(("messages", "tools", "kind"))
-MESSAGE_KEYS = frozenset(("role", "content", "tool_calls", "tool_call_id"))
+MESSAGE_KEYS = frozenset(("role", "content", "tool_calls", "tool_call_id"))  # data/weights.py reads two more
 
 # These have no effect on training: they are counted, and the user is told.
 SILENT_IN_MESSAGE = frozenset((
@@ -26,11 +27,6 @@ SILENT_IN_MESSAGE = frozenset((
 SILENT_IN_ITEM = frozenset(("detail", "cache_control", "id", "uuid", "mime_type", "metadata", "meta"))
 # All frames of a list are taken, and the model has no clock: the README of Qwen2-VL itself gives `fps` beside a list.
 SILENT_WITH_FRAMES = frozenset(("fps", "sample_fps", "raw_fps"))
-
-# Whether or how much something is to be learned.
-LEARNING_KEYS = frozenset((
-    "loss", "weight", "loss_weight", "loss_scale", "train", "training", "trainable", "learn", "supervised",
-))  # fmt: skip
 
 # Keys that change what is trained, with the rule and the fix.
 TOOL_KEYS = ("tools", "functions", "tool_calls", "tool_call_id", "function_call")
@@ -45,7 +41,7 @@ REFUSED |= dict.fromkeys(
     REASONING_KEYS, "Qwen2-VL's chat template writes no thoughts; put the text into 'content', or take it out"
 )
 REFUSED |= dict.fromkeys(
-    MASK_KEYS, "what is learned is every assistant message, whole; cut the conversation, or take the key out"
+    MASK_KEYS, "what is learned are answers, whole; an answer's 'train' is true or false, its 'weight' a number"
 )
 REFUSED |= {
     "refusal": "an answer stands in 'content'; move the text there",
@@ -93,8 +89,8 @@ def check_entry(entry: dict) -> list[str]:
             continue
         if key in REFUSED_BESIDE_MESSAGES:
             raise DataError(f": has {key!r} beside its messages: {REFUSED_BESIDE_MESSAGES[key]}")
-        if key in LEARNING_KEYS:
-            check_learning(key, value, "assistant", ": ")
+        if key in LEARNING_KEYS and not check_learning(key, value, "sample", ": "):
+            continue
         unused.append(printable(key))
     return unused
 
@@ -128,27 +124,17 @@ def check_message(message: dict, where: str) -> list[str]:
         if key in MESSAGE_KEYS or is_empty(value):
             continue
         if key in LEARNING_KEYS:
-            check_learning(key, value, message.get("role"), where)
+            if not check_learning(key, value, message.get("role"), where):
+                continue
         elif key in REFUSED:
             raise DataError(f"{where}has {key!r}: {REFUSED[key]}")
         elif key not in SILENT_IN_MESSAGE:
-            known = ", ".join(sorted(MESSAGE_KEYS))
+            known = ", ".join(sorted({*MESSAGE_KEYS, *OWN_KEYS}))
             raise DataError(
                 f"{where}unknown key {printable(key)} of a message; known are {known}. Rename it, or take it out"
             )
         unused.append(f"messages[].{printable(key)}")
     return unused
-
-
-def check_learning(key: str, value: object, role: object, where: str) -> None:
-    """DataError where a key asks that an answer is not learned, or that something else is."""
-    is_answer = role == "assistant"
-    if isinstance(value, (bool, int, float)) and value == is_answer:  # True, 1 and 1.0; False, 0 and 0.0
-        return
-    rule = "every assistant message is supervised, and each token of it counts the same"
-    if not is_answer:
-        raise DataError(f"{where}{key} {value!r:.40}, but only assistant messages are supervised; take the key out")
-    raise DataError(f"{where}{key} {value!r:.40}, but {rule}; leave it out with its question, or cut the conversation")
 
 
 def plain_item(item: dict) -> tuple[dict, list[str]]:

@@ -13,6 +13,9 @@ from util.command_line import setting
 class SampleSettings:
     """What happens to samples that cannot be trained on."""
 
+    train_on: Literal["all", "last"] = setting(
+        "all", "answers of a conversation that are learned: all of them, or the last one alone", group="data"
+    )
     on_bad_sample: Literal["stop", "skip"] = setting(
         "stop",
         "when a sample breaks a rule or cannot be read: stop, or leave it out and count it",

@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 
-from util.data import fetch, keys, tools
+from util.data import fetch, keys, tools, weights
 from util.data.entries import MARKER, cut
 from util.data.keys import MEDIA_KEYS, TOOL_KEYS, is_empty
 from util.data.lines import DataError
+from util.data.weights import LEARNING_KEYS
 
 LLAVA = "ShareGPT / LLaVA"
 QWEN_VL = "Qwen-VL"
@@ -200,7 +201,7 @@ def from_llava(entry: dict, dropped: Counter) -> dict:
     Every marker is replaced by the next image or video; one newline on either side of a marker goes.
     """
     key = "conversations" if "conversations" in entry else "messages"
-    note_dropped(entry, (key, "system", "kind", "data_path", "tools", *MEDIA_KEYS), dropped)
+    note_dropped(entry, (key, "system", "kind", "data_path", "tools", *MEDIA_KEYS, *LEARNING_KEYS), dropped)
     folder = entry.get("data_path") or ""
     media = {}
     for kind in KINDS:
@@ -209,7 +210,7 @@ def from_llava(entry: dict, dropped: Counter) -> dict:
     messages = []
     for where, turn in turns_of(entry, key):
         role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
-        note_dropped(turn, (role_key, text_key), dropped, f"{key}[].", where)
+        note_dropped(turn, (role_key, text_key, *LEARNING_KEYS), dropped, f"{key}[].", where)
         role = read_role(turn, role_key, where)
         text = read_text(turn, text_key, where)
         items = []
@@ -221,7 +222,7 @@ def from_llava(entry: dict, dropped: Counter) -> dict:
             markers[kind] += 1
             medium = media[kind][place] if place < len(media[kind]) else None  # None: refused below, by its count
             items.append({"type": kind, kind: medium})
-        messages.append({"role": role, "content": simplest(items)})
+        messages.append({"role": role, "content": simplest(items), **weight_of_turn(turn, role, where)})
         if turn[role_key] in CALL_ROLES:
             messages[-1] |= {"content": "", "tool_calls": calls_in(text, where)}
     for kind in KINDS:
@@ -237,12 +238,12 @@ def from_qwen_vl(entry: dict, dropped: Counter) -> dict:
     `<ref>`, `<box>` and `<quad>` become Qwen2-VL's (arXiv 2409.12191, section 2); both models write coordinates in
     [0, 1000).
     """
-    note_dropped(entry, ("conversations", "system", "kind"), dropped)
+    note_dropped(entry, ("conversations", "system", "kind", *LEARNING_KEYS), dropped)
     turns = list(turns_of(entry, "conversations"))
     pictures = sum(len(PICTURE.findall(str(turn.get("value")))) for _, turn in turns)
     messages = []
     for where, turn in turns:
-        note_dropped(turn, ("from", "value"), dropped, "conversations[].", where)
+        note_dropped(turn, ("from", "value", *LEARNING_KEYS), dropped, "conversations[].", where)
         role = read_role(turn, "from", where)
         text = read_text(turn, "value", where)
         items = []
@@ -256,7 +257,7 @@ def from_qwen_vl(entry: dict, dropped: Counter) -> dict:
             items.append({"type": "image", "image": found[2]})
             begin = found.end()
         items += text_items(ground(text[begin:], where))
-        messages.append({"role": role, "content": simplest(items)})
+        messages.append({"role": role, "content": simplest(items), **weight_of_turn(turn, role, where)})
     return {"messages": with_system(entry, messages)}
 
 
@@ -268,18 +269,18 @@ def from_hugging_face(entry: dict, dropped: Counter) -> dict:
     of the first user message. An item may hold its image itself, as `image`, `url` or `path` (chat templates of
     transformers).
     """
-    note_dropped(entry, ("messages", "kind", *MEDIA_KEYS), dropped)
+    note_dropped(entry, ("messages", "kind", *MEDIA_KEYS, *LEARNING_KEYS), dropped)
     media = {kind: media_beside(entry, kind) for kind in KINDS}
     used = {kind: [] for kind in KINDS}  # places in `media` that items took
     messages = []
     for where, turn in turns_of(entry, "messages"):
-        note_dropped(turn, ("role", "content"), dropped, "messages[].", where)
+        note_dropped(turn, ("role", "content", *LEARNING_KEYS), dropped, "messages[].", where)
         role = read_role(turn, "role", where)
         content = turn.get("content")
         if not isinstance(content, str):
             items = [filled(item, media, used, where) for item in read_items(content, where, dropped)]
             content = simplest(items)
-        messages.append({"role": role, "content": content})
+        messages.append({"role": role, "content": content, **weight_of_turn(turn, role, where)})
     first_user = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
     if first_user is not None and not any(used.values()):
         content = entry["messages"][first_user]["content"]
@@ -300,14 +301,14 @@ def from_openai(entry: dict, dropped: Counter) -> dict:
     """OpenAI's chat fine-tuning: content items `{"type": "image_url", "image_url": {"url": ...}}`.
 
     Source: OpenAI, "Vision fine-tuning" and the chat completions reference; vLLM adds `video_url`. URLs and `data:`
-    URIs stay as they are, as this project reads both. `name`, `detail` and a `weight` of 1 have no effect; a `weight`
-    of 0 is refused, since every assistant message is supervised here. Tools and their calls stay; the older `functions`
-    and `function_call` get their present names.
+    URIs stay as they are, as this project reads both. `name` and `detail` have no effect; an assistant's `weight` of 0
+    says that its message is not learned. Tools and their calls stay; the older `functions` and `function_call` get
+    their present names.
     """
-    note_dropped(entry, ("messages", "kind", "tools", "functions"), dropped)
+    note_dropped(entry, ("messages", "kind", "tools", "functions", *LEARNING_KEYS), dropped)
     messages = []
     for where, turn in turns_of(entry, "messages"):
-        note_dropped(turn, ("role", "content", *CALL_KEYS), dropped, "messages[].", where)
+        note_dropped(turn, ("role", "content", *CALL_KEYS, *LEARNING_KEYS), dropped, "messages[].", where)
         role = read_role(turn, "role", where)
         content = turn.get("content")
         calls = calls_beside(turn)
@@ -316,7 +317,7 @@ def from_openai(entry: dict, dropped: Counter) -> dict:
         if not isinstance(content, str):
             items = [from_openai_item(item, where, dropped) for item in read_items(content, where, Counter())]
             content = simplest(items)
-        messages.append({"role": role, "content": content, **calls})
+        messages.append({"role": role, "content": content, **calls, **weight_of_turn(turn, role, where)})
     return {"messages": messages, **tools_beside(entry)}
 
 
@@ -341,13 +342,13 @@ def from_openai_item(item: dict, where: str, dropped: Counter) -> dict:
 
 def from_own(entry: dict, dropped: Counter) -> dict:
     """This project's format (docs/data.md), unchanged but for keys that have no effect."""
-    dropped.update(keys.check_entry(entry))
+    dropped.update(keys.check_entry(without_weight(entry)))
     messages = []
     for where, turn in turns_of(entry, "messages"):
         role = read_role(turn, "role", where)
         content = turn.get("content")
         calls = calls_beside(turn)
-        dropped.update(keys.check_message(turn, where))
+        dropped.update(keys.check_message(without_weight(turn), where))
         if content is None and "tool_calls" in calls:
             content = ""
         if not isinstance(content, str):
@@ -356,7 +357,7 @@ def from_own(entry: dict, dropped: Counter) -> dict:
                 raise DataError(
                     f"{where}an item has a key text, image or video, or is a box; has {sorted(bare[0])}; write one"
                 )
-        messages.append({"role": role, "content": content, **calls})
+        messages.append({"role": role, "content": content, **calls, **weight_of_turn(turn, role, where)})
     return {"messages": messages, **tools_beside(entry)}
 
 
@@ -397,6 +398,7 @@ def import_entry(entry: object, dropped: Counter, join_turns: bool = False) -> t
         pass
     dropped.update(counted)
     sample = {**imported, "messages": joined(messages) if join_turns else messages}
+    sample |= weights.plain_sample_weight(entry)
     if isinstance(entry.get("kind"), str):
         sample["kind"] = entry["kind"]
     return name, sample
@@ -454,6 +456,8 @@ def joined(messages: list[dict]) -> list[dict]:
         if not result or result[-1]["role"] != message["role"] or message["role"] == "tool":
             result.append(message)
             continue
+        if weights.plain_weight(result[-1], ": ") != weights.plain_weight(message, ": "):
+            raise DataError(": turns in a row of which not each is learned as much cannot be joined; join them by hand")
         left = result[-1]["content"]
         right = message["content"]
         if isinstance(left, str) and isinstance(right, str):
@@ -600,15 +604,24 @@ def note_dropped(holder: dict, used: tuple, dropped: Counter, path: str = "", wh
             continue
         if key in keys.REFUSED:
             raise DataError(f"{where}has {key!r}: {keys.REFUSED[key]}")
-        if key in keys.LEARNING_KEYS:
-            keys.check_learning(key, value, learner(holder), where)
+        if key in LEARNING_KEYS:
+            raise DataError(f"{where}{key} of a content item, but an answer is learned as a whole; move it to the turn")
         dropped[f"{path}{keys.printable(key)}"] += 1
 
 
-def learner(holder: dict) -> object:
-    """The role of a turn; "assistant" for a sample as a whole, whose answers are learned."""
-    role = holder.get("role", holder.get("from", "assistant"))
-    return ROLES.get(role) if isinstance(role, str) else role
+def weight_of_turn(turn: dict, role: str, where: str) -> dict:
+    """The keys that say how much a turn is learned; {} of one that is not an answer. DataError where it cannot be."""
+    if role == "assistant":
+        return weights.plain_weight(turn, where)
+    for key in LEARNING_KEYS & turn.keys():
+        if turn[key] is not None:
+            weights.check_learning(key, turn[key], role, where)
+    return {}
+
+
+def without_weight(holder: dict) -> dict:
+    """A sample or a turn without the keys that say how much it is learned."""
+    return {key: value for key, value in holder.items() if key not in LEARNING_KEYS}
 
 
 def ground(text: str, where: str) -> str:

@@ -246,7 +246,7 @@ def sharding_of(config: Config, world: World) -> dict:
     return {"mesh": make_mesh(config, world), "reshard_after_forward": config.sharding == "full"}
 
 
-def drop_blank_gradients(packed: PackedLoss, visual_tokens: int) -> None:
+def drop_blank_gradients(packed: PackedLoss, visual_tokens: float) -> None:
     """Drop the vision gradients of a step in which no rank had a picture; they are zeros, from blank patches.
 
     On one device the tower has no gradients in such a step, and AdamW leaves weights without gradients alone; with

@@ -36,15 +36,17 @@ MOST_NEW_TOKENS = 64  # longest answer while training
 def evaluate_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
     """Sums over all batches: `Batch.counts`, and two sums over the supervised tokens.
 
-    "loss_sum": their cross-entropies; "likeliest_tokens": how many of them the model held for the likeliest. The
-    batches are read once.
+    "loss_sum": their cross-entropies, each times its weight; "likeliest_tokens": how many of them the model held for
+    the likeliest. The batches are read once.
     """
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     counts = Counter(Collator()([]).counts)  # all keys are there, even if there is no batch
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed, and training's generator must not move
         for batch in batches:
-            sums += model.score(batch.to(device)).sum(1)
+            there = batch.to(device)
+            losses, likeliest = model.score(there)
+            sums += torch.stack([(losses * there.target_weights).sum(), likeliest.sum()])
             counts.update(batch.counts)
     model.train()
     return {"loss_sum": sums[0].item(), "likeliest_tokens": round(sums[1].item()), **counts}
@@ -85,7 +87,7 @@ def evaluate_answers(
 def questions_of(
     examples: Examples, on_bad_sample: str = "stop", shrunk: Mapping[int, vision.Budget] | None = None
 ) -> list[Example]:
-    """A question for every assistant message: the conversation up to and with it, with the earlier answers of the data.
+    """A question for every answer that is learned: the conversation up to and with it, with the data's earlier answers.
 
     `shrunk`: the budgets of samples that are shrunk, by number (Samples.shrunk).
     """
@@ -95,11 +97,16 @@ def questions_of(
     for index in range(len(examples)):
         if index in examples.left_out or isinstance(example := readable[index], Skipped):
             continue
-        turns = [place for place, message in enumerate(example.messages) if message["role"] == "assistant"]
+        turns = [place for place, message in enumerate(example.messages) if is_learned(message)]
         for number, turn in enumerate(turns):
             where = f"{example.where}, turn {number}" if len(turns) > 1 else example.where
             questions.append(Example(example.messages[: turn + 1], where, example.kind, budget=shrunk.get(index)))
     return questions
+
+
+def is_learned(message: dict) -> bool:
+    """Whether a message is an answer that is learned: one that is not may be wrong, and is no reference."""
+    return message["role"] == "assistant" and message.get("weight", 1.0) > 0
 
 
 Prompt = tuple[torch.Tensor, torch.Tensor]  # embeddings (L, D), positions (L, 3)
@@ -225,14 +232,15 @@ class QuestionSamples(Samples):
         example = self.example(index)
         pieces = conversation.render(example.messages, self.processor)
         for piece in pieces[:-1]:
-            piece.supervised = False  # earlier answers are part of the question
+            piece.weight = 0.0  # earlier answers are part of the question
+        pieces[-1].weight = 1.0  # the answer's own loss is told, whatever it weighs beside others
         media = self._media(example, vision.load)
         prompt = conversation.encode(pieces[:-1], self.processor)
         reference = conversation.encode(pieces[-1:], self.processor)
         whole = replace(
             prompt,
             input_ids=prompt.input_ids + reference.input_ids,
-            supervised=prompt.supervised + reference.supervised,
+            weights=prompt.weights + reference.weights,
         )
         return Sample(prompt, media, example.where), Sample(whole, media, example.where)
 

@@ -4,8 +4,9 @@ Or those of one optimizer step of a run: `python -m util show --run train_output
 each one's own loss and its share of the step's gradient, by the weights of the newest checkpoint before the step. With
 `--pixels FOLDER` its images and video frames are written as the model sees them.
 
-Supervised text is green (and marked with a bar), everything else grey; visual tokens are collapsed to
-`<image 24x36>`, the grid in patches; each piece begins with its position (temporal, height, width).
+Supervised text is green (and marked with a bar), everything else grey; an answer that counts less than 1 is yellow, one
+that counts more is blue, with its weight at the bar. Visual tokens are collapsed to `<image 24x36>`, the grid in
+patches; each piece begins with its position (temporal, height, width).
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from util.command_line import UserError, command_parser
 from util.config import Config
 
-GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
+GREEN, YELLOW, BLUE, GREY, PLAIN = "\033[32m", "\033[33m", "\033[34m", "\033[90m", "\033[0m"
 
 
 def describe(samples, index: int) -> str:
@@ -25,14 +26,16 @@ def describe(samples, index: int) -> str:
 
     sample = samples[index]
     grids = [medium.grid for medium in sample.media]
-    ids, supervised, spans = expand(sample.encoded, grids)
+    ids, weights, spans = expand(sample.encoded, grids)
     positions = mrope_positions(len(ids), spans, grids)
     media_at = {begin: (end, medium) for (begin, end), medium in zip(spans, sample.media, strict=True)}
     visual, patches = sum(grid.tokens for grid in grids), sum(grid.patches for grid in grids)
     lines = [
         f"{sample.where}: {len(ids):,} tokens = {len(ids) - visual:,} text + {visual:,} visual "
-        f"({patches:,} patches); {int(supervised.sum()):,} supervised"
+        f"({patches:,} patches); {int((weights > 0).sum()):,} supervised"
     ]
+    if sample.encoded.unlearned:
+        lines[0] += f", {sample.encoded.unlearned:,} of answers not learned"
     for item in samples.examples[index].media:
         lines.append(f"{'':>16}  {item['type']}: {media_in_words(item)}")
     token = 0
@@ -43,10 +46,10 @@ def describe(samples, index: int) -> str:
             text = f"<video {t}x{h}x{w}>" if medium.is_video else f"<image {h}x{w}>"
         else:
             end = token + 1
-            while end < len(ids) and end not in media_at and supervised[end] == supervised[token]:
+            while end < len(ids) and end not in media_at and weights[end] == weights[token]:
                 end += 1
             text = samples.processor.tokenizer.decode(ids[token:end])
-        lines.append(one_piece(text, bool(supervised[token]), positions[:, token].tolist()))
+        lines.append(one_piece(text, weights[token].item(), positions[:, token].tolist()))
         token = end
     return "\n".join(lines)
 
@@ -75,18 +78,29 @@ def describe_first(samples, on_bad_sample: str) -> str:
     raise DataError("no sample can be read")
 
 
-def one_piece(text: str, supervised: bool, position: list[int]) -> str:
+def one_piece(text: str, weight: float, position: list[int]) -> str:
     """One piece, its position before it, its further lines indented under the first."""
     on, off = "", ""
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
-        on, off = GREEN if supervised else GREY, PLAIN
-    bar = "┃" if supervised else " "
+        on, off = colour_of(weight), PLAIN
+    bar = "┃" if weight else " "
+    if weight not in (0.0, 1.0):
+        bar += f" {weight:g} "
     head = f"{' '.join(map(str, position)):>14}  "
     lines = []
     for line in text.replace("\n", "⏎\n").removesuffix("\n").split("\n"):
         lines.append(f"{head}{bar} {on}{line}{off}")
         head = " " * len(head)
     return "\n".join(lines)
+
+
+def colour_of(weight: float) -> str:
+    """Of a piece that counts as much in the loss."""
+    if weight == 0:
+        return GREY
+    if weight == 1:
+        return GREEN
+    return YELLOW if weight < 1 else BLUE
 
 
 SIZES = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_tokens")

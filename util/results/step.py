@@ -28,7 +28,7 @@ from util.vision import Budget
 class Share:
     """What a sample gave to a step."""
 
-    loss: float  # mean cross-entropy of its supervised tokens
+    loss: float  # mean cross-entropy of its supervised tokens, each counted by its weight
     grad_norm: float  # of its own part of the step's gradient
     share: float  # own gradient x step's gradient / its square: may be below 0; those of a step add up to 1
 
@@ -55,7 +55,7 @@ class RunStep:
         # A finished run has a processor of its own, so that its first model need not be there any more.
         is_finished = (run / "tokenizer_config.json").exists()
         self.processor = load_processor(str(run) if is_finished else self.model_path)
-        examples = Examples(self.config.data, self.processor)
+        examples = Examples(self.config.data, self.processor, self.config.train_on)
         if len(examples) <= max(self.sample_numbers, default=-1):
             raise UserError(
                 f"{', '.join(self.config.data)}: fewer samples than {run} was trained on; restore the files"
@@ -96,18 +96,18 @@ class RunStep:
             load_checkpoint(self.checkpoint, model, build_optimizer(model, config))
         model.eval()
         batches = self.read()
-        supervised = sum(batch.counts["supervised_tokens"] for batch in batches.values())
+        weight = sum(batch.counts["supervised_weight"] for batch in batches.values())
         parameters = [p for p in run_parameters(model).values() if p.requires_grad]
         for batch in tqdm(batches.values(), "the step's gradient", unit=" samples", leave=False, disable=None):
-            add_gradient(model(batch.to(device)) / supervised)
+            add_gradient(model(batch.to(device)) / weight)
         whole = take_gradients(parameters)
         square = dot(whole, whole)
         found = {}
         for number, batch in tqdm(batches.items(), "each sample's own", unit=" samples", leave=False, disable=None):
             loss_sum = model(batch.to(device))
-            add_gradient(loss_sum / supervised)
+            add_gradient(loss_sum / weight)
             own = take_gradients(parameters)
-            loss = loss_sum.item() / batch.counts["supervised_tokens"]
+            loss = loss_sum.item() / batch.counts["supervised_weight"]
             share = dot(own, whole) / square if square else 0.0  # a step of text alone moves nothing
             found[number] = Share(loss, dot(own, own) ** 0.5, share)
         return found, square**0.5
