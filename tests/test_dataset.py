@@ -653,14 +653,13 @@ def test_samples_that_are_too_long_are_named(samples):
     assert list(measure(samples, longest)) == list(sizes), "as many as allowed are allowed"
     with pytest.raises(DataError) as error:
         measure(samples, limit)
-    wanted = [
-        f"{samples.examples[index].where}: {size.tokens:,} tokens, above --max_tokens {limit:,}; "
-        "raise it, or lower --max_pixels or --video_max_tokens"
-        for index, size in enumerate(sizes)
-        if size.tokens > limit
-    ]
-    assert str(error.value).splitlines() == wanted
-    assert len(wanted) == 2
+    said = str(error.value).splitlines()
+    too_long = [(index, size) for index, size in enumerate(sizes) if size.tokens > limit]
+    assert len(said) == len(too_long) == 2
+    for (index, size), line in zip(too_long, said, strict=True):
+        text = size.tokens - sum(grid.t * grid.h * grid.w // 4 for grid in size.grids)
+        named = f"{samples.examples[index].where}: {size.tokens:,} tokens, {text:,} of them text, above"
+        assert line.startswith(f"{named} --max_tokens {limit:,}; raise it, or ")
 
 
 def test_media_that_cannot_be_read_are_named(samples, folder):

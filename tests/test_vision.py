@@ -224,61 +224,70 @@ def on_white(colour: tuple[int, ...], alpha: int) -> list[int]:
 
 
 def transparent_files(folder):
-    """Files of 56 x 56 pixels, each of one colour and alpha below a clear row, with the colour expected on white."""
+    """Files of 56 x 56 pixels, of one colour below a clear row of another, with the colours expected of both.
+
+    qwen-vl-utils lays RGBA on white. Of every other mode it shows the colours below the transparency.
+    """
     clear = np.zeros((56, 56), np.uint8)
     rgba = np.full((56, 56, 4), (200, 40, 90, 128), np.uint8)
     rgba[0] = (7, 7, 7, 0)
     Image.fromarray(rgba).save(folder / "rgba.png")
-    yield "rgba.png", on_white((200, 40, 90), 128)
+    yield "rgba.png", [255, 255, 255], on_white((200, 40, 90), 128)
     Image.fromarray(rgba).save(folder / "rgba.webp", lossless=True)
-    yield "rgba.webp", on_white((200, 40, 90), 128)
+    yield "rgba.webp", [255, 255, 255], on_white((200, 40, 90), 128)
+    Image.fromarray(rgba).save(folder / "rgba.tif")
+    yield "rgba.tif", [255, 255, 255], on_white((200, 40, 90), 128)
     grey = np.full((56, 56, 2), (60, 128), np.uint8)
     grey[0] = (7, 0)
     Image.fromarray(grey, mode=None).save(folder / "la.png")
-    yield "la.png", on_white((60, 60, 60), 128)
+    yield "la.png", [7, 7, 7], [60, 60, 60]
     clear[1:] = 1
     palette = Image.fromarray(clear).convert("P")
     palette.putpalette([9, 9, 9, 200, 40, 90])
     palette.save(folder / "p.png", transparency=0)
-    yield "p.png", [200, 40, 90]
+    yield "p.png", [9, 9, 9], [200, 40, 90]
     palette.save(folder / "p_alphas.png", transparency=bytes([0, 128]))
-    yield "p_alphas.png", on_white((200, 40, 90), 128)
+    yield "p_alphas.png", [9, 9, 9], [200, 40, 90]
     palette.save(folder / "p.gif", transparency=0)
-    yield "p.gif", [200, 40, 90]
+    yield "p.gif", [9, 9, 9], [200, 40, 90]
     rgb = np.full((56, 56, 3), (200, 40, 90), np.uint8)
     rgb[0] = (1, 2, 3)
     Image.fromarray(rgb).save(folder / "rgb.png", transparency=(1, 2, 3))
-    yield "rgb.png", [200, 40, 90]
+    yield "rgb.png", [1, 2, 3], [200, 40, 90]
     Image.fromarray(clear * 60).save(folder / "l.png", transparency=0)
-    yield "l.png", [60, 60, 60]
+    yield "l.png", [0, 0, 0], [60, 60, 60]
 
 
-def test_transparency_is_laid_on_white(tmp_path):
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # which qwen-vl-utils lets through
+def test_transparency_is_seen_as_qwen_vl_utils_shows_it(tmp_path):
     seen = 0
-    for name, colour in transparent_files(tmp_path):
+    for name, above, below in transparent_files(tmp_path):
         frame = unpatchify(vision.load(image_item(tmp_path / name), Budget()))[0]
-        assert (frame[0] == 255).all(), f"{name}: a transparent row is {frame[0, 0]}"
-        assert np.abs(frame[1:].astype(int) - colour).max() <= 1, f"{name}: {frame[1, 0]} instead of {colour}"
+        theirs = np.array(vision_process.fetch_image({"image": str(tmp_path / name)}))
+        assert np.array_equal(frame, theirs), f"{name}: {frame[0, 0]} and {frame[1, 0]} at inference {theirs[:2, 0]}"
+        assert (frame[0] == above).all(), f"{name}: a transparent row is {frame[0, 0]}"
+        assert np.abs(frame[1:].astype(int) - below).max() <= 1, f"{name}: {frame[1, 0]} instead of {below}"
         seen += 1
-    assert seen == 8
+    assert seen == 9
 
 
 def test_16_bit_grey_keeps_its_upper_byte(tmp_path):
     values = np.linspace(0, 65535, 56 * 56).round().astype(np.uint16).reshape(56, 56)
     for name in ("a.png", "a.tif"):
         Image.fromarray(values).save(tmp_path / name)
-        frame = unpatchify(vision.load(image_item(tmp_path / name), Budget()))[0]
-        assert (frame == (values // 256)[:, :, None]).all(), name
+        medium = vision.load(image_item(tmp_path / name), Budget())
+        assert (unpatchify(medium)[0] == (values // 256)[:, :, None]).all(), name
+        assert medium.grid.deep, f"{name}: nothing says that it is not of 8 bits"
 
 
 def test_16_bit_grey_with_a_transparent_value(tmp_path):
-    """A PNG can name one 16-bit grey as transparent (tRNS); the others keep their upper byte."""
+    """A PNG can name one 16-bit grey as transparent (tRNS): it shows, as a transparent grey of 8 bits does."""
     values = np.full((56, 56), 0x80FF, np.uint16)
     values[0] = 0x1234
     Image.fromarray(values).save(tmp_path / "a.png", transparency=0x1234)
     frame = unpatchify(vision.load(image_item(tmp_path / "a.png"), Budget()))[0]
     assert (frame[1:] == 0x80).all(), f"0x80ff became {frame[1, 0, 0]}"
-    assert (frame[0] == 255).all()
+    assert (frame[0] == 0x12).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr"])

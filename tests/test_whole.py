@@ -279,11 +279,11 @@ def test_check_data_names_cut_videos_and_decode_names_all_that_fails(folder, tin
 def test_decode_counts_the_frames_of_a_video_that_do_not_come_out(folder, tmp_path):
     path = folder / "good.mkv"
     content = bytearray(path.read_bytes())
-    assert check_data.Decoding([("video", str(path))], MediaReader().settings)[0] == ""
+    assert check_data.Decoding([("video", str(path))], MediaReader().settings)[0].problem == ""
     middle = len(content) // 2
     content[middle : middle + 1500] = bytes(1500)
     damaged = folder / "damaged.mkv"
     damaged.write_bytes(content)
-    said = check_data.Decoding([("video", str(damaged))], MediaReader().settings)[0]
+    said = check_data.Decoding([("video", str(damaged))], MediaReader().settings)[0].problem
     assert said, "frames are damaged, and nothing is said"
     assert str(damaged) in said

@@ -6,7 +6,7 @@ import torch
 
 from util.config import Config
 from util.cost import disk
-from util.cost.measure import CUT, unlearned_in_words, unused_in_words, weighted_in_words
+from util.cost.measure import CUT, DEEP, FIRST, unlearned_in_words, unused_in_words, weighted_in_words
 from util.cost.memory import GIB, free_bytes, parts_in_words, peak_bytes
 from util.cost.sizes import Sizes
 from util.data import bad_samples
@@ -128,7 +128,7 @@ def what_is_unusual(config: Config, sizes: Sizes, steps: Steps, evaluation: Step
         facts["shrunk"] = (
             f"{len(shrunk):,} samples to fit --max_tokens {config.max_tokens:,}, {before:,} to {after:,} tokens"
         )
-    if capped := int(sizes.usable_grids[:, 3].sum()):
+    if capped := sizes.count("capped"):
         facts["videos"] = (
             f"{capped:,} made smaller or shorter to cost at most --video_max_tokens {config.video_max_tokens:,}"
         )
@@ -140,6 +140,10 @@ def what_is_unusual(config: Config, sizes: Sizes, steps: Steps, evaluation: Step
         facts["weights"] = weighted_in_words(int(weighted.sum()), int((weighted > 0).sum()))
     if cut := sizes.cut_videos:
         facts["cut videos"] = f"{cut:,} {CUT}; python -m util check names them"
+    if deep := sizes.count("deep"):
+        facts["deep images"] = f"{deep:,} {DEEP}; python -m util check names them"
+    if first := sizes.count("first"):
+        facts["first images"] = f"{first:,} {FIRST}"
     if unused := sizes.unused:
         facts["keys"] = unused_in_words(unused)
     idle = [of_ranks("training", survey), of_ranks("evaluation", evaluation.survey) if evaluation else ""]

@@ -5,6 +5,8 @@ training sees what inference sees. Each frame is resized once and stays uint8 un
 """
 
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -15,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
-from util.data import jpeg, whole
+from util.data import depth, jpeg, whole
 from util.data.video_reader import VideoReader
 
 PATCH = 14  # pixels, the side of a patch
@@ -28,6 +30,10 @@ FRAME_PIXELS = (128 * TOKEN_PIXELS, 768 * TOKEN_PIXELS)  # default budget of a v
 TOTAL_PIXELS = 0.9 * 128000 * TOKEN_PIXELS  # default budget of a video, before video_max_tokens
 RESIZED_PIXELS = (4 * TOKEN_PIXELS, 16384 * TOKEN_PIXELS)  # what an item may ask for by resized_*
 MOST_ASPECT = 200
+MOST_IMAGE_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # 178,956,970: above it Pillow refuses, here and at inference
+# These hold several pictures in one file as a rule, and the first one is seen. (A phone's MPO holds a photo and what
+# belongs to it.)
+SEVERAL_PICTURES = ("GIF", "PNG", "WEBP", "TIFF", "AVIF")
 SAME_SHAPE = 0.02  # by how much the shapes of a video's frames may differ: what scaling by whole pixels rounds
 
 
@@ -39,6 +45,8 @@ class Grid(NamedTuple):
     w: int
     capped: bool = False  # a video that --video_max_tokens made smaller or shorter
     cut: bool = False  # a video whose file ends before its time: what is there is read
+    deep: bool = False  # an image that is not of 8 bits (data/depth.py)
+    first: bool = False  # an image whose file holds several: the first one is seen
 
     @property
     def patches(self) -> int:
@@ -93,9 +101,9 @@ def load(item: dict, budget: Budget) -> Medium:
     """Decode, resize and cut into patches one image or video item. Raises ValueError that names the file."""
     if item["type"] == "image":
         image = open_image(item["image"])
-        height, width = named(image_size, item, image.height, image.width, budget)
-        pixels = resize(to_tensor(image, item["image"]), (height, width))
-        return patchify([pixels], Grid(1, height // PATCH, width // PATCH), frames_per_patch=1)
+        grid = image_grid(item, image, budget)
+        pixels = resize(to_tensor(image, item["image"]), (grid.h * PATCH, grid.w * PATCH))
+        return patchify([pixels], grid, frames_per_patch=1)
     with open_video(item) as video:
         indices, (height, width), capped = plan_video(item, video, budget)
         grid = video_grid(video, indices, height, width, capped)
@@ -107,12 +115,11 @@ def load(item: dict, budget: Budget) -> Medium:
 def read_grid(item: dict, budget: Budget) -> Grid:
     """The grid that `load` will give, from the file's header and its end alone.
 
-    Raises ValueError that names the file, also for an image whose end is missing, and for frames of several shapes.
+    Raises ValueError that names the file, also for an image whose end is missing, one that would be seen nearly black,
+    and for frames of several shapes.
     """
     if item["type"] == "image":
-        image = open_whole_image(item["image"])
-        height, width = named(image_size, item, image.height, image.width, budget)
-        return Grid(1, height // PATCH, width // PATCH)
+        return image_grid(item, open_whole_image(item["image"]), budget)
     with open_video(item) as video:
         indices, (height, width), capped = plan_video(item, video, budget)
         if isinstance(video, FrameList):
@@ -120,9 +127,18 @@ def read_grid(item: dict, budget: Budget) -> Grid:
     return video_grid(video, indices, height, width, capped)
 
 
+def image_grid(item: dict, image: Image.Image, budget: Budget) -> Grid:
+    """The grid of an opened image, and what is to be said of its file."""
+    height, width = named(image_size, item, image.height, image.width, budget)
+    is_first = image.format in SEVERAL_PICTURES and getattr(image, "is_animated", False)
+    return Grid(1, height // PATCH, width // PATCH, deep=bool(image.info["depth"]), first=is_first)
+
+
 def video_grid(video, indices: list[int], height: int, width: int, capped: bool) -> Grid:
     """The grid of the frames of a video (or of what stands for its header), resized to height x width pixels."""
-    return Grid(len(indices) // TEMPORAL, height // PATCH, width // PATCH, capped, cut=bool(video.missing))
+    is_deep = getattr(video, "is_deep", False)  # of a list of frames
+    t = len(indices) // TEMPORAL
+    return Grid(t, height // PATCH, width // PATCH, capped, cut=bool(video.missing), deep=is_deep)
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
@@ -259,27 +275,44 @@ def frame_count(item: dict, total: int, fps: float, budget: Budget) -> int:
 
 
 def open_image(path: str) -> Image.Image:
-    """An image whose header is read and whose EXIF orientation is applied (its pixels are decoded when needed)."""
+    """An image whose header is read and whose EXIF orientation is applied (its pixels are decoded when needed).
+
+    Its `info["depth"]` says in words how it is stored, "" for 8 bits.
+    """
     try:
-        image: Image.Image = Image.open(path)
+        with warnings.catch_warnings():
+            # From half of its limit on Pillow warns of each image, without its name; a photo of 100 megapixels is fine.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(path)
+        image.info["depth"] = depth.depth_of(image)  # after turning it, or decoding, nothing tells it any more
         # Asking a PNG without EXIF for it would decode all its pixels.
         exif_keys = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
         may_be_turned = image.format != "PNG" or image.info.keys() & exif_keys
         if may_be_turned and image.getexif().get(0x0112, 1) != 1:  # 0x0112: orientation; turning decodes the pixels
             image = ImageOps.exif_transpose(image)
         return image
+    except Image.DecompressionBombError as error:
+        size = re.search(r"\d+", str(error))
+        raise ValueError(
+            f"{path}: {int(size[0]) if size else 'too many':,} pixels, above the {MOST_IMAGE_PIXELS:,} that Pillow "
+            "reads, here and at inference; save a smaller copy (no flag helps: the model sees at most --max_pixels)"
+        ) from None
     except Exception as error:  # over a damaged file Pillow's formats raise whatever they stumble on
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
 def open_whole_image(path: str) -> Image.Image:
-    """An image as `open_image` gives it, or the ValueError of one whose pixels are not all there.
+    """An image as `open_image` gives it, or the ValueError of one whose pixels are not all there, or nearly black.
 
     Only the end of the file is looked at. Where it is missing, the pixels are decoded, and an image that decodes is
-    taken. A remote file is not fetched any further for this check.
+    taken; so are those of an image that is not of 8 bits, for their range. A remote file is not fetched any further for
+    its end.
     """
     image = open_image(path)
     file = getattr(image, "fp", None)  # None: decoded already, as it had to be turned
+    if image.info["depth"]:
+        to_tensor(image, path)
+        return image
     if file is None or not getattr(file, "is_here", lambda: True)():
         return image
     try:
@@ -292,24 +325,37 @@ def open_whole_image(path: str) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, path: str) -> torch.Tensor:
-    """RGB pixels, uint8 (3, H, W) in channels-last memory; transparency is laid on white."""
+    """RGB pixels, uint8 (3, H, W) in channels-last memory, of an image that `open_image` opened."""
     try:
         if (decoded := jpeg.decode(image)) is not None:
             return decoded
+        stored = image.info.get("depth", depth.depth_of(image))  # a turned one has lost it
+        problem = depth.problem_of(image, stored) if stored else ""
         pixels = np.empty((image.height, image.width, 3), np.uint8)
-        for top in range(0, image.height, 256):  # copies of all of a large image would take gigabytes
+        for top in range(0, 0 if problem else image.height, 256):  # copies of all of a large image would take gigabytes
             strip = image.crop((0, top, image.width, min(top + 256, image.height)))
-            if strip.mode.startswith("I"):  # 16 bits per pixel; convert("RGB") would clip them to 255
-                deep = np.asarray(strip, dtype=np.int64)
-                grey = (deep >> 8).clip(0, 255).astype(np.uint8)
-                strip = Image.fromarray(np.where(deep == image.info.get("transparency"), np.uint8(255), grey))
-            elif strip.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                strip = strip.convert("RGBA")
-                strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
-            pixels[top : top + 256] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
+            if stored == "16 bits" and not depth.is_colour(strip):
+                strip = depth.eight_bits_of(strip)
+            pixels[top : top + 256] = np.asarray(to_rgb(strip))
     except Exception as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
+    if problem:
+        raise ValueError(f"{path}: {problem}")
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB as qwen-vl-utils makes it (vision_process.py: to_rgb), so as inference sees it.
+
+    RGBA is laid on white. A palette, grey or RGB image that has transparency beside it loses that: the colours below
+    show.
+    """
+    if image.mode == "RGBA":
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    image.info.pop("transparency", None)  # of which Pillow only makes a warning for each image
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def open_video(item: dict):
@@ -326,7 +372,9 @@ class FrameList:
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
-        self.width, self.height = open_image(paths[0]).size
+        first = open_image(paths[0])
+        self.width, self.height = first.size
+        self.is_deep = bool(first.info["depth"])
 
     def check(self) -> None:
         """ValueError for a frame that is not whole, or of another shape: the model would see it stretched."""

@@ -13,10 +13,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from util.command_line import MOST_TOLD, UserError, parse, setting, settings_parser
 from util.config import Config
@@ -145,6 +146,11 @@ def paths_of(notes: list[Note]) -> Iterator[str]:
 # ---- everything decoded ---------------------------------------------------------------------------------------------
 
 
+class Decoded(NamedTuple):
+    problem: str  # what is wrong with a file if not all of it can be decoded; else ""
+    is_dark: bool = False  # an image in which nothing is bright
+
+
 class Decoding:
     """Decodes a file in full when it is asked for by its number; may be sent to workers."""
 
@@ -154,32 +160,36 @@ class Decoding:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, number: int) -> str:
-        """What is wrong with the file if not all of it can be decoded; else ""."""
+    def __getitem__(self, number: int) -> Decoded:
         from util import vision
-        from util.data import fetch
+        from util.data import depth, fetch
 
         kind, path = self.files[number]
         try:
             (item,) = fetch.localise([{"type": kind, kind: path}], self.settings)
             if kind == "image":
-                vision.to_tensor(vision.open_image(item["image"]), item["image"])
-                return ""
+                pixels = vision.to_tensor(vision.open_image(item["image"]), item["image"])
+                return Decoded("", is_dark=int(pixels.max()) < depth.NEARLY_BLACK)
             with vision.open_video(item) as video:
                 decoded = video.count_decodable()
                 promised = len(video)
         except (ValueError, OSError) as error:
-            return str(error)
+            return Decoded(str(error))
         if decoded == promised:
-            return ""
-        return f"{fetch.printable(path)}: {promised - decoded:,} of {promised:,} frames cannot be decoded whole"
+            return Decoded("")
+        lost = f"{promised - decoded:,} of {promised:,} frames cannot be decoded whole"
+        return Decoded(f"{fetch.printable(path)}: {lost}")
 
 
 def decode_all(notes: list[Note], config: CheckSettings) -> list[str]:
-    """Decode every file of some samples once, in workers; lines that name the files that fail."""
+    """Decode every file of some samples once, in workers; lines that name the files that fail.
+
+    Images that are nearly black are named here, and are no failure: a night may be meant.
+    """
     from tqdm import tqdm
 
     from util.cost.measure import MOST_WORKERS, as_is, usable_cpus
+    from util.data.depth import NEARLY_BLACK
     from util.data.loader import Loader
     from util.data.media import MediaReader
 
@@ -191,14 +201,21 @@ def decode_all(notes: list[Note], config: CheckSettings) -> list[str]:
     workers = min(MOST_WORKERS, usable_cpus()) if config.num_workers is None else config.num_workers
     loader = Loader(decoding, batch_size=None, num_workers=min(workers, len(decoding)), collate_fn=as_is)
     failed = []
+    dark = []
     began = time.perf_counter()
     with tqdm(total=len(decoding), desc="decoding", unit=" files", leave=False, delay=1) as progress:
-        for problem, where in zip(loader, first.values(), strict=True):
-            if problem:
-                failed.append(f"{where}: {problem}")
+        for decoded, ((_, path), where) in zip(loader, first.items(), strict=True):
+            if decoded.problem:
+                failed.append(f"{where}: {decoded.problem}")
+            elif decoded.is_dark:
+                dark.append(f"{where}: {path}")
             progress.update()
     seconds = time.perf_counter() - began
-    show_table("decoded", {"files": f"{len(decoding):,} in {seconds:,.1f} s; {len(failed):,} cannot be decoded whole"})
+    lines = {"files": f"{len(decoding):,} in {seconds:,.1f} s; {len(failed):,} cannot be decoded whole"}
+    if dark:
+        lines["nearly black"] = f"{len(dark):,} images, in which no value is above {NEARLY_BLACK - 1} of 255"
+    show_table("decoded", lines)
+    show_list("nearly black", dark)
     return failed
 
 
@@ -314,7 +331,7 @@ def kinds_line(name: str, counted: Counter) -> dict[str, str]:
 
 def size_lines(sizes: list) -> dict[str, str]:
     """Lines about the sizes of at least one sample."""
-    from util.cost.measure import CUT, unlearned_in_words, weighted_in_words
+    from util.cost.measure import CUT, DEEP, FIRST, unlearned_in_words, weighted_in_words
 
     tokens = [size.tokens for size in sizes]
     supervised = [size.supervised for size in sizes]
@@ -332,6 +349,10 @@ def size_lines(sizes: list) -> dict[str, str]:
         lines["videos"] = f"{capped:,} made smaller or shorter to cost at most --video_max_tokens"
     if cut := sum(grid.cut for grid in grids):
         lines["cut videos"] = f"{cut:,} {CUT}"
+    if deep := sum(grid.deep for grid in grids):
+        lines["deep images"] = f"{deep:,} {DEEP}"
+    if first := sum(grid.first for grid in grids):
+        lines["first images"] = f"{first:,} {FIRST}"
     return lines
 
 
@@ -344,13 +365,28 @@ def show_table(title: str, lines: dict[str, str]) -> None:
     print(flush=True)
 
 
-def cut_videos(findings: list) -> list[str]:
-    """Lines that name the videos whose files end early."""
-    lines = []
+def media_with(fact: str, findings: list) -> list[tuple[str, str]]:
+    """(sample, path) of each image or video of which a fact of vision.Grid is true; of a list of frames the first."""
+    found = []
     for finding in findings:
         if finding.size and finding.note:
             media = zip(finding.note.media, finding.size.grids, strict=True)
-            lines += [f"{finding.note.where}: {path}" for (_, path), grid in media if grid.cut]
+            named = [path for (_, path), grid in media if getattr(grid, fact)]
+            found += [(finding.note.where, path[0] if isinstance(path, list) else path) for path in named]
+    return found
+
+
+def with_ranges(media: list[tuple[str, str]], settings) -> list[str]:
+    """Lines that name images that are not of 8 bits, those that will be shown with the range of their values."""
+    from util import vision
+    from util.data import depth, fetch
+
+    lines = [f"{where}: {path}" for where, path in media]
+    for number, (_, path) in enumerate(media[:MOST_TOLD]):
+        with suppress(ValueError, OSError):  # gone since it was measured
+            (item,) = fetch.localise([{"type": "image", "image": path}], settings)
+            image = vision.open_image(item["image"])
+            lines[number] += f" ({depth.values_in_words(image, image.info['depth'])})"
     return lines
 
 
@@ -404,7 +440,9 @@ def look_at(title: str, files: list[str], processor, config: CheckSettings) -> L
     findings = look(samples, config.max_tokens, config.on_long_sample, config.num_workers, note)
     rate = len(samples) / (time.perf_counter() - began)
     show_table(f"{title} ({rate:,.0f} samples a second)", overview(files, findings))
-    show_list("cut videos", cut_videos(findings))
+    for title, fact in (("cut videos", "cut"), ("first images", "first")):
+        show_list(title, [f"{where}: {path}" for where, path in media_with(fact, findings)])
+    show_list("deep images", with_ranges(media_with("deep", findings), samples.reader.settings))
     looked = Looked(samples, findings, [])
     if config.decode:
         looked.undecodable = decode_all(looked.notes, config)

@@ -35,6 +35,9 @@ MOST_WORKERS = 16
 MOST_STRUCTURES = 4096  # of conversations, remembered at a time
 MOST_KEYS = 8  # unused keys that are told by name
 CUT = "end before their time, as their files are cut: what is there is trained on"  # after a number of videos
+# After a number of images:
+DEEP = "are not of 8 bits: of 16 the upper 8 are seen here, where other programs show white; save them as 8 bits"
+FIRST = "are the first of several in their files: the others are not seen (a moving GIF may be given as a video)"
 # Marks a text's place. It holds spaces, quotes and the like, which a template that edits texts would change.
 SLOT_TEXT = " \n\ue001aZ<&' {}\ue001\n "
 SLOT = re.compile(SLOT_TEXT.format("([0-9]+)"))
@@ -130,7 +133,7 @@ def find_sizes(
 
     all_told = []
     for index in known[before_on_all.numbers["reason"] == TOO_LONG][:MOST_TOLD].tolist():
-        text = too_long(samples.examples.where(index), int(table.numbers["tokens"][index]), max_tokens)
+        text = too_long(samples.examples.where(index), table.size(index), max_tokens)
         all_told.append(Problem(index, "too long", text))
     for _, told_by_rank in shares:
         all_told += told_by_rank
@@ -217,15 +220,21 @@ class Chunks:
         if self.on_long_sample == "shrink":
             budget, smaller = shrink(self.samples, example, size, self.max_tokens)
             return Finding(smaller, budget=budget, tokens_before=size.tokens)
-        problem = too_long(example.where, size.tokens, self.max_tokens)
+        problem = too_long(example.where, size, self.max_tokens)
         return Finding(problem=problem, reason="too long", refused=size)
 
 
-def too_long(where: str, tokens: int, max_tokens: int) -> str:
-    return (
-        f"{where}: {tokens:,} tokens, above --max_tokens {max_tokens:,}; "
-        "raise it, or lower --max_pixels or --video_max_tokens"
-    )
+def too_long(where: str, size: Size, max_tokens: int) -> str:
+    """The refusal of a sample with what helps: smaller pictures help only where its text leaves room for them."""
+    text = size.tokens - sum(grid.tokens for grid in size.grids)
+    of_text = f", {text:,} of them text" if size.grids else " of text"
+    said = f"{where}: {size.tokens:,} tokens{of_text}, above --max_tokens {max_tokens:,}; raise it, or "
+    if text >= max_tokens:
+        return f"{said}make several samples of the conversation, or shorten it (smaller pictures cannot help)"
+    # A video of two frames has one pair of them, as an image has; it is rare enough to be told of --max_pixels alone.
+    flags = ["--max_pixels"] if any(grid.t == 1 for grid in size.grids) else []
+    flags += ["--video_max_tokens"] if any(grid.t > 1 for grid in size.grids) else []
+    return f"{said}lower {' or '.join(flags)}, or let --on_long_sample shrink do it for such samples alone"
 
 
 def as_is(value: object) -> object:
@@ -259,8 +268,9 @@ def shrink(samples: Samples, example: Example, size: Size, max_tokens: int) -> t
     high = max((grid.tokens // grid.t for grid in size.grids), default=1)
     if (least := total(with_cap(low)[1])) > max_tokens:
         raise DataError(
-            f"{example.where}: {size.tokens:,} tokens, above --max_tokens {max_tokens:,}, and still {least:,} with one "
-            "token for each image and pair of frames; raise --max_tokens, or take frames or text out",
+            f"{example.where}: {size.tokens:,} tokens, {text:,} of them text, above --max_tokens {max_tokens:,}, and "
+            f"still {least:,} with one token for each image and pair of frames; raise --max_tokens, or "
+            f"{'make several samples of the conversation' if text >= max_tokens else 'take frames or text out'}",
             "too long",
         )
     while high - low > 1:  # the sample fits with `low`, and does not with `high`

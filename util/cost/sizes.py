@@ -16,7 +16,7 @@ from util.dataset import Size
 
 FINE = 0  # in the column "reason": the sample is trained on; of others it holds 1 + the place in REASONS
 TOO_LONG = 1 + REASONS.index("too long")
-GRID_COLUMNS = 5  # t, h, w, whether it was capped, whether its file is cut
+GRID_COLUMNS = len(vision.Grid._fields)
 NUMBERS = {
     "tokens": np.int32,
     "supervised": np.int32,
@@ -105,6 +105,14 @@ class Table:
     def __len__(self) -> int:
         return len(self.numbers["tokens"])
 
+    def size(self, row: int) -> Size:
+        """The size of one sample, also of one that is left out."""
+        ends, flat = self.lists["grids"]
+        begin = ends[row - 1] if row else 0
+        grids = [vision.Grid(t, h, w, *map(bool, facts)) for t, h, w, *facts in flat[begin : ends[row]].tolist()]
+        counts = {name: int(self.numbers[name][row]) for name in ("tokens", "supervised", "unlearned", "weighted")}
+        return Size(grids=grids, **counts)
+
     def take(self, rows: np.ndarray) -> "Table":
         """The table of these rows, in this order."""
         if np.array_equal(rows, np.arange(len(self))):
@@ -190,14 +198,7 @@ class Sizes(Sequence):
 
     def __getitem__(self, index: int) -> Size | None:
         index = range(len(self))[index]
-        if not self.is_usable[index]:
-            return None
-        begin = self.grid_ends[index - 1] if index else 0
-        rows = self.grids[begin : self.grid_ends[index]].tolist()
-        grids = [vision.Grid(t, h, w, bool(capped), bool(cut)) for t, h, w, capped, cut in rows]
-        numbers = self.table.numbers
-        beside = int(numbers["unlearned"][index]), int(numbers["weighted"][index])
-        return Size(int(self.tokens[index]), int(self.supervised[index]), grids, *beside)
+        return self.table.size(index) if self.is_usable[index] else None
 
     @property
     def usable(self) -> np.ndarray:
@@ -220,7 +221,11 @@ class Sizes(Sequence):
     @property
     def cut_videos(self) -> int:
         """How many videos to train on end early because their files are cut."""
-        return int(self.usable_grids[:, 4].sum())
+        return self.count("cut")
+
+    def count(self, fact: str) -> int:
+        """Of how many images and videos to train on a fact of vision.Grid is true: `capped`, `cut`, `deep`, `first`."""
+        return int(self.usable_grids[:, vision.Grid._fields.index(fact)].sum())
 
     @property
     def unused(self) -> Counter:

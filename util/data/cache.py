@@ -28,10 +28,10 @@ from util.command_line import UserError
 if TYPE_CHECKING:
     from util.vision import Budget, Grid, Medium
 
-VERSION = 2  # raise it when vision.py or video_reader.py make other pixels of the same file and settings
+VERSION = 3  # raise it when vision.py or video_reader.py make other pixels of the same file and settings
 MAGIC = b"patches\0"
-# CRC-32 of the rest and the key; magic; t, h, w, capped, cut, bytes per patch; CRC-32 of the patches
-HEADER = struct.Struct("<I8s7I24x")
+# CRC-32 of the rest and the key; magic; the numbers of a vision.Grid, bytes per patch; CRC-32 of the patches
+HEADER = struct.Struct("<I8s9I16x")
 # Only files with names of these two forms are ever deleted: the folder may hold other files, too.
 ENTRY = re.compile(r"[0-9a-f]{64}\.patches")
 UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.unfinished")
@@ -294,8 +294,8 @@ def read_entry(path: Path, key: str, with_pixels: bool) -> "Medium | Grid":
     with open(path, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         header = file.read(HEADER.size).ljust(HEADER.size, b"\0")
-        own_checksum, magic, t, h, w, capped, cut, columns, checksum = HEADER.unpack(header)
-        grid = Grid(t, h, w, bool(capped), bool(cut))
+        own_checksum, magic, t, h, w, *facts, columns, checksum = HEADER.unpack(header)
+        grid = Grid(t, h, w, *map(bool, facts))
         is_whole = magic == MAGIC and status.st_size == HEADER.size + grid.patches * columns
         is_whole = is_whole and own_checksum == zlib.crc32(header[4:] + key.encode())
         if is_whole and not with_pixels:
