@@ -2,9 +2,11 @@
 
 import atexit
 import logging
+import os
 from collections.abc import Collection, Iterable
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from util.adapters import lora
 from util.command_line import UserError
 from util.config import OFFICIAL_MODEL, Config
 from util.loss import PackedLoss
+from util.run_folder import complete_checkpoints
 from util.tensors import part_of
 from util.tiny_model import make_tiny_model
 
@@ -74,11 +77,48 @@ def find_model(name: str | None, device: torch.device) -> str:
     """The checkpoint directory or hub name that `--model` means."""
     if name is None:
         name = OFFICIAL_MODEL if device.type == "cuda" else "tiny"
-    return str(make_tiny_model()) if name == "tiny" else name
+    if name == "tiny":
+        return str(make_tiny_model())
+    name = os.path.expanduser(name)  # a shell leaves the ~ of --model=~/a as it is
+    check_folder(name)
+    return name
+
+
+def check_folder(name: str) -> None:
+    """UserError for a name that can only be a folder's and is none, and for a file or folder that holds no model.
+
+    The hub is not asked for such a name. What may be a hub name (`owner/model`) and is no folder passes.
+    """
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"--model {name}: a file; name the folder that holds config.json and the weights")
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise UserError(f"--model {name}: no model in this folder (config.json is missing){what_else(path)}")
+    elif "\\" in name:
+        raise UserError(f"--model {name}: no such folder; '\\' is the separator of Windows, and '/' the one of this system")
+    elif name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") > 1:
+        there = next(parent for parent in Path(os.path.abspath(name)).parents if parent.exists())
+        raise UserError(f"--model {name}: no such folder; what there is of its path is {there}")
+
+
+def what_else(folder: Path) -> str:
+    """What a folder without a model is, and what helps, as the end of a message; "" where nothing is known."""
+    checkpoints = [folder] if (folder / "state.json").is_file() else complete_checkpoints(folder)
+    if checkpoints:
+        kind = "a checkpoint" if checkpoints == [folder] else "a run that did not end"
+        return (
+            f"; it is {kind}: go on with it by --resume {folder}, or make a model of it: "
+            f"python -m util export {checkpoints[-1]} OUT"
+        )
+    # A model that was downloaded may lie deeper; in the hub's cache it does.
+    inner = next(chain(folder.glob("*/config.json"), folder.glob("snapshots/*/config.json")), None)
+    return f"; there is one in {inner.parent}" if inner else ""
 
 
 def load_config(path: str):
     """A Qwen2-VL config; another family, an adapter, or nothing there, is refused by name."""
+    check_folder(path)
     if lora.is_adapter(path):
         raise UserError(f"--model {path} is an adapter; first make a model of it: python -m util merge {path} OUT")
     try:
@@ -98,6 +138,7 @@ def load_config(path: str):
 
 def load_processor(path: str):
     """The processor of a checkpoint directory or hub name."""
+    check_folder(path)
     try:
         return AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:

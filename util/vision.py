@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as transforms
 
-from util.data import depth, jpeg, whole
+from util.data import depth, jpeg, looks_like, whole
 from util.data.video_reader import VideoReader
 
 PATCH = 14  # pixels, the side of a patch
@@ -298,7 +298,8 @@ def open_image(path: str) -> Image.Image:
             "reads, here and at inference; save a smaller copy (no flag helps: the model sees at most --max_pixels)"
         ) from None
     except Exception as error:  # over a damaged file Pillow's formats raise whatever they stumble on
-        raise ValueError(f"{path}: not a readable image ({error})") from None
+        known = looks_like.hint(path) if isinstance(error, UnidentifiedImageError) else ""
+        raise ValueError(f"{path}: not a readable image ({known or error})") from None
 
 
 def open_whole_image(path: str) -> Image.Image:

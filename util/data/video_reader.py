@@ -28,7 +28,7 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from util.data import whole
+from util.data import looks_like, whole
 
 # In these codecs a frame that no other refers to can be dropped without effect; in others any frame may leave state.
 CODECS_THAT_MAY_SKIP = {"h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"}
@@ -166,7 +166,9 @@ class VideoReader:
             container = av.open(source or self._source(), **OPEN_OPTIONS)
         except av.FFmpegError as error:
             self._stop_on_failed_fetch()
-            raise VideoError(f"{self.path}: not a video, or damaged beyond use ({error.strerror})") from error
+            known = looks_like.hint(self.path if self._file is None else self._file.reopen())
+            why = known if known and known != looks_like.A_VIDEO else error.strerror
+            raise VideoError(f"{self.path}: not a video, or damaged beyond use ({why})") from error
         with container:
             stream = container.streams.best("video")
             if stream is None or stream.disposition & Disposition.attached_pic or stream.codec_context is None:
