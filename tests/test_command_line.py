@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -277,6 +278,64 @@ def test_work_is_counted_as_calculated_by_hand(size, language, quadratic, head):
     flops = forward_flops(official_config(size), Size(tokens=1000, supervised=10, grids=[grid]))
     assert flops["language_model"] == pytest.approx(language * 1000 + quadratic * 1000**2 + head * 10, rel=1e-3)
     assert flops["vision"] == pytest.approx(1.2613e9 * 5476 + 163840 * 5476**2, rel=1e-3)
+
+
+MODEL_PATHS = [  # as it is typed, and what is said of it
+    ("/data/qwen2vl", "no such folder; what there is of its path is /"),
+    ("./x", "no such folder"),
+    ("../x", "no such folder"),
+    ("~/surely/not/here", "no such folder"),
+    ("models/qwen/2b", "no such folder"),
+    ("qwen2vl/", "no such folder"),
+    ("C:\\models\\qwen", "no such folder; '\\' is the separator of Windows"),
+    ("FOLDER/file", "a file; name the folder that holds config.json"),
+    ("FOLDER/empty", "no model in this folder (config.json is missing)"),
+    ("FOLDER/cache", "there is one in FOLDER/cache/snapshots/1a2b"),
+    ("FOLDER/run", "a run that did not end: go on with it by --resume FOLDER/run, or make a model of it: "
+     "python -m util export FOLDER/run/checkpoints/step_000007 OUT"),
+    ("FOLDER/run/checkpoints/step_000003", "a checkpoint: go on with it by --resume FOLDER/run/checkpoints/step_000003, or"),
+    ("FOLDER/adapter", "is an adapter; first make a model of it: python -m util merge FOLDER/adapter OUT"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("typed", "said"), MODEL_PATHS)
+def test_a_model_that_is_a_path_is_no_hub_name(typed, said, tmp_path, monkeypatch):
+    """The hub is not asked, and its answer is not what the user reads."""
+    import torch
+    from transformers import AutoConfig
+
+    from util.adapters import lora
+    from util.model import find_model, load_config
+
+    for file in ("file", "empty/a.txt", "cache/snapshots/1a2b/config.json", "run/checkpoints/step_000003/state.json",
+                 "run/checkpoints/step_000007/state.json", "adapter/adapter_config.json"):  # fmt: skip
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+
+    def ask(*_):
+        raise AssertionError("the hub is asked")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", ask)
+    monkeypatch.setattr(lora, "is_adapter_on_hub", ask)
+    with pytest.raises(UserError) as error:
+        load_config(find_model(typed.replace("FOLDER", str(tmp_path)), torch.device("cpu")))
+    message = str(error.value)
+    assert said.replace("FOLDER", str(tmp_path)) in message
+    assert message.startswith(f"--model {os.path.expanduser(typed.replace('FOLDER', str(tmp_path)))}")
+    assert "hub" not in message
+    assert "\n" not in message
+
+
+def test_a_model_may_lie_below_the_home_folder(tmp_path, monkeypatch):
+    """`--model=~/qwen`: no shell replaces that ~."""
+    import torch
+
+    from util.model import find_model
+
+    (tmp_path / "qwen").mkdir()
+    (tmp_path / "qwen" / "config.json").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_model("~/qwen", torch.device("cpu")) == str(tmp_path / "qwen")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

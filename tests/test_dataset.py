@@ -24,6 +24,7 @@ from util.command_line import UserError
 from util.config import Config
 from util.cost.measure import measure
 from util.cost.sizes import Finding, Sizes
+from util.data.settings import SampleSettings
 from util.dataset import DataError, Samples, Size, load_examples
 from util.steps import Dealing, Steps, heaviest
 from util.vision import Budget, Grid
@@ -660,6 +661,36 @@ def test_samples_that_are_too_long_are_named(samples):
         text = size.tokens - sum(grid.t * grid.h * grid.w // 4 for grid in size.grids)
         named = f"{samples.examples[index].where}: {size.tokens:,} tokens, {text:,} of them text, above"
         assert line.startswith(f"{named} --max_tokens {limit:,}; raise it, or ")
+
+
+def test_a_text_too_long_is_not_told_to_make_pictures_smaller(folder, processor):
+    """What is told helps: of text alone, of text beside a small picture, of a picture, of a video."""
+    Image.fromarray(np.zeros((280, 280, 3), np.uint8)).save(folder / "dark.png")
+    dark = {"type": "image", "image": "dark.png"}  # 100 visual tokens
+    moving = {"type": "video", "video": ["dark.png", "dark.png"] * 2}  # 200
+    words = "word " * 400
+    data = [
+        entry(user(words), assistant("Yes.")),
+        entry(user([PICTURE, text(words)]), assistant("Yes.")),
+        asking(dark),
+        asking(moving),
+        entry(user([dark, moving]), assistant("Both.")),
+    ]
+    samples = Samples(load_examples([write(folder, data)], processor), processor, Budget())
+    with pytest.raises(DataError) as error:
+        measure(samples, 100)
+    said = str(error.value).splitlines()
+    assert len(said) == len(data)
+    for line in said[:2]:
+        assert "raise it, or make several samples of the conversation" in line
+        assert "pixels" not in line
+    assert "tokens of text, above --max_tokens 100" in said[0]
+    assert said[2].endswith("lower --max_pixels, or let --on_long_sample shrink do it for such samples alone")
+    assert "lower --video_max_tokens, or" in said[3]
+    assert "lower --max_pixels or --video_max_tokens, or" in said[4]
+    with pytest.raises(DataError, match="make several samples of the conversation") as error:
+        measure(samples, 100, SampleSettings(on_long_sample="shrink"))
+    assert len(str(error.value).splitlines()) == 2, "the others are shrunk"
 
 
 def test_media_that_cannot_be_read_are_named(samples, folder):

@@ -76,6 +76,26 @@ def test_a_gpu_that_torch_cannot_use_stops_the_run(machine):
     assert "the driver is 470.57.02" in printed
 
 
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("script", ["finetune", "finetune_distributed"])
+def test_help_is_that_of_the_python_script_and_needs_nothing(script, flag, machine):
+    """On a machine with no environment and a GPU that torch cannot use: no install, no training, no demonstration."""
+    machine.program("nvidia-smi", 'case "$*" in -L) echo "GPU 0: NVIDIA H100";; *) echo 470.57.02;; esac')
+    machine.program("python3", f'echo "ran: $*" >>"$0.log"; exec {sys.executable} -S "$@"')  # -S: without packages
+    shutil.copy(ROOT / "finetune_distributed.sh", machine.home)
+    for name in ("finetune.py", "finetune_distributed.py"):
+        shutil.copy(ROOT / name, machine.home)
+    shutil.copytree(ROOT / "util", machine.home / "util", dirs_exist_ok=True, ignore=shutil.ignore_patterns("tiny*"))
+    code, printed = machine(f"{script}.sh", "--data", "a.json", flag)
+    assert code == 0, printed
+    wanted = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert printed == wanted.stdout
+    assert "--learning_rate" in printed
+    assert not (machine.home / ".venv").exists()
+    ran = (machine.home.parent / "programs" / "python3.log").read_text()
+    assert ran == f"ran: {script}.py --help\n", "one process"
+
+
 FAKE_PYTHON = """
 case "$*" in
     "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python";;

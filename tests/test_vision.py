@@ -3,14 +3,20 @@
 import json
 import math
 import random
+import sys
+import types
 from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 from qwen_vl_utils import vision_process
 
+from tests import odd_media
 from util import vision
 from util.config import Config
 from util.model import set_budget
@@ -578,6 +584,61 @@ def test_frames_are_those_of_qwen_vl_utils(monkeypatch):
     assert equal > 1500
     assert ours_alone > 100
     assert refused > 20
+
+
+class Decoder:
+    """Stands in for torchcodec.decoders.VideoDecoder, with which qwen-vl-utils reads a video: PyAV decodes it whole.
+
+    Frames per second are torchcodec's: all frames over the time from the first one's begin to the last one's end. (For
+    the files here and six real ones torchcodec 0.17 itself gave the same over the FFmpeg of PyAV.)
+    """
+
+    def __init__(self, path: str, num_ffmpeg_threads: int = 1) -> None:
+        with av.open(path) as container:
+            decoded = sorted(container.decode(video=0), key=lambda frame: frame.pts)
+            self.frames = torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in decoded])
+        with av.open(path) as container:
+            packets = [packet for packet in container.demux(video=0) if packet.size]
+            end = max(packet.pts + packet.duration for packet in packets)
+            seconds = float((end - decoded[0].pts) * packets[0].time_base)
+        self.metadata = SimpleNamespace(num_frames=len(decoded), average_fps=len(decoded) / seconds)
+
+    def get_frames_at(self, indices: list[int]) -> SimpleNamespace:
+        return SimpleNamespace(data=self.frames[indices].permute(0, 3, 1, 2))
+
+
+CLIPS = {  # and when their frames come, in tenths of a second
+    "even.mp4": odd_media.EVEN,
+    "gap.mp4": odd_media.GAP,
+    "gap.mkv": odd_media.GAP,
+    "slow_then_quick.mp4": [0, 10, 20, 30, 31, 32, 33, 34, 35],
+    "at_60_s.mkv": [600 + time for time in odd_media.GAP],
+}
+
+
+@pytest.mark.parametrize("name", [*CLIPS, "vfr.mp4"])
+def test_frames_of_files_are_those_of_qwen_vl_utils(name, tmp_path, monkeypatch):
+    """Of a variable rate, too: its own fetch_video, with the reader that it prefers."""
+    path = Path(__file__).resolve().parents[2] / "shared" / "cases" / "media" / name
+    if name in CLIPS:
+        path = odd_media.clip(name, CLIPS[name])(tmp_path)["video"]
+    elif not path.exists():
+        pytest.skip("the case is not here")
+    module = types.ModuleType("torchcodec.decoders")
+    module.VideoDecoder = Decoder
+    monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", module)
+    monkeypatch.setattr(vision_process, "get_video_reader_backend", lambda: "torchcodec")
+    theirs, metadata = vision_process.fetch_video({"type": "video", "video": str(path)}, return_video_metadata=True)
+    item = video_item(str(path))
+    with vision.open_video(item) as video:
+        indices = vision.plan_video(item, video, UNCAPPED)[0]
+        rate = video.average_fps
+    assert indices == metadata["frames_indices"]
+    assert rate == pytest.approx(metadata["fps"])
+    assert (rate < 6) == (name != "even.mp4"), "most come at 10 a second or more, and some a second apart"
+    ours = vision.frames_of(vision.load(item, UNCAPPED))
+    assert_close(ours.numpy(), theirs.numpy(), levels=1, share=0.001)
 
 
 def test_frame_sizes_are_those_of_qwen_vl_utils(monkeypatch):

@@ -96,7 +96,9 @@ def check_folder(name: str) -> None:
         if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise UserError(f"--model {name}: no model in this folder (config.json is missing){what_else(path)}")
     elif "\\" in name:
-        raise UserError(f"--model {name}: no such folder; '\\' is the separator of Windows, and '/' the one of this system")
+        raise UserError(
+            f"--model {name}: no such folder; '\\' is the separator of Windows, and '/' the one of this system"
+        )
     elif name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") > 1:
         there = next(parent for parent in Path(os.path.abspath(name)).parents if parent.exists())
         raise UserError(f"--model {name}: no such folder; what there is of its path is {there}")

@@ -3,8 +3,8 @@
 Of 16 bits the upper 8 are taken, as Pillow itself does with colours. Integers of 32 bits and floats have no range of
 their own, so nobody can say which value is white: they are taken where they lie within 0 to 255 already. A picture that
 would be seen nearly black so is refused with its range. Guessing a scale from one picture would make two pictures of
-different brightness the same, and whoever runs the model would have to guess likewise: qwen-vl-utils, transformers and
-vLLM call Pillow's `convert("RGB")`, which makes every grey above 255 white.
+different brightness the same, and whoever runs the model would have to guess likewise: qwen-vl-utils and transformers
+call Pillow's `convert("RGB")`, which makes every grey above 255 white.
 """
 
 import numpy as np
@@ -45,7 +45,7 @@ def problem_of(image: Image.Image, depth: str) -> str:
 
 
 def problem_of_16_bits(low: float, high: float, is_colour: bool) -> str:
-    """What would be lost with the lower 8 bits; "": little, or nothing as there is one value. Colours have lost them."""
+    """What would be lost with the lower 8 bits; "" for little, or where there is one value. Colours have lost them."""
     darkest = low if is_colour else int(low) >> 8
     brightest = high if is_colour else int(high) >> 8
     if low == high or (brightest >= NEARLY_BLACK and brightest - darkest >= NEARLY_ONE_GREY):

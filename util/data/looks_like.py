@@ -1,5 +1,6 @@
 """What a file is that no program can read as a picture or a video, from its first bytes, and what helps."""
 
+import os
 from contextlib import suppress
 from typing import BinaryIO
 
@@ -8,10 +9,10 @@ HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # brands
 A_VIDEO = "it is a video: write {'type': 'video', 'video': PATH}"
 
 
-def hint(file: str | BinaryIO) -> str:
+def hint(file: str | os.PathLike | BinaryIO) -> str:
     """What the file is and what to do, as a part of a message; "" where nothing is known or it cannot be read."""
     with suppress(OSError, ValueError):
-        if isinstance(file, str):
+        if not hasattr(file, "read"):
             with open(file, "rb") as opened:
                 return what_it_is(opened.read(FIRST_BYTES))
         file.seek(0)
