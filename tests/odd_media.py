@@ -219,8 +219,9 @@ def sound(name: str) -> Callable:
     def make(folder: Path) -> dict:
         with av.open(str(folder / name), "w") as file:
             stream = file.add_stream("pcm_s16le", rate=8000)
-            silence = np.zeros((1, 8000), np.int16)
-            file.mux(stream.encode(av.AudioFrame.from_ndarray(silence, format="s16", layout="mono")))
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+            silence.sample_rate = 8000
+            file.mux(stream.encode(silence))
             file.mux(stream.encode())
         return video(folder / name)
 

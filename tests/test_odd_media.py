@@ -21,7 +21,8 @@ def test_there_are_many_of_them():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.filterwarnings("error")  # a warning of a library would be printed for each file, without its name
+# A warning of a library would be printed for each file, without its name.
+@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 def test_odd_medium(case, processor, tmp_path):
     data = tmp_path / "data.json"
     data.write_text(json.dumps([entry(user([case.make(tmp_path), text("What?")]), assistant("It."))]))
@@ -38,6 +39,8 @@ def test_odd_medium(case, processor, tmp_path):
     if case.outcome == REFUSED:
         check_refusal(finding.problem, case, data)
         assert finding.size is None
+    if "one shape" in case.words:  # which is looked at once, before training
+        return
     with pytest.raises(DataError) as error:
         samples[0]
     check_refusal(str(error.value), case, data)

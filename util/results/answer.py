@@ -222,6 +222,8 @@ def answer_one(settings: Settings, model: str | None) -> None:
 
 def show_boxes(answer: str, images: list[dict], folder: Path) -> None:
     """Print the boxes of an answer, if it has any, in pixels of the image asked about, and draw them into `folder`."""
+    from PIL import Image
+
     from util import vision
     from util.data import boxes, fetch
 
@@ -231,7 +233,8 @@ def show_boxes(answer: str, images: list[dict], folder: Path) -> None:
         print("\nboxes: the answer does not say in which image they lie; in pixels of each:")
     for number, item in enumerate(images):
         (local,) = fetch.localise([item], fetch.FetchSettings())
-        image = vision.open_image(local["image"])
+        pixels = vision.to_tensor(vision.open_image(local["image"]), local["image"])
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())  # as the model saw it
         found = boxes.from_text(answer, *image.size)
         file = folder / (f"boxes_{number}.png" if len(images) > 1 else "boxes.png")
         folder.mkdir(parents=True, exist_ok=True)
