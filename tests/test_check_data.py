@@ -474,6 +474,43 @@ def test_good_data_is_described_and_forecast(check, folder):
     assert not (folder / "test_output").exists()
 
 
+@pytest.fixture
+def odd_pictures(folder) -> str:
+    """Good data, and one picture each: of 16 bits, of which a small part is used; of all 16 bits; moving; black."""
+    ramp = np.linspace(0, 1, 56 * 84).reshape(56, 84)
+    Image.fromarray((ramp * 4095).astype(np.uint16)).save(folder / "dark.png")
+    Image.fromarray((ramp * 65535).astype(np.uint16)).save(folder / "deep.png")
+    moving = [Image.fromarray((ramp * 255).astype(np.uint8) // (number + 1)) for number in range(3)]
+    moving[0].save(folder / "moving.gif", save_all=True, append_images=moving[1:])
+    Image.fromarray(np.full((56, 84), 63, np.uint8)).save(folder / "black.png")
+    names = ["dark.png", "deep.png", "moving.gif", "black.png"]
+    return write(folder, [*good(), *[asking(image(name), "?") for name in names]])
+
+
+def test_pictures_that_are_not_plain_are_said_by_the_check(check, odd_pictures, folder):
+    code, said = check(odd_pictures, "--decode")
+    assert code == 2
+    assert f"sample 6: {folder}/dark.png: its values are from 0 to 4,095, a small part of the 65,535 of 16 bits" in said
+    assert "save it as 8 bits, at training and at inference (docs/data.md, Pictures and videos that" in said
+    assert "deep images   1 are not of 8 bits" in said
+    assert f"sample 7: {folder}/deep.png (16 bits, values from 0 to 65,535)" in said
+    assert "first images  1 are the first of several in their files" in said
+    assert f"sample 8: {folder}/moving.gif\n" in said
+    assert "nearly black  1 images, in which no value is above 63 of 255" in said
+    assert f"sample 9: {folder}/black.png\n" in said
+    assert "1 samples cannot be trained on" in said
+
+
+def test_pictures_that_are_not_plain_are_said_by_the_plan(train, odd_pictures):
+    with pytest.raises(DataError, match="values are from 0 to 4,095"):
+        train(odd_pictures)
+    for start in ("read now", "read before, and kept"):
+        _, said = train(odd_pictures, on_bad_sample="skip", max_steps=1)
+        assert "deep images  1 are not of 8 bits" in said, start
+        assert "first images  1 are the first of several" in said, start
+        assert "left out: 1 not readable" in said, start
+
+
 def test_what_is_refused_is_named_with_exit_code_2(check, folder):
     data = write(folder, [*good(), *(entry for entry, _, _ in BAD), TOO_LONG])
     code, said = check(data, "--max_tokens", str(LONG))

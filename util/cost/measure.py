@@ -36,7 +36,7 @@ MOST_STRUCTURES = 4096  # of conversations, remembered at a time
 MOST_KEYS = 8  # unused keys that are told by name
 CUT = "end before their time, as their files are cut: what is there is trained on"  # after a number of videos
 # After a number of images:
-DEEP = "are not of 8 bits: of 16 the upper 8 are seen here, where other programs show white; save them as 8 bits"
+DEEP = "are not of 8 bits: of 16 the upper 8 are seen, where other programs show greys as white; save them as 8 bits"
 FIRST = "are the first of several in their files: the others are not seen (a moving GIF may be given as a video)"
 # Marks a text's place. It holds spaces, quotes and the like, which a template that edits texts would change.
 SLOT_TEXT = " \n\ue001aZ<&' {}\ue001\n "

@@ -139,9 +139,11 @@ def check(
     remedy = "No setting fits; use a smaller model, or several GPUs (./finetune_distributed.sh)"
     if ways:
         remedy = "Settings that fit:\n" + "\n".join(ways[:4])
+    has_patches = any(patches for _, patches, _ in survey.heaviest)
+    smaller = "Smaller images help too (--max_pixels)" if has_patches else "Shorter conversations help too"
     raise UserError(
         f"not enough memory on {device}: the run needs {needed / GIB:.1f} GiB ({parts_in_words(parts)}), "
-        f"{free / GIB:.1f} GiB are free.\n{remedy}\nSmaller images help too (--max_pixels). "
+        f"{free / GIB:.1f} GiB are free.\n{remedy}\n{smaller}. "
         "--no-check_memory goes ahead all the same."
     )
 
