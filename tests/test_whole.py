@@ -5,6 +5,7 @@ import json
 from fractions import Fraction
 
 import av
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -209,6 +210,19 @@ def test_a_cut_video_stays_one_in_the_cache(picture, tmp_path):
     assert first.cut
     assert again.cut
     assert first == again
+
+
+def test_what_is_said_of_an_image_is_said_from_the_cache(tmp_path):
+    from util.data.cache import FrameCache
+
+    pages = [Image.fromarray(np.linspace(0, 65535, 3136).astype(np.uint16).reshape(56, 56)) for _ in range(2)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    cache = FrameCache(tmp_path / "cache", 1)
+    item = {"type": "image", "image": str(tmp_path / "pages.tif")}
+    wanted = vision.Grid(1, 4, 4, deep=True, first=True)
+    for _ in range(2):
+        assert cache.load(item, Budget()).grid == cache.read_grid(item, Budget()) == wanted
+    assert cache.statistics()["hits"] == 1
 
 
 def test_lengths_that_are_left_open_or_odd_say_nothing():
