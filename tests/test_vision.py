@@ -634,11 +634,16 @@ def test_frames_of_files_are_those_of_qwen_vl_utils(name, tmp_path, monkeypatch)
     with vision.open_video(item) as video:
         indices = vision.plan_video(item, video, UNCAPPED)[0]
         rate = video.average_fps
-    assert indices == metadata["frames_indices"]
-    assert rate == pytest.approx(metadata["fps"])
-    assert (rate < 6) == (name != "even.mp4"), "most come at 10 a second or more, and some a second apart"
+        assert indices == metadata["frames_indices"]
+        assert rate == pytest.approx(metadata["fps"])
+        assert (rate < 6) == (name != "even.mp4"), "most come at 10 a second or more, and some a second apart"
+        frames = torch.stack(list(video.frames_at(indices)))
+    whole, _, _ = vision_process._read_video_torchcodec({"video": str(path)})
+    assert torch.equal(frames, whole), "before they are resized, bit for bit"
     ours = vision.frames_of(vision.load(item, UNCAPPED))
-    assert_close(ours.numpy(), theirs.numpy(), levels=1, share=0.001)
+    assert ours.shape == theirs.shape
+    # They resize in float32, we in uint8, which is rounded between rows and columns: hard edges are a few levels apart.
+    assert ((ours.int() - theirs.int()).abs() > 2).float().mean() < 0.001
 
 
 def test_frame_sizes_are_those_of_qwen_vl_utils(monkeypatch):

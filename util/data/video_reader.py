@@ -259,9 +259,14 @@ class VideoReader:
             self._pts = sorted(packet.pts for packet in packets if packet.is_shown and packet.pts >= first_pts[0])
         self._can_seek = self._pts[:2] == first_pts
         if self._can_seek:
+            shown = set(self._pts)
             span = self._pts[-1] - self._pts[0]
             mean_gap = Fraction(span, len(self) - 1) if span else 1 / (rate * self._time_base)
-            last_gap = packets[self._packet_number[self._pts[-1]]].duration or mean_gap
+            # Where frames are reordered and come at a variable rate, a frame before the last one may be said to end
+            # after it: FFmpeg takes durations from the order of decoding. torchcodec goes by the latest end, and so
+            # does qwen-vl-utils for the number of frames.
+            ends = [packet.pts + (packet.duration or 0) for packet in packets if packet.pts in shown]
+            last_gap = max(ends) - self._pts[-1] or mean_gap
         else:  # timestamps are absent, repeated or misleading: count the frames that come out, trust the frame rate
             self._pts = [number for number, _ in self._decode_everything()]
             self._time_base = 1 / rate
