@@ -19,6 +19,7 @@ for word in "$@"; do
     fi
 done
 source util/setup.sh requirements.txt
+source util/gpu.sh
 
 run() {
     echo "\$ $*"
@@ -34,13 +35,11 @@ interrupted() {
     fi
 }
 
-if [[ " $* " != *" --device cpu "* ]] && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || stop \
-        "nvidia-smi sees a GPU, but torch cannot use it: $("$python" -c 'import torch; print(f"torch {torch.__version__} is built for CUDA {torch.version.cuda}")')," \
-        "and the driver is $(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1). Update the driver, or install a torch built for it (pytorch.org)." \
-        "To train on the CPU all the same: ./finetune.sh --device cpu --model tiny"
+tool="$(tool_that_sees_a_gpu)"
+if [[ " $* " != *" --device cpu "* ]] && [ -n "$tool" ]; then
+    stop_unless_torch_sees_it "$tool" "To train on the CPU all the same: ./finetune.sh --device cpu --model tiny"
 elif [ $# -eq 0 ]; then
-    echo "No GPU here: running the demonstration. A small Qwen2-VL with random weights learns to see, in minutes on 2 cores."
+    echo "No GPU here that torch can train on: running the demonstration. A small Qwen2-VL with random weights learns to see, in minutes on 2 cores."
     run "$python" train_data/make_data.py --demonstration
     stopped="$(interrupted)"
     if [ -n "$stopped" ]; then

@@ -19,14 +19,16 @@ for word in "$@"; do
     fi
 done
 source util/setup.sh requirements.txt
+source util/gpu.sh
 
-gpus="$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)"
 usable="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
-if [ "$gpus" -gt 0 ] && [ "$usable" -eq 0 ] && [ -z "${CUDA_VISIBLE_DEVICES-unset}" ]; then
-    gpus=0 # they were hidden on purpose
+tool="$(tool_that_sees_a_gpu)"
+if [ -z "${CUDA_VISIBLE_DEVICES-unset}" ] || [ -z "${HIP_VISIBLE_DEVICES-unset}" ]; then
+    tool="" # the GPUs were hidden on purpose
 fi
-[ "$gpus" -eq 0 ] || [ "$usable" -gt 0 ] || stop \
-    "nvidia-smi sees $gpus GPU(s), but torch cannot use them: update the driver, or install a torch built for it (pytorch.org)."
+if [ -n "$tool" ] && [ "$usable" -eq 0 ]; then
+    stop_unless_torch_sees_it "$tool" "To run on the CPU all the same: CUDA_VISIBLE_DEVICES= ./finetune_distributed.sh"
+fi
 if [ "$usable" -eq 0 ]; then
     echo "No GPU here: 2 processes on the CPU."
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -37,7 +37,7 @@ def origin(
 def processor_name() -> str:
     """The CPU's name where Linux tells it, else its architecture."""
     information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 

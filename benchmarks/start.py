@@ -40,7 +40,7 @@ def write_data(folder: Path, count: int) -> Path:
 
     Image.new("RGB", (168, 112), "navy").save(folder / "image.png")
     file = folder / f"{count}.jsonl"
-    with open(file, "w") as rows:
+    with open(file, "w", encoding="utf-8") as rows:
         for number in range(count):
             question = [
                 {"type": "image", "image": "image.png"},
@@ -58,7 +58,7 @@ class FirstStepDone(Exception):
 
 def peak_megabytes(process: int | str) -> float:
     """The most memory a process has held."""
-    status = Path(f"/proc/{process}/status").read_text()
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
@@ -84,7 +84,7 @@ def start(data: str, output_dir: str, read: bool) -> None:
         figures["seconds"] = time.perf_counter() - began
         figures["cpu_seconds"] = time.process_time() - cpu_began
         figures["peak_megabytes"] = peak_megabytes("self")
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split()
         figures["worker_peak_megabytes"] = max(map(peak_megabytes, children), default=None)
         raise FirstStepDone
 

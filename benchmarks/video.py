@@ -396,7 +396,7 @@ def memory_of_sampling(path: str) -> dict | None:
         return None
     torch.set_num_threads(1)
     before = resident(status, "VmRSS")
-    reset.write_text("5")  # the peak starts again from here
+    reset.write_text("5", encoding="utf-8")  # the peak starts again from here
     began = time.perf_counter()
     medium = load({"type": "video", "video": path}, Budget())
     seconds = time.perf_counter() - began
@@ -413,7 +413,7 @@ def memory_of_sampling(path: str) -> dict | None:
 
 def resident(status: Path, name: str) -> float:
     """A size from /proc/self/status in MB (of a million bytes)."""
-    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024 / 1e6
 
 

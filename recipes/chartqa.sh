@@ -11,6 +11,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source util/setup.sh requirements-chartqa.txt
+source util/gpu.sh
 
 step() {
     echo
@@ -18,9 +19,11 @@ step() {
     "$@"
 }
 
+tool="$(tool_that_sees_a_gpu)"
+[ -z "$tool" ] || stop_unless_torch_sees_it "$tool"
 gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
 if [ "$gpus" -gt 0 ]; then
-    from="${FROM:-hub}" model="${MODEL:-Qwen/Qwen2-VL-7B-Instruct}" budget=()
+    from="${FROM:-hub}" model="${MODEL:-Qwen/Qwen2-VL-7B-Instruct}" budget=() # bash before 4.4 takes an empty one for unset
     recipe=(--quantize nf4 --lora_rank 8 --lora_alpha 16 --lora_dropout 0.05 --lora_targets q_proj v_proj
         --epochs 3 --global_batch_size 32 --micro_batch_size 4 --learning_rate 2e-4 --warmup_ratio 0.03
         --max_grad_norm 0.3 --activation_checkpointing full --eval_every 10 --eval_samples 64 --save_every 20)
@@ -38,7 +41,7 @@ fi
 [ "$from" = drawn ] && default_share=1 || default_share=0.1 # of val: it is asked many times
 data="${DATA:-train_data/chartqa}" run="${RUN:-train_output/chartqa}" output="${OUTPUT:-test_output/chartqa}"
 prepare=("$python" -m util chartqa --from "$from" --output_dir "$data" --seed "${SEED:-0}" --count "${COUNT:-4000}")
-ask=(--model "$model" --metrics relaxed_accuracy --max_new_tokens 64 --show 5 "${budget[@]}")
+ask=(--model "$model" --metrics relaxed_accuracy --max_new_tokens 64 --show 5 ${budget[@]+"${budget[@]}"})
 
 step "${prepare[@]}" --splits train --share "${SHARE:-1}"
 step "${prepare[@]}" --splits val --share "${VAL_SHARE:-$default_share}"
@@ -47,7 +50,7 @@ step "$python" test_on_official_model.py "${ask[@]}" --data "$data/test_plain.js
 step "$python" test_on_official_model.py "${ask[@]}" --data "$data/test.jsonl" --output_dir "$output"
 
 train=(--model "$model" --data "$data/train.jsonl" --eval_data "$data/val.jsonl" --eval_metrics relaxed_accuracy
-    "${budget[@]}" "${recipe[@]}" --output_dir "$run" --resume auto "$@")
+    ${budget[@]+"${budget[@]}"} "${recipe[@]}" --output_dir "$run" --resume auto "$@")
 if [ -f "$run/config.json" ] || [ -f "$run/adapter_config.json" ]; then
     echo
     echo "$run holds a finished run, which is used; RUN=... names another folder to train into"

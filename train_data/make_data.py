@@ -506,7 +506,7 @@ def make_demonstration(
     versions = [np.__version__, PIL.__version__, av.__version__]
     stamp = hashlib.sha256(Path(__file__).read_bytes() + json.dumps([settings, versions]).encode()).hexdigest() + "\n"
     stamps = [directory / "stamp.txt" for directory in (train_dir, test_dir)]
-    if all(file.exists() and file.read_text() == stamp for file in stamps):
+    if all(file.exists() and file.read_text(encoding="utf-8") == stamp for file in stamps):
         return False
 
     rare = dict.fromkeys(RARE_KINDS, (shapes + charts + videos) // 100)
@@ -520,7 +520,7 @@ def make_demonstration(
         with tempfile.TemporaryDirectory(prefix=f"{directory.name}_partial_", dir=directory.parent) as temporary:
             made = Path(temporary, "new")
             write(tqdm(samples, str(directory), len(kinds), unit=" samples"), made / "data.jsonl")
-            (made / "stamp.txt").write_text(stamp)
+            (made / "stamp.txt").write_text(stamp, encoding="utf-8")
             if directory.exists():
                 directory.rename(Path(temporary, "old"))
             made.rename(directory)

@@ -7,6 +7,8 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import inspect
+import io
 import json
 import os
 import re
@@ -163,6 +165,7 @@ def parse(
     `others`: from the flags that are given, the values of those that are not, where these are not the defaults.
     `parser`: one that `settings_parser` made; None: made here.
     """
+    tell_in_any_encoding()
     parser = parser or settings_parser(settings, description)
     fields = dataclasses.fields(settings)
     # argparse puts a default only where there is nothing yet
@@ -190,7 +193,7 @@ def settings_parser(settings: type, description: str, usage: str = USAGE) -> "Co
         formatter_class=partial(argparse.HelpFormatter, max_help_position=30),
         allow_abbrev=False,
     )
-    own = vars(settings)["__annotations__"]
+    own = inspect.get_annotations(settings)  # not those that it inherits
     # a dataclass has the fields that it inherits before its own
     fields = sorted(dataclasses.fields(settings), key=lambda item: item.name not in own)
     used = {item.metadata["group"] for item in fields}
@@ -285,8 +288,24 @@ class CollectingParser(argparse.ArgumentParser):
 
 def run_training(train: Callable, config) -> None:
     """Run a training script's main function, which a signal ends at once until it has something to save."""
+    refuse_windows(sys.argv[0])
     signals.listen_from_the_start()
     run_command(train, config)
+
+
+def refuse_windows(script: str) -> None:
+    """End a training on Windows with one line and exit code 2: it lacks the signals, locks and links that a run uses."""
+    if os.name == "nt":
+        name = os.path.basename(script)
+        end(f"{name}: does not train on Windows itself, but in its Linux: run `wsl --install`, then this there", 2)
+
+
+def tell_in_any_encoding() -> None:
+    """Let what is printed to a file or a terminal that is not UTF-8 never end the program: escapes take the place of
+    letters that the encoding lacks. Windows gives its old code pages to files and pipes, Linux ASCII to LC_ALL=C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run_command(command: Callable, *arguments, name: str = "") -> None:
@@ -294,6 +313,7 @@ def run_command(command: Callable, *arguments, name: str = "") -> None:
 
     `name`: what the message begins with; that of the script, if none is given.
     """
+    tell_in_any_encoding()
     # Threads of torch that wait for each other spin for microseconds and then sleep. OpenMP's own 300,000 turns take
     # the cores from other programs and, where those are busy, from the very threads that are waited for (see
     # benchmarks/busy.py). It is read when torch is imported.

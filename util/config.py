@@ -79,7 +79,7 @@ class Config(SampleSettings, FetchSettings, CacheSettings, MetricSettings, LoraS
         "auto", "precision of compute; auto: bfloat16 on a GPU that has it, else float32", group="model"
     )
     attention: Literal["auto", "varlen", "sdpa", "flash_attn"] = setting(
-        "auto", "packed attention; auto: varlen on a GPU, sdpa without one", group="model", harmless=True
+        "auto", "packed attention; auto: varlen on an NVIDIA GPU, else sdpa", group="model", harmless=True
     )
     device: str = setting("auto", "cuda, cuda:1, cpu; auto: the GPU where there is one", group="model", harmless=True)
 

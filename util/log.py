@@ -73,7 +73,7 @@ class Run:
         settings["launched_by"] = [socket.gethostname(), os.getppid()]  # a process that is started again finds its run
         try:
             (self.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (self.directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+            (self.directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             self.metrics = self.open_lines(METRICS, first_step)
             self.samples = self.open_lines(SAMPLES, first_step)
         except OSError as error:
@@ -93,8 +93,8 @@ class Run:
         path = self.directory / name
         known = read_lines(path) if first_step else []
         kept = [line for line in known if line["step"] <= first_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        return open(path, "a", buffering=1)
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        return open(path, "a", buffering=1, encoding="utf-8")
 
     def log_step(self, step: Step, values: dict, step_flops: float) -> None:
         """One optimizer step: a line in metrics.jsonl, its samples in samples.jsonl, and the bar."""

@@ -42,10 +42,16 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: not a device; use cuda, cuda:1 or cpu") from None
+    if device.type == "mps":
+        raise UserError(
+            f"--device {name}: Apple's GPU has no float64, in which the loss of a step is added up, and no kernel for "
+            "packed attention; use --device cpu, or a machine with an NVIDIA GPU"
+        )
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"--device {name}: not tested here; use cuda or cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch {torch.__version__} sees no GPU (`nvidia-smi` shows the driver)")
+        tool = "rocm-smi" if torch.version.hip else "nvidia-smi"
+        raise UserError(f"--device {name}: torch {torch.__version__} sees no GPU (`{tool}` shows the driver)")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
     if device.type == "cuda":
@@ -63,10 +69,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The packed attention backend: `auto` is varlen on a GPU in 16 bits, else sdpa. Raises UserError."""
+    """The packed attention backend: `auto` is varlen on an NVIDIA GPU in 16 bits, else sdpa. Raises UserError."""
     fits = device.type == "cuda" and dtype == torch.bfloat16
     if name == "auto":
-        name = "varlen" if fits else "sdpa"
+        # sdpa is exact everywhere; what varlen gives on AMD's GPUs was never compared with it
+        name = "varlen" if fits and not torch.version.hip else "sdpa"
     elif name != "sdpa" and not fits:
         raise UserError(f"--attention {name} needs a GPU and --dtype bfloat16; use --attention sdpa")
     attention.check_backend(name)

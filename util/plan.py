@@ -52,14 +52,22 @@ def print_plan(
 
 def of_the_model(config: Config, path: str, device: torch.device, dtype: torch.dtype, counts: dict) -> dict[str, str]:
     total = sum(counts[part] for part in PARTS)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {
         "model": f"{relative(Path(path)) if Path(path).exists() else path}, {total / 1e6:,.2f} M parameters",
         "parts": ", ".join(part_in_words(part, config, counts) for part in PARTS),
-        "device": f"{name}, {free_bytes(device) / GIB:.1f} GiB free",
+        "device": f"{device_in_words(device)}, {free_bytes(device) / GIB:.1f} GiB free",
         "precision": f"{precision_in_words(config, device, dtype)}; "
         f"attention {choose_attention(config.attention, device, dtype)}",
     }
+
+
+def device_in_words(device: torch.device) -> str:
+    """`NVIDIA H100 80GB HBM3`, `CPU, 2 threads`; and where a reader would expect something else, what is so."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return f"{name} by ROCm {torch.version.hip}, which is not tested" if torch.version.hip else name
+    threads = f"CPU, {torch.get_num_threads()} threads"
+    return f"{threads} (Apple's GPU is not used)" if torch.backends.mps.is_available() else threads
 
 
 def part_in_words(part: str, config: Config, counts: dict) -> str:

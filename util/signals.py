@@ -19,7 +19,9 @@ from pathlib import Path
 
 from util.run_folder import written_whole
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: the notice of preemption that schedulers send
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+if hasattr(signal, "SIGUSR1"):  # the notice of preemption that schedulers send; Windows has none
+    SIGNALS.append(signal.SIGUSR1)
 STARTING = "before training began; nothing was written"
 
 workers: weakref.WeakSet = weakref.WeakSet()  # the data workers of this process
@@ -29,7 +31,13 @@ moment = STARTING  # where the run is, for the line that a signal ends it with
 @contextmanager
 def kept_from_children() -> Iterator[None]:
     """Processes started meanwhile never get one of these signals: they inherit the mask, forked, spawned or by a fork
-    server, before a line of theirs runs. What arrives here meanwhile is delivered at the end."""
+    server, before a line of theirs runs. What arrives here meanwhile is delivered at the end.
+
+    Windows has no such mask: a Ctrl-C there reaches all processes of the console.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
     if "multiprocessing.context" in sys.modules:
         from multiprocessing import get_start_method, resource_tracker
 
@@ -90,7 +98,7 @@ def was_asked() -> str:
     folder = launch_folder()
     if folder is None or not (folder / "asked").exists():
         return ""
-    return (folder / "asked").read_text()
+    return (folder / "asked").read_text(encoding="utf-8")
 
 
 def leave_word(text: str, code: int) -> None:

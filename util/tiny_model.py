@@ -69,14 +69,14 @@ def make_tiny_model(directory: Path | None = None, seed: int = 0) -> Path:
     sources = Path(__file__).read_bytes() + TEXTS.read_bytes() + f"{transformers.__version__} {seed}".encode()
     stamp = hashlib.sha256(sources).hexdigest()
     stamp_file = directory / "made_from.txt"
-    if stamp_file.exists() and stamp_file.read_text() == stamp:
+    if stamp_file.exists() and stamp_file.read_text(encoding="utf-8") == stamp:
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".tiny_model_", dir=directory.parent))
     processor = make_processor(conversation_texts(TEXTS))
     processor.save_pretrained(unfinished)
     make_model(processor.tokenizer, seed).save_pretrained(unfinished)
-    (unfinished / "made_from.txt").write_text(stamp)
+    (unfinished / "made_from.txt").write_text(stamp, encoding="utf-8")
     if directory.exists():
         shutil.rmtree(directory)
     try:

@@ -2,9 +2,9 @@
 
 import dataclasses
 import itertools
+import math
 import os
 import re
-import resource
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -179,14 +179,19 @@ def parts_in_words(parts: dict[str, float]) -> str:
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes that this process can still allocate on the device; processes on one CPU machine share what is free."""
+def free_bytes(device: torch.device) -> float:
+    """Bytes that this process can still allocate on the device; processes on one CPU machine share what is free.
+
+    Infinite on Windows, where Python does not tell and nothing is trained.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        with open("/proc/meminfo") as file:
+        with open("/proc/meminfo", encoding="utf-8") as file:
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except OSError:  # not Linux: all memory that the machine has
+        if not hasattr(os, "sysconf"):
+            return math.inf
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
@@ -195,8 +200,10 @@ def peak_bytes(device: torch.device) -> int:
     """The most bytes this process has held: on a GPU by torch's count, on a CPU the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # Windows has none; nothing that runs there asks for this
+
     # The kernel's VmHWM counts this program alone; ru_maxrss may be the peak of a larger process that started it.
     status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
+    if status.exists() and (found := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)):
         return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

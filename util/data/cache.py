@@ -6,7 +6,6 @@ changes, another name is asked for.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +26,11 @@ from util.command_line import UserError
 
 if TYPE_CHECKING:
     from util.vision import Budget, Grid, Medium
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, where the folder is refused
+    fcntl = None  # type: ignore[assignment]
 
 VERSION = 3  # raise it when vision.py or video_reader.py make other pixels of the same file and settings
 MAGIC = b"patches\0"
@@ -53,6 +57,8 @@ class FrameCache:
     def __init__(self, directory: str | Path, max_gib: float, url_identity: Callable | None = None) -> None:
         import torch
 
+        if fcntl is None:
+            raise UserError(f"--cache_dir {directory}: needs locks on files that Windows lacks; leave it out there")
         if not max_gib > 0:
             raise UserError(f"--cache_max_gib {max_gib}: must be above 0")
         self.directory = Path(os.path.abspath(os.path.expanduser(directory)))

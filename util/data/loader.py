@@ -30,12 +30,12 @@ class Loader(DataLoader):
         """torch's iterator, its workers started out of reach of signals."""
         if not signals.is_main_thread():
             return super().__iter__()
-        before = signal.getsignal(signal.SIGCHLD)
+        before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None  # Windows has none
         others = set(active_children())
         with signals.kept_from_children():
             batches = super().__iter__()
         signals.workers.update(set(active_children()) - others)
-        if before is not None:  # None: not set from Python
+        if before is not None:  # None: not there, or not set from Python
             signal.signal(signal.SIGCHLD, before)
         return batches
 

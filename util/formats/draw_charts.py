@@ -175,7 +175,7 @@ def draw_dataset(
     code = Path(__file__).read_bytes()
     stamp = hashlib.sha256(code + json.dumps(made_from).encode()).hexdigest() + "\n"
     stamp_file = folder / "stamp.txt"
-    if stamp_file.exists() and stamp_file.read_text() == stamp:
+    if stamp_file.exists() and stamp_file.read_text(encoding="utf-8") == stamp:
         return False
     if folder.exists() and any(folder.iterdir()) and not stamp_file.exists():
         raise UserError(f"{folder}: holds files of another origin, where charts would be drawn; move it away")
@@ -185,7 +185,7 @@ def draw_dataset(
         made = Path(temporary, "new")
         for number, (split, count) in enumerate(counts.items()):
             draw_split(made / split, count, (seed, number), scale, kinds, seen)
-        (made / "stamp.txt").write_text(stamp)
+        (made / "stamp.txt").write_text(stamp, encoding="utf-8")
         if folder.exists():
             folder.rename(Path(temporary, "old"))
         made.rename(folder)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from util import signals
+from util.command_line import refuse_windows
 from util.config import parse_arguments
 from util.run_folder import relative
 
@@ -63,6 +64,7 @@ def main() -> None:
     if SCRIPT in arguments:
         sys.argv[0] = SCRIPT  # the flags are those of the script, so a message about them bears its name
         parse_arguments("", arguments[arguments.index(SCRIPT) + 1 :])
+    refuse_windows(SCRIPT)
     folder = os.environ["LAUNCH_FOLDER"] = tempfile.mkdtemp(prefix="launch_")
     for number in signals.SIGNALS:
         signal.signal(number, pass_on)
@@ -121,7 +123,7 @@ def pass_on(number: int, frame: object) -> None:
         end_now("stopped by SIGINT for the second time; what was not saved is lost", 130)
     if not asked:
         asked = name
-        (signals.launch_folder() / "asked").write_text(name)  # for ranks that are only being started
+        (signals.launch_folder() / "asked").write_text(name, encoding="utf-8")  # for ranks that are only being started
     if not ranks:
         end_now(*ended_at_start(name))
     for rank in ranks:
@@ -133,7 +135,7 @@ def children() -> list[int]:
     """The processes that this one has started."""
     found = []
     for task in Path("/proc/self/task").iterdir():
-        found += map(int, (task / "children").read_text().split())
+        found += map(int, (task / "children").read_text(encoding="utf-8").split())
     return found
 
 

@@ -50,7 +50,7 @@ class Beside:
         otherwise: str | None = None,
     ) -> None:
         self.say, self.patience, self.otherwise = say, patience, otherwise
-        errors = open(log, "a") if isinstance(log, Path) else log
+        errors = open(log, "a", encoding="utf-8") if isinstance(log, Path) else log
         # It gets a session of its own, because a Ctrl-C is for the training, which tells it when to end, and because
         # a session can be killed with everything that was started in it.
         # It must not take itself for a rank of the job, which would end with it if it failed.
@@ -90,7 +90,7 @@ class Training:
     """The training, as a program that runs beside it sees it: whether it has ended, and a line to its user."""
 
     def __init__(self) -> None:
-        self._told = os.fdopen(os.dup(1), "w", buffering=1)
+        self._told = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
         os.dup2(2, 1)  # what libraries print goes to the log, and not to the user
         self.has_ended = False
 

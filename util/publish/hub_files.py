@@ -43,7 +43,7 @@ def stage(run: Path, model: Path, step: int | None, repository: str, folder: Pat
     lines = read_metrics(run)
     if step is not None and lines:
         lines = [line for line in lines if line["step"] <= step]
-        (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     card = model_card(read_settings(run), lines, "adapter_config.json" in names, repository)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

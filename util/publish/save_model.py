@@ -73,9 +73,10 @@ def write_published(model: nn.Module, weights: dict[str, torch.Tensor], processo
     size = image["size"]
     older = {**image, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
     older["processor_class"] = "Qwen2VLProcessor"
-    (unfinished / "preprocessor_config.json").write_text(json.dumps(older, indent=2) + "\n")
+    (unfinished / "preprocessor_config.json").write_text(json.dumps(older, indent=2) + "\n", encoding="utf-8")
     template = {"chat_template": processor.chat_template}
-    (unfinished / "chat_template.json").write_text(json.dumps(template, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(template, indent=2, ensure_ascii=False) + "\n"
+    (unfinished / "chat_template.json").write_text(text, encoding="utf-8")
     # The config comes last: where it is, all other files are
     for file in sorted(unfinished.iterdir(), key=lambda file: file.name in ("config.json", "adapter_config.json")):
         file.replace(directory / file.name)

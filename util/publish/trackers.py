@@ -257,7 +257,7 @@ def new_state() -> dict:
 
 def read_state(path: Path) -> dict:
     with suppress(OSError, ValueError):
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     return new_state()
 
 

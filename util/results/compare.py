@@ -94,7 +94,8 @@ def compare(files: list[str], metric: str, out: str | None) -> str:
             figures[group][column.name] = {"score": mean(own), "interval": confidence_interval(own)}
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps({"metric": metric, "files": files, **figures}, indent=1) + "\n")
+        text = json.dumps({"metric": metric, "files": files, **figures}, indent=1) + "\n"
+        Path(out).write_text(text, encoding="utf-8")
     return "\n".join([table(rows), "In brackets: 95 % confidence intervals of the mean over questions."])
 
 
