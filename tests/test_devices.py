@@ -9,8 +9,9 @@ from util.attention import Segments
 from util.command_line import UserError
 from util.config import Config
 from util.cost import flops
-from util.model import choose_device
+from util.model import choose_attention, choose_device
 from util.parallel import distributed
+from util.plan import device_in_words
 
 # Names as nvidia-smi prints them; dense bf16 TFLOP/s of NVIDIA's datasheets (their figures with sparsity, halved).
 PEAKS = {
@@ -88,3 +89,39 @@ def test_lengths_are_known_without_the_device():
         assert segments.lengths == segments.cu_seqlens.diff().tolist()
         assert segments.to(torch.device("meta")).lengths == lengths
         assert all(one != other for (_, one), (_, other) in itertools.pairwise(segments.runs))
+
+
+# ---- what is no NVIDIA GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mps", "mps:0"])
+def test_apple_s_gpu_is_refused_with_the_reason(name):
+    with pytest.raises(UserError, match=rf"--device {name}: Apple's GPU has no float64.*; use --device cpu"):
+        choose_device(name)
+
+
+def test_the_plan_of_a_mac_says_that_its_gpu_is_not_used(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert device_in_words(torch.device("cpu")) == "CPU, 8 threads"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert device_in_words(choose_device("auto")) == "CPU, 8 threads (Apple's GPU is not used)"
+
+
+def test_a_gpu_under_rocm_is_named_as_untested_and_attends_exactly(two_gpus, monkeypatch):
+    """torch calls AMD's GPUs "cuda". The variable-length kernel was never compared there, sdpa is exact anywhere."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
+    device = choose_device("auto")
+    assert device_in_words(device) == "AMD Instinct MI300X"
+    assert choose_attention("auto", device, torch.bfloat16) == "varlen"
+    monkeypatch.setattr(torch.version, "hip", "7.2.1")
+    assert device_in_words(device) == "AMD Instinct MI300X by ROCm 7.2.1, which is not tested"
+    assert choose_attention("auto", device, torch.bfloat16) == "sdpa"
+    assert choose_attention("varlen", device, torch.bfloat16) == "varlen"
+    assert flops.peak_flops(device) is None
+
+
+def test_a_gpu_that_is_not_there_is_told_with_the_tool_of_its_maker(monkeypatch):
+    for version, tool in ((None, "nvidia-smi"), ("7.2.1", "rocm-smi")):
+        monkeypatch.setattr(torch.version, "hip", version)
+        with pytest.raises(UserError, match=f"sees no GPU .`{tool}` shows the driver"):
+            choose_device("cuda")

@@ -30,7 +30,7 @@ sched_getscheduler sched_setaffinity sched_yield sendfile setegid seteuid setgid
 setuid setxattr statvfs sync sysconf sysconf_names tcgetpgrp tcsetpgrp ttyname uname wait wait3 wait4 waitid writev
 O_CLOEXEC O_DIRECTORY O_DSYNC O_NOATIME O_NOCTTY O_NOFOLLOW O_NONBLOCK O_PATH O_SYNC O_TMPFILE EX_OK WEXITSTATUS
 WIFEXITED WIFSIGNALED WNOHANG WTERMSIG
-""".split()
+"""
 
 
 def without(module: types.ModuleType, names: set[str]) -> types.ModuleType:
@@ -42,7 +42,7 @@ def without(module: types.ModuleType, names: set[str]) -> types.ModuleType:
 
 known = {name for name in vars(signal) if not name.startswith("_")}
 ON_WINDOWS = {
-    "os": without(os, set(NOT_IN_OS)),
+    "os": without(os, set(NOT_IN_OS.split())),
     "signal": without(signal, known - SIGNALS - SIGNAL_FUNCTIONS),
 }
 ON_WINDOWS["os"].name = "nt"
