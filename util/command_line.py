@@ -294,7 +294,7 @@ def run_training(train: Callable, config) -> None:
 
 
 def refuse_windows(script: str) -> None:
-    """End a training on Windows with one line and exit code 2: it lacks the signals, locks and links that a run uses."""
+    """End a training on Windows with one line and exit code 2: it lacks the signals, locks and links of a run."""
     if os.name == "nt":
         name = os.path.basename(script)
         end(f"{name}: does not train on Windows itself, but in its Linux: run `wsl --install`, then this there", 2)

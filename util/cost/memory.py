@@ -200,10 +200,11 @@ def peak_bytes(device: torch.device) -> int:
     """The most bytes this process has held: on a GPU by torch's count, on a CPU the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # Windows has none; nothing that runs there asks for this
-
     # The kernel's VmHWM counts this program alone; ru_maxrss may be the peak of a larger process that started it.
     status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)):
+    text = status.read_text(encoding="utf-8") if status.exists() else ""
+    if found := re.search(r"^VmHWM:\s*(\d+) kB", text, re.MULTILINE):
         return int(found[1]) * 1024
+    import resource  # not at the top: Windows has none, and asks for no peak
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
