@@ -50,7 +50,7 @@ def train(name: str, model: str, data: Path, steps: int, folder: Path, flags: li
     seconds = run("finetune.py", "--model", model, "--data", str(data), "--output_dir", str(folder / name),
                   "--epochs", "999", "--max_steps", str(steps), "--global_batch_size", "32", *BUDGET,
                   *flags)  # fmt: skip
-    last = json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     return {"steps": steps, "seconds": round(seconds, 1), "loss": round(last["loss"], 4), "flags": flags}
 
 
@@ -95,7 +95,7 @@ def main() -> None:
             runs[row] = train(row, str(base), data, arguments.steps, folder, ROWS[row])
         files = {row: ask(row, base, test, folder) for row in ("base", *arguments.rows)}
         table = compare([f"{row}={file}" for row, file in files.items()], "relaxed_accuracy", str(folder / "scores"))
-        scores = json.loads((folder / "scores").read_text())
+        scores = json.loads((folder / "scores").read_text(encoding="utf-8"))
     print(table)
     result = {
         **origin("chartqa_tiny.py", sys.argv[1:]),

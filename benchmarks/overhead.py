@@ -30,7 +30,7 @@ def train(script: str, steps: int, settings: list[str], folder: Path, **variable
                "--output_dir", str(folder / script), *settings]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **variables}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    lines = [json.loads(line) for line in (folder / script / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / script / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds = [line["step_seconds"] for line in lines if "loss" in line]
     return statistics.median(seconds[len(seconds) // 5 :])
 

@@ -46,5 +46,5 @@ def write_result(result: dict, out: Path | None) -> None:
     line = json.dumps(result)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(line + "\n")
+        out.write_text(line + "\n", encoding="utf-8")
     print(line)

@@ -281,7 +281,7 @@ def fewest_micro_batches(
 
 @cache
 def dealt_imbalance() -> dict[tuple[int, int], float]:
-    rows = json.loads((ROOT / "benchmarks" / "results" / "balance.json").read_text())["rows"]
+    rows = json.loads((ROOT / "benchmarks" / "results" / "balance.json").read_text(encoding="utf-8"))["rows"]
     return {(row["ranks"], row["samples_per_rank"]): row["dealt_mean"] for row in rows}
 
 

@@ -120,7 +120,7 @@ def describe_model(own: argparse.Namespace) -> tuple[Qwen2VLConfig, object]:
         )
     processor = load_processor(str(REFERENCE))
     if own.size != "tiny":
-        return cut(Qwen2VLConfig.from_dict(json.loads(file.read_text())), own.layers), processor
+        return cut(Qwen2VLConfig.from_dict(json.loads(file.read_text(encoding="utf-8"))), own.layers), processor
     with torch.device("meta"):
         model_config = make_model(processor.tokenizer, seed=0).config
     model_config.text_config.vocab_size = OFFICIAL_VOCABULARY
@@ -182,7 +182,7 @@ def make_data(directory: Path, own: argparse.Namespace, count: int, seed: int) -
         answer = [{"type": "text", "text": words(most_words)}]
         samples.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
     path = directory / "data.json"
-    path.write_text(json.dumps(samples))
+    path.write_text(json.dumps(samples), encoding="utf-8")
     return path
 
 

@@ -108,7 +108,7 @@ def packed_batch(run: Path) -> Image.Image:
 
 def first_batch(run: Path) -> Batch:
     """The samples of a run's first optimizer step as one packed batch."""
-    settings = json.loads((run / "training_config.json").read_text())
+    settings = json.loads((run / "training_config.json").read_text(encoding="utf-8"))
     processor = load_processor(str(run))
     examples = Examples(settings["data"], processor)
     samples = Samples(examples, processor, Budget.of(settings))
@@ -226,7 +226,7 @@ SMOOTHED_OVER = 20  # steps
 
 def loss_curve(run: Path) -> Image.Image:
     """The loss of each step in `metrics.jsonl`, and its running mean, on a logarithmic axis."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = np.array([line["loss"] for line in lines if "loss" in line])
     steps = np.arange(1, len(losses) + 1)
     mean = np.convolve(losses, np.ones(SMOOTHED_OVER) / SMOOTHED_OVER, mode="valid")
