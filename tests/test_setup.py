@@ -57,8 +57,14 @@ def test_missing_venv_module_is_named_with_the_command_that_adds_it(machine):
     assert not (machine.home / ".venv").exists()
 
 
+def has_only_an_old_python(machine, version: str) -> None:
+    machine.program("python3", f'case "$*" in --version) echo Python {version};; *) exit 1;; esac')
+    for minor in range(11, 15):  # as a manager of Pythons puts them on PATH: names for which it has none
+        machine.program(f"python3.{minor}", "exit 127")
+
+
 def test_an_old_python_is_named(machine):
-    machine.program("python3", 'case "$*" in --version) echo Python 3.9.2;; *) exit 1;; esac')
+    has_only_an_old_python(machine, "3.9.2")
     code, printed = machine("finetune.sh")
     assert code == 1
     assert "Python 3.9.2 is too old: Python 3.11 or newer is needed" in printed
@@ -222,7 +228,7 @@ def test_an_environment_that_was_removed_is_named(machine, tmp_path):
 
 def test_a_newer_python_beside_an_old_python3_is_taken(machine):
     """As on Ubuntu 22.04 and Red Hat 9."""
-    machine.program("python3", 'case "$*" in --version) echo Python 3.9.2;; *) exit 1;; esac')
+    has_only_an_old_python(machine, "3.9.2")
     machine.program("python3.12", FAKE_PYTHON.format(code=0))
     code, printed = machine(*WHICH)
     assert code == 0, printed
@@ -244,7 +250,7 @@ def test_git_bash_on_windows_is_told_of_wsl(script, machine):
 
 def test_a_mac_is_told_how_it_gets_python(machine):
     machine.program("uname", "echo Darwin")
-    machine.program("python3", 'case "$*" in --version) echo Python 3.9.6;; *) exit 1;; esac')  # Apple's own
+    has_only_an_old_python(machine, "3.9.6")  # Apple's own
     code, printed = machine("finetune.sh")
     assert code == 1
     assert "Python 3.9.6 is too old" in printed

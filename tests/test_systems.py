@@ -109,7 +109,7 @@ def chinese(tmp_path_factory, picture):
 
 @pytest.fixture(scope="module")
 def converted(chinese):
-    done = on_windows("-m", "util", "convert", chinese / "llava.json", "--out", chinese / "data.jsonl")
+    done = on_windows("-m", "util", "convert", chinese / "llava.json", chinese / "data.jsonl")
     assert done.returncode == 0, done.stderr
     return chinese / "data.jsonl"
 
