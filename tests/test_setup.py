@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,20 +18,14 @@ def machine(tmp_path):
     home, programs = tmp_path / "project", tmp_path / "programs"
     (home / "util").mkdir(parents=True)
     programs.mkdir()
-    for name in (
-        "finetune.sh",
-        "finetune_distributed.sh",
-        "run_tests.sh",
-        "requirements.txt",
-        "requirements-dev.txt",
-        "util/setup.sh",
-        "util/gpu.sh",
-    ):
+    for name in ("finetune.sh", "finetune_distributed.sh", "run_tests.sh", "requirements.txt", "requirements-dev.txt",
+                 "util/setup.sh", "util/gpu.sh"):  # fmt: skip
         shutil.copy(ROOT / name, home / name)
 
     def run(*words: str, programs_only: bool = False, **environment: str) -> tuple[int, str]:
         path = str(programs) if programs_only else f"{programs}:/usr/bin:/bin"
-        ours = ("PYTHON", "VIRTUAL_ENV", "PYTHONPATH", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "STARTED_IN")
+        ours = ("PYTHON", "VIRTUAL_ENV", "PYTHONPATH", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "STARTED_IN",
+                "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # fmt: skip
         clean = {k: v for k, v in os.environ.items() if k not in ours}
         done = subprocess.run(["/bin/bash", *words], cwd=home, env={**clean, "PATH": path, **environment},
                               capture_output=True, text=True, timeout=120)  # fmt: skip
@@ -89,13 +82,6 @@ def test_a_python_that_is_not_there_is_named(machine):
 
 WHICH = ("-c", "set -euo pipefail; source util/setup.sh requirements.txt; echo took $python")
 MADE_BY_UV = "implementation = CPython\nuv = 0.13.9\n"  # in the pyvenv.cfg that uv 0.13.9 writes
-TORCH = """
-class cuda:
-    is_available = lambda: {seen}
-class version:
-    cuda, hip = None, "7.2.1"
-__version__ = "2.14.1+rocm7.2"
-"""
 
 
 def make_environment(folder: Path, complete: bool, cfg: str = "") -> Path:
@@ -294,9 +280,13 @@ def test_a_gpu_that_torch_cannot_use_stops_the_run(machine):
     assert code == 1
     assert "nvidia-smi sees a GPU, but torch cannot use it" in printed
     assert "the driver is 470.57.02" in printed
-    code, printed = machine("finetune_distributed.sh", PYTHON=sys.executable)
+
+
+def test_so_it_does_on_many_gpus(machine, environment_with_torch):
+    machine.program("nvidia-smi", 'case "$*" in -L) echo "GPU 0: NVIDIA H100";; *) echo 470.57.02;; esac')
+    code, printed = machine("finetune_distributed.sh", PYTHON=environment_with_torch("13.0", None, gpus=0))
     assert code == 1
-    assert "nvidia-smi sees a GPU, but torch cannot use it" in printed
+    assert "nvidia-smi sees a GPU, but torch cannot use it: torch 2.14.1 is built for CUDA 13.0" in printed
 
 
 # What these two print of one GPU, by AMD's own pages.
@@ -315,14 +305,37 @@ GPU: 0
 }
 
 
+TORCH = """
+__version__ = "2.14.1"
+class version:
+    cuda, hip = {cuda!r}, {hip!r}
+class cuda:
+    is_available = lambda: {gpus} > 0
+    device_count = lambda: {gpus}
+"""
+
+
+@pytest.fixture
+def environment_with_torch(tmp_path):
+    """A function that makes an environment whose torch says of itself what is given; its Python."""
+
+    def make(cuda: str | None, hip: str | None, gpus: int) -> str:
+        environment = make_environment(tmp_path / "with torch", complete=True)
+        (site,) = environment.glob("lib/python*/site-packages")
+        (site / "torch.py").write_text(TORCH.format(cuda=cuda, hip=hip, gpus=gpus), encoding="utf-8")
+        return str(environment / "bin/python")
+
+    return make
+
+
 @pytest.mark.parametrize("script", ["finetune.sh", "finetune_distributed.sh"])
 @pytest.mark.parametrize("tool", AMD_TOOLS)
-def test_an_amd_gpu_that_torch_cannot_use_stops_the_run(tool, script, machine):
+def test_an_amd_gpu_that_torch_cannot_use_stops_the_run(tool, script, machine, environment_with_torch):
     """A torch from the usual index is built for CUDA. It must not train on the CPU without a word."""
     machine.program(tool, f"cat <<'END'\n{AMD_TOOLS[tool]}\nEND")
-    code, printed = machine(script, PYTHON=sys.executable)
+    code, printed = machine(script, PYTHON=environment_with_torch("13.0", None, gpus=0))
     assert code == 1
-    assert f"{tool} sees a GPU, but torch cannot use it: torch {torch.__version__} is built for CUDA" in printed
+    assert f"{tool} sees a GPU, but torch cannot use it: torch 2.14.1 is built for CUDA 13.0, ROCm None." in printed
     install = "--force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/rocm"
     assert install in printed
     assert "on the CPU all the same" in printed
@@ -334,19 +347,16 @@ def test_amd_s_tools_without_a_gpu_stop_nothing(demonstration, machine):
     assert "--model tiny" in demonstration()
 
 
-@pytest.mark.parametrize("seen", [True, False])
-def test_a_torch_for_rocm_trains_or_says_what_it_lacks(seen, machine, tmp_path):
-    environment = make_environment(tmp_path / "environment", complete=True)
-    (site,) = environment.glob("lib/python*/site-packages")
-    (site / "torch.py").write_text(TORCH.format(seen=seen), encoding="utf-8")
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_torch_for_rocm_trains_or_says_what_it_lacks(gpus, machine, environment_with_torch):
+    python = environment_with_torch(None, "7.2.1", gpus)
     machine.program("rocm-smi", f"cat <<'END'\n{AMD_TOOLS['rocm-smi']}\nEND")
-    _, printed = machine("finetune.sh", VIRTUAL_ENV=str(environment))
-    if seen:
-        assert f"$ {environment}/bin/python finetune.py\n" in printed
+    _, printed = machine("finetune.sh", PYTHON=python)
+    if gpus:
+        assert f"$ {python} finetune.py\n" in printed
     else:
         assert (
-            "rocm-smi sees a GPU, but torch cannot use it: torch 2.14.1+rocm7.2 is built for CUDA None, ROCm 7.2.1"
-            in printed
+            "rocm-smi sees a GPU, but torch cannot use it: torch 2.14.1 is built for CUDA None, ROCm 7.2.1." in printed
         )
         assert "sudo usermod -aG render,video $USER" in printed
         assert "index-url" not in printed
