@@ -173,6 +173,10 @@ class JsonLines(Sequence):
             begin = end
 
     def _read(self, start: int, end: int) -> bytes:
+        if not hasattr(os, "pread"):  # Windows: opened for each read, as threads would move a shared position
+            with open(self.file, "rb") as file:
+                file.seek(int(start))
+                return file.read(int(end - start))
         if self.descriptor is None:
             self.descriptor = os.open(self.file, os.O_RDONLY)
         return os.pread(self.descriptor, int(end - start), int(start))
