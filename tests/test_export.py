@@ -66,7 +66,7 @@ def test_a_run_in_bfloat16_is_exported_in_bfloat16(tiny_path, tmp_path):
     for name in ("model.safetensors", "config.json"):
         assert filecmp.cmp(run / name, tmp_path / "out" / name, shallow=False), name
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert {config["dtype"], config["text_config"]["dtype"], config["vision_config"]["dtype"]} == {"bfloat16"}
+    assert {config["dtype"], config["torch_dtype"], config["vision_config"]["dtype"]} == {"bfloat16"}
 
 
 def test_weights_that_are_read_in_several_parts_are_the_same(run, tmp_path, monkeypatch):

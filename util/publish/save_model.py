@@ -1,6 +1,5 @@
 """The model that a run leaves, in the published format: plain transformers opens it, and peft the adapters."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from util.adapters import lora
 from util.cost import disk
 from util.loss import PackedLoss
 from util.model import set_budget
+from util.publish.published_files import write_as_published
 from util.tensors import trained_parameters
 
 UNFINISHED = ".unfinished_model"
@@ -68,15 +68,7 @@ def write_published(model: nn.Module, weights: dict[str, torch.Tensor], processo
             config.dtype = next(iter(weights.values())).dtype  # save_pretrained wrote that of the model in training
         model.config.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
-    # transformers before 5, vLLM and others read these two instead of processor_config.json and chat_template.jinja
-    image = json.loads(processor.image_processor.to_json_string())
-    size = image["size"]
-    older = {**image, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-    older["processor_class"] = "Qwen2VLProcessor"
-    (unfinished / "preprocessor_config.json").write_text(json.dumps(older, indent=2) + "\n", encoding="utf-8")
-    template = {"chat_template": processor.chat_template}
-    text = json.dumps(template, indent=2, ensure_ascii=False) + "\n"
-    (unfinished / "chat_template.json").write_text(text, encoding="utf-8")
+    write_as_published(unfinished, processor)
     # The config comes last: where it is, all other files are
     for file in sorted(unfinished.iterdir(), key=lambda file: file.name in ("config.json", "adapter_config.json")):
         file.replace(directory / file.name)
