@@ -78,12 +78,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--url", required=True, help="of the server, such as http://localhost:8000")
     parser.add_argument("--model", required=True, help="the run that it serves: a whole model or an adapter")
     parser.add_argument("--served", required=True, help="the name under which the server has it")
+    parser.add_argument("--server", help="which program serves, and its version, to be noted with the result")
     parser.add_argument("--data", nargs="+", default=["test_data/demonstration/data.jsonl"])
     parser.add_argument("--questions", type=int, default=20, help="at most")
     parser.add_argument("--max_new_tokens", type=int, default=16)
     parser.add_argument("--device", default="auto", help="where we and transformers answer")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
-    parser.add_argument("--at_least", type=float, default=0.0, help="share of the answers that must be the same as ours")
+    parser.add_argument("--at_least", type=float, default=0.0, help="share of answers that must be as ours")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     return parser
 
@@ -120,6 +121,7 @@ def main() -> None:
     print(f"the server's answers are ours in {same['ours']}, those of transformers in {same['transformers']}")
     result = {
         **origin("serve_check.py", sys.argv[1:]),
+        "server": arguments.server,
         "questions": len(questions),
         "dtype": str(dtype).removeprefix("torch."),
         "exact": right,

@@ -29,8 +29,12 @@ from util.model import build_model
 TRAINING = ("finetune.py", "finetune_distributed.py", "finetune.sh", "finetune_distributed.sh", "recipes/chartqa.sh")
 # Programs of others, and why they stand in a page. What they are given is not checked, but for flags (below).
 FOREIGN = {
-    "vllm": "serves the model; it needs a GPU",
-    "curl": "asks that server",
+    "vllm": "serves the model",
+    "sglang": "serves it, too",
+    "llama-server": "serves it, too; it comes with llama.cpp",
+    "transformers": "the program of that library, which serves, too",
+    "curl": "asks such a server",
+    "docker": "builds an image of the Dockerfile, and runs it",
     "srun": "starts a job under Slurm",
     "modelscope": "downloads the model from where it is fast in China",
     "source": "a command of the shell",
@@ -38,7 +42,13 @@ FOREIGN = {
 }
 FOREIGN_FLAGS = {
     "vllm": {"--served-model-name", "--max-model-len", "--enable-lora", "--lora-modules", "--max-lora-rank",
-             "--mm-processor-kwargs"},
+             "--mm-processor-kwargs", "--enable-tower-connector-lora", "--enable-auto-tool-choice", "--tool-call-parser",
+             "--generation-config", "--help"},
+    "sglang": {"--model-path", "--served-model-name", "--enable-lora", "--lora-paths", "--tool-call-parser"},
+    "llama-server": {"--mmproj", "--image-min-tokens", "--image-max-tokens"},
+    "llama.cpp/convert_hf_to_gguf.py": {"--outfile", "--outtype", "--mmproj"},
+    "transformers": {"--port"},
+    "docker": {"--rm", "--gpus", "--init", "--ipc", "--build-arg"},
     "srun": {"--nodes", "--ntasks-per-node", "--gpus-per-node"},
     "modelscope": {"--local_dir"},
     "pip": {"--no-build-isolation"},
@@ -150,6 +160,9 @@ def check_python(arguments: list[str]) -> str | None:
     if arguments[0] == "-m":
         return f"python -m {arguments[1]}: what is typed is python -m util COMMAND"
     script, flags = arguments[0], arguments[1:]
+    if script in FOREIGN_FLAGS:  # a script of another project
+        unknown = {word for word in flags if word.startswith("--")} - FOREIGN_FLAGS[script]
+        return f"nothing is known of {sorted(unknown)} of {script}" if unknown else None
     if not (ROOT / script).is_file():
         return f"there is no {script}"
     if script in TRAINING:
@@ -191,9 +204,14 @@ def check_packages(words: list[str]) -> str | None:
     required = "".join(path.read_text() for path in ROOT.glob("requirements*.txt"))
     files = {after for before, after in pairwise(words) if before in ("-r", "-c")}
     packages = [word for word in words[1:] if not word.startswith("-") and word not in files]
-    unknown = [name for name in packages if name not in FOREIGN_PACKAGES and not re.search(rf"\b{name}\b", required)]
+    unknown = [name for name in packages if name not in FOREIGN_PACKAGES and not is_named(name, required)]
     missing = [file for file in files if not (ROOT / file).exists()]
     return f"no requirements file names {unknown + missing}" if unknown or missing else None
+
+
+def is_named(package: str, required: str) -> bool:
+    """`package` may ask for extras: transformers[serving]."""
+    return re.search(rf"\b{re.escape(package.split('[')[0])}\b", required) is not None
 
 
 def check_variables(variables: list[str], program: str) -> str | None:

