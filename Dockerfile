@@ -19,7 +19,7 @@ ENV VIRTUAL_ENV=/opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 
 # The packages come before the sources, so that a change of the sources installs nothing again
-WORKDIR /work
+WORKDIR /app
 ARG REQUIREMENTS=requirements-chartqa.txt
 COPY requirements*.txt ./
 RUN python3 -m venv "$VIRTUAL_ENV" \
