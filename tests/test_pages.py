@@ -284,9 +284,11 @@ def known_flags() -> set[str]:
         known |= flags_of(importlib.import_module(module).parser())
     scripts = {words[1] for page in pages() for words in commands(read(page)) + commands_in_prose(read(page))
                if words[0] == "python" and words[1].endswith(".py")}  # fmt: skip
-    for script in sorted(scripts - set(TRAINING)) + ["train_data/make_data.py"]:
+    for script in sorted(scripts - set(TRAINING) - set(FOREIGN_FLAGS)) + ["train_data/make_data.py"]:
         usual = ["--size", "tiny"] if script == "benchmarks/train_step.py" else []
         usual = ["a_run"] if script == "docs/make_pictures.py" else usual
+        if script == "benchmarks/serve_check.py":
+            usual = ["--url", "http://localhost:8000", "--model", "a_run", "--served", "a_run"]
         known |= flags_of(script_stopped(script, usual).parser)
     return known
 
