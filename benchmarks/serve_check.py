@@ -48,7 +48,8 @@ def chat(url: str, served: str, question: Example, max_new_tokens: int) -> str:
         with urllib.request.urlopen(request, timeout=PATIENCE) as reply:
             return json.load(reply)["choices"][0]["message"]["content"] or ""
     except urllib.error.HTTPError as error:
-        raise UserError(f"{address}: {error}: {error.read().decode(errors='replace')[:500]}") from None
+        said = " ".join(error.read().decode(errors="replace").split())  # often a page of HTML
+        raise UserError(f"{address}: {error}: {said[:300]}") from None
     except OSError as error:
         raise UserError(f"{address}: no answer ({error}); is the server up?") from None
 
