@@ -85,6 +85,7 @@ NOT_NEGATIVE = ("fetch_retries", "learning_rate", "vision_learning_rate", "merge
                 "max_grad_norm", "eval_every", "eval_samples", "num_workers", "lora_rank", "lora_dropout",
                 "warmup_ratio")  # fmt: skip
 ABOVE_ZERO = ("video_fps", "fetch_timeout", "cache_max_gib")
+WSD = {"decay_ratio": {"schedule": "wsd"}}  # what a setting needs beside it
 
 
 @pytest.mark.parametrize(
@@ -93,14 +94,15 @@ ABOVE_ZERO = ("video_fps", "fetch_timeout", "cache_max_gib")
      *((name, 0, "above 0") for name in ABOVE_ZERO), ("video_max_frames", 3, "at least 4"),
      ("warmup_ratio", 1.5, "between 0 and 1"), ("warmup_ratio", -0.5, "between 0 and 1"),
      ("lora_dropout", 1.0, "at least 0 and below 1"), ("lora_dropout", -0.1, "at least 0 and below 1"),
-     ("weight_decay", math.nan, "at least 0")],
+     ("decay_ratio", 0, "above 0 and at most 1"), ("decay_ratio", 1.5, "above 0 and at most 1"),
+     ("min_learning_rate_ratio", 1.0, "at least 0 and below 1"), ("weight_decay", math.nan, "at least 0")],
 )  # fmt: skip
 def test_every_number_has_its_range(name, value, rule):
     with pytest.raises(UserError, match=rf"(?m)--{name} {value}: must be {rule}$"):
         Config(**{name: value})
     if not math.isnan(value):
         inside = {"at least 1": 1, "at least 0": 0, "above 0": 0.5, "at least 4": 4}.get(rule, 0.5)
-        Config(**{name: inside})
+        Config(**{name: inside, **WSD.get(name, {})})
 
 
 def test_what_a_resumed_run_may_change():
@@ -157,6 +159,10 @@ def test_every_flag_reaches_its_setting():
         ("--micro_batch_size 16", ["--micro_batch_size 16 is above --global_batch_size 8"]),
         ("--freeze vision merger language_model", ["nothing is left to train"]),
         ("--freeze vision --vision_learning_rate 1e-5", ["--vision_learning_rate is given, but --freeze vision"]),
+        ("--schedule wsd --warmup_ratio 0.5 --decay_ratio 0.6", ["0.5 and --decay_ratio 0.6 are more than all steps"]),
+        ("--decay_ratio 0.2", ["--decay_ratio 0.2 needs --schedule wsd"]),
+        ("--schedule constant --min_learning_rate_ratio 0.1", ["with --schedule constant the learning rate does not"]),
+        ("--min_lr_ratio 0.1", ["did you mean --min_learning_rate_ratio?"]),
         ("--attention varlen --device cpu", ["--attention varlen needs a GPU"]),
         ("--optimizer adamw_8bit --device cpu", ["--optimizer adamw_8bit needs a GPU"]),
         ("--epochs", ["expected one argument"]),

@@ -302,6 +302,18 @@ def test_a_setting_that_is_younger_than_the_checkpoint_had_its_default(saved, ti
         checkpoint.compare_settings(replace(now, schedule="linear"), state, checkpoint_now)
 
 
+def test_another_fall_of_the_learning_rate_is_refused(saved):
+    checkpoint_now = checkpoint.complete_checkpoints(saved)[-1]
+    state = checkpoint.read_state(checkpoint_now)
+    now = Config(**{**state["settings"], "resume": "auto", "output_dir": str(saved)})
+    for changes, said in (
+        ({"min_learning_rate_ratio": 0.1}, "--min_learning_rate_ratio: 0.0 -> 0.1"),
+        ({"schedule": "wsd", "decay_ratio": 0.2}, "--decay_ratio: 0.1 -> 0.2"),
+    ):
+        with pytest.raises(UserError, match=said):
+            checkpoint.compare_settings(replace(now, **changes), state, checkpoint_now)
+
+
 def test_other_data_under_the_same_name_is_noticed(tiny_path, tmp_path):
     data = tmp_path / "data.jsonl"
 

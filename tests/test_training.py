@@ -252,6 +252,59 @@ def test_learning_rate_schedule():
     assert learning_rate_factor(5, 10, Config(schedule="linear", warmup_ratio=0)) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(
+    ("settings", "factors"),
+    [
+        # 20 steps: 2 of warm-up, 14 that stay, and the 4 of 0.2 that fall
+        ({"schedule": "wsd", "decay_ratio": 0.2}, [0.5, 1.0, *[1.0] * 14, 1.0, 0.75, 0.5, 0.25]),
+        ({"schedule": "wsd", "decay_ratio": 0.2, "min_learning_rate_ratio": 0.2},
+         [0.5, 1.0, *[1.0] * 14, 1.0, 0.8, 0.6, 0.4]),
+        # what is rounded up does not reach into the warm-up: 2 steps rise, and 18 fall
+        ({"schedule": "wsd", "decay_ratio": 0.9}, [0.5, 1.0, *((18 - n) / 18 for n in range(18))]),
+        ({"schedule": "linear", "min_learning_rate_ratio": 0.1}, [0.5, 1.0, *(1 - 0.05 * n for n in range(18))]),
+        ({"schedule": "constant"}, [0.5, *[1.0] * 19]),
+    ],
+)  # fmt: skip
+def test_how_the_learning_rate_falls(settings, factors):
+    from util.optimizer import learning_rate_factor
+
+    config = Config(warmup_ratio=0.1, **settings)
+    assert [learning_rate_factor(step, 20, config) for step in range(20)] == pytest.approx(factors, abs=1e-12)
+
+
+@pytest.mark.parametrize("least", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_after_the_warm_up_the_learning_rate_is_that_of_transformers(schedule, least):
+    """Its warm-up begins at 0, or at the least rate, where ours takes the first step that it can."""
+    from transformers import optimization
+
+    from util.optimizer import learning_rate_factor
+
+    config = Config(schedule=schedule, warmup_ratio=0.05, min_learning_rate_ratio=least)
+    weights = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    if schedule == "wsd":
+        theirs = optimization.get_wsd_schedule(weights, 10, 20, 200, decay_type="linear", min_lr_ratio=least)
+    elif schedule == "cosine":
+        theirs = optimization.get_cosine_with_min_lr_schedule_with_warmup(weights, 10, 200, min_lr_rate=least)
+    else:
+        theirs = optimization.get_polynomial_decay_schedule_with_warmup(weights, 10, 200, lr_end=least, power=1.0)
+    for step in range(10, 200):
+        expected = theirs.lr_lambdas[0](step)
+        assert learning_rate_factor(step, 200, config) == pytest.approx(expected, abs=1e-12), f"step {step}"
+
+
+def test_the_least_learning_rate_is_a_share_of_each_parts_own(train):
+    run = train(schedule="linear", warmup_ratio=0.0, min_learning_rate_ratio=0.5, max_steps=4, learning_rate=8e-4)
+    assert metrics(run, "learning_rate") == pytest.approx([8e-4, 7e-4, 6e-4, 5e-4])
+    from util.optimizer import set_learning_rate
+
+    groups = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    weights = torch.optim.SGD([{"params": [group], "peak": peak} for group, peak in zip(groups, (1e-3, 1e-4), strict=True)], lr=1.0)
+    config = Config(schedule="linear", warmup_ratio=0.0, min_learning_rate_ratio=0.5, learning_rate=1e-3)
+    assert set_learning_rate(weights, 3, 4, config) == pytest.approx(6.25e-4)
+    assert [group["lr"] for group in weights.param_groups] == pytest.approx([6.25e-4, 6.25e-5])
+
+
 def test_parameter_groups(tiny_path, processor):
     from util.model import build_model
     from util.optimizer import build_optimizer

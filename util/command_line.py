@@ -55,6 +55,7 @@ COMMON_NAMES = {
     "--max_length": "--max_tokens",
     "--model_max_length": "--max_tokens",
     "--lr_scheduler_type": "--schedule",
+    "--min_lr_ratio": "--min_learning_rate_ratio",
     "--optim": "--optimizer",
     "--resume_from_checkpoint": "--resume",
     "--use_lora": "--lora_rank",

@@ -100,8 +100,16 @@ class Config(SampleSettings, FetchSettings, CacheSettings, MetricSettings, LoraS
     warmup_ratio: float = setting(
         0.03, "share of the steps in which the learning rate rises linearly", group="optimizer", least=0, most=1
     )
-    schedule: Literal["cosine", "linear", "constant"] = setting(
-        "cosine", "how the learning rate falls after the warm-up", group="optimizer"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
+        "cosine",
+        "how the learning rate falls after the warm-up; wsd: it stays, and falls linearly in the last --decay_ratio",
+        group="optimizer",
+    )
+    decay_ratio: float = setting(
+        0.1, "share of the steps in which it falls with --schedule wsd", group="optimizer", above=0, most=1
+    )
+    min_learning_rate_ratio: float = setting(
+        0.0, "the learning rate falls to this share of its peak, that of each part", group="optimizer", least=0, below=1
     )
     max_grad_norm: float = setting(1.0, "clip the gradient to this norm; 0 does not clip", group="optimizer", least=0)
     optimizer: Literal["adamw", "adamw_8bit"] = setting(
@@ -209,6 +217,7 @@ class Config(SampleSettings, FetchSettings, CacheSettings, MetricSettings, LoraS
         for part in ("vision", "merger"):
             if part in self.freeze and getattr(self, f"{part}_learning_rate") is not None:
                 found.append(f"--{part}_learning_rate is given, but --freeze {part} trains none of it")
+        found += self.invalid_schedule()
         if self.eval_samples and not self.eval_data:
             found.append(f"--eval_samples {self.eval_samples} needs --eval_data")
         on_cpu = self.device == "cpu"
@@ -216,6 +225,22 @@ class Config(SampleSettings, FetchSettings, CacheSettings, MetricSettings, LoraS
             found.append(f"--attention {self.attention} needs a GPU and --dtype bfloat16; use --attention sdpa")
         if self.optimizer == "adamw_8bit" and on_cpu:
             found.append("--optimizer adamw_8bit needs a GPU; use --optimizer adamw")
+        return found
+
+    def invalid_schedule(self) -> list[str]:
+        """The same of the settings that say how the learning rate falls."""
+        found = []
+        if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            found.append(
+                f"--warmup_ratio {self.warmup_ratio} and --decay_ratio {self.decay_ratio} are more than all steps together"
+            )
+        if self.schedule != "wsd" and self.decay_ratio != Config.decay_ratio:
+            found.append(f"--decay_ratio {self.decay_ratio} needs --schedule wsd")
+        if self.schedule == "constant" and self.min_learning_rate_ratio:
+            found.append(
+                f"--min_learning_rate_ratio {self.min_learning_rate_ratio} is given, but with --schedule constant the "
+                "learning rate does not fall"
+            )
         return found
 
 

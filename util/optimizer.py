@@ -106,14 +106,31 @@ def take_back_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def learning_rate_factor(step: int, total: int, config: Config) -> float:
-    """The share of the peak learning rate in a step (counted from 0) of `total`; never 0, not even in the first."""
+    """The share of the peak learning rate in a step (counted from 0) of `total`; never 0, not even in the first.
+
+    After the warm-up it falls from 1 towards `config.min_learning_rate_ratio`, which it would reach one step after the
+    last; `constant` does not fall.
+    """
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)  # [0, 1)
+    if config.schedule == "constant":
+        return 1.0
+    least = config.min_learning_rate_ratio
+    return least + (1 - least) * share_left(step, warmup, total, config)
+
+
+def share_left(step: int, warmup: int, total: int, config: Config) -> float:
+    """How much of its way down the learning rate still has before it in a step after the warm-up: from 1 towards 0."""
+    begin = warmup
+    if config.schedule == "wsd":
+        # Warm-up, stable, decay (arXiv 2404.06395), with the linear decay of arXiv 2405.18392. What is rounded up must
+        # not reach into the warm-up.
+        begin = max(warmup, total - math.ceil(config.decay_ratio * total))
+    progress = max(0, step - begin) / max(1, total - begin)  # [0, 1)
     if config.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1 - progress if config.schedule == "linear" else 1.0
+    return 1 - progress
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total: int, config: Config) -> float:
