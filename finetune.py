@@ -30,7 +30,7 @@ def train(config: Config) -> str:
     from util.model import build_model, choose_device, choose_dtype, find_model, load_config, load_processor
     from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
     from util.plan import print_plan
-    from util.publish.save_model import save_model
+    from util.publish.final_model import FinalModel
     from util.results.evaluate import evaluate_answers, evaluate_loss
     from util.run_folder import LATEST
     from util.steps import Steps, held_out_steps, training_steps
@@ -82,7 +82,8 @@ def train(config: Config) -> str:
         load_checkpoint(resumed, model, optimizer)
     stop = StopSignal(run)
     run.open(first, len(steps), path, dtype)
-    saver = Saver(run.directory, config, len(steps), run.say, sizes.mark())
+    final = FinalModel(run, config, resumed, model, processor, budget, len(steps))
+    saver = Saver(run.directory, config, len(steps), run.say, sizes.mark(), final.evaluations)
     guard = FiniteGuard(run.say)
 
     def evaluate(step: int, held_out: Samples, evaluation: Steps) -> float:
@@ -93,7 +94,8 @@ def train(config: Config) -> str:
         return run.log_evaluation(step, totals, scores)
 
     # ---- the loop
-    for planned in steps.after(first):
+    step = first
+    for planned in final.until_settled(steps.after(first)):  # --stop_after may end them early
         step = planned.number
         # Batches are made ahead, in data workers: time spent waiting here is time the device was idle.
         began = time.perf_counter()
@@ -136,17 +138,18 @@ def train(config: Config) -> str:
             # A signal breaks the evaluation off (None), so that the run is saved before a scheduler kills it.
             state["eval_loss"] = stop.unless_stopped(evaluate, step, held_out, evaluation)
             stopping = state["eval_loss"] is None
+            final.note(step, state["eval_loss"], is_last)  # the best model so far is kept
         ends_early = bool(stopping) and not is_last
-        if due or stopping:
+        if due or stopping or (final.is_settled and saver.saves):
             saver.save(model, optimizer, state, is_last=ends_early)
         if ends_early:
             stop.end(step, saver)  # raises Ended: the run is saved, and says how to go on
         run.restart_clock()  # evaluating and saving are no part of the next step's time
 
     saver.wait()
-    save_model(model, processor, budget, run.directory, run.say)
+    model_in_words = final.write(step)
     stop.restore()
-    run.finish(len(steps) - first, sizes.left_out, guard.left_out)
+    run.finish(step - first, sizes.left_out, guard.left_out, model_in_words)
     stop.check_last_evaluation()
     return str(run.directory)
 

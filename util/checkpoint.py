@@ -16,7 +16,7 @@ import time
 import uuid
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from util import ranks
-from util.command_line import MOST_TOLD, UserError, harmless_settings
+from util.command_line import MOST_TOLD, Ended, UserError, harmless_settings
 from util.config import Config
 from util.cost import disk
 from util.data.lines import split_weight
 from util.optimizer import own_parameters, source_of
-from util.run_folder import complete_checkpoints, step_of
+from util.run_folder import complete_checkpoints, final_in_words, read_final, step_of
 from util.tensors import run_parameters, trained_parameters
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a process alone is meant
@@ -58,10 +58,23 @@ class Saver:
     see the same folder.
     """
 
-    def __init__(self, run: Path, config: Config, last_step: int, say: Callable[[str], None], plan: dict) -> None:
-        """`plan`: what the run takes and leaves out of its data (Sizes.mark), which a resumed run compares."""
+    def __init__(
+        self,
+        run: Path,
+        config: Config,
+        last_step: int,
+        say: Callable[[str], None],
+        plan: dict,
+        evaluations: Sequence[dict] = (),
+    ) -> None:
+        """`plan`: what the run takes and leaves out of its data (Sizes.mark), which a resumed run compares.
+
+        `evaluations`: those that were made (FinalModel.evaluations); a checkpoint holds what was known when it began.
+        """
+        self.evaluations = evaluations
         self.run, self.config, self.last_step, self.say, self.plan = run, config, last_step, say, plan
         self.every, self.minutes = split_interval(config.save_every)
+        self.saves = bool(self.every or self.minutes)  # whether the last step makes a checkpoint, too
         self.saved_at = time.monotonic()
         self.folder = run / "checkpoints"
         self.problem = ""  # why the last save failed
@@ -111,6 +124,7 @@ class Saver:
         tensors, scalars = tensors_and_scalars(model, optimizer)
         tensors |= {random_key(kind): read() for kind, (read, _) in random_states().items()}
         state["optimizer"] = scalars
+        state["evaluations"] = list(self.evaluations)
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self.idle.clear()
         if is_spent(self.stager):
@@ -227,6 +241,15 @@ def data_fingerprint(files: list[str]) -> list[str]:
         file, _ = split_weight(named)
         found.append(f"{named} {checksum(Path(file))}")
     return found
+
+
+def data_mark(files: list[str]) -> str:
+    """A mark of what data files hold and how often, wherever they lie."""
+    found = []
+    for named in files:
+        file, weight = split_weight(named)
+        found.append([weight, *checksum(Path(file))])
+    return f"{zlib.crc32(json.dumps(found).encode()):08x}"
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -394,20 +417,23 @@ def resolve_resume(config: Config, latest: Path) -> Path | None:
     """The checkpoint that `--resume` means; None to start fresh.
 
     A damaged one is named and the one before it taken. Settings that are not those it was made with are named, too.
-    Raises UserError for a path without a checkpoint, where all are damaged, and for settings that change what the rest
+    Raises Ended where the run is finished. Raises UserError for a path without a checkpoint, where all are damaged, and for settings that change what the rest
     of the run computes, without `--resume_anyway`.
     """
     if config.resume == "none":
         return None
-    path = Path(config.resume)
+    run = Path(config.resume)
     if config.resume == "auto":
-        found = complete_checkpoints(Path(config.output_dir) if config.output_dir else latest)
-    else:
-        found = [path] if (path / "state.json").exists() else complete_checkpoints(path)
-        if not found:
-            raise UserError(
-                f"--resume {config.resume}: no checkpoint there (it is a folder checkpoints/step_... of a run)"
-            )
+        run = Path(config.output_dir) if config.output_dir else latest
+    is_checkpoint = (run / "state.json").exists()
+    found = [run] if is_checkpoint else complete_checkpoints(run)
+    # `auto` without a directory begins a new run, in another one, where the newest has no checkpoint
+    if not is_checkpoint and (found or config.resume != "auto" or config.output_dir):
+        end_if_finished(config, run, bool(found))
+    if not found and config.resume != "auto":
+        raise UserError(
+            f"--resume {config.resume}: no checkpoint there (it is a folder checkpoints/step_... of a run)"
+        )
     for checkpoint in reversed(found):
         try:
             state = verify(checkpoint)
@@ -419,6 +445,20 @@ def resolve_resume(config: Config, latest: Path) -> Path | None:
     if found:
         raise UserError(f"--resume {config.resume}: every checkpoint there is damaged (see above)")
     return None
+
+
+def end_if_finished(config: Config, run: Path, has_checkpoint: bool) -> None:
+    """Raise Ended, with exit code 0, where a run is finished: by `--stop_after`, or without a checkpoint to go on from."""
+    final = read_final(run)
+    if final is None:
+        return
+    if not has_checkpoint:
+        how = "it has no checkpoint to go on from; another --output_dir begins a new run"
+    elif final["stop_after"] and final["stop_after"] == config.stop_after:
+        how = "another --stop_after goes on (0: to the last step)"
+    else:
+        return
+    raise Ended(f"{run} is finished: its model is that of {final_in_words(final)}; {how}", 0)
 
 
 def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:

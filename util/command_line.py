@@ -55,6 +55,8 @@ COMMON_NAMES = {
     "--max_length": "--max_tokens",
     "--model_max_length": "--max_tokens",
     "--lr_scheduler_type": "--schedule",
+    "--load_best_model_at_end": "--final",
+    "--early_stopping_patience": "--stop_after",
     "--min_lr_ratio": "--min_learning_rate_ratio",
     "--optim": "--optimizer",
     "--resume_from_checkpoint": "--resume",
@@ -82,6 +84,10 @@ class Ended(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+    def __reduce__(self) -> tuple:
+        """As it is sent from the first rank to the others."""
+        return type(self), (str(self), self.code)
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -372,6 +378,10 @@ def end(text: str, code: int, all_ranks: bool = False) -> None:
         if os.environ["LOCAL_RANK"] == "0":
             signals.leave_word(text, code)
         os._exit(0)
+    if code == 0:
+        if os.environ.get("RANK", "0") == "0":
+            print(text, file=sys.stderr)
+        sys.exit(0)
     if not record_failure(text):
         print(text, file=sys.stderr)
         sys.exit(code)

@@ -159,6 +159,20 @@ class Config(SampleSettings, FetchSettings, CacheSettings, MetricSettings, LoraS
         harmless=True,
     )
 
+    stop_after: int = setting(
+        0,
+        "end the run after this many evaluations in a row without a lower loss; 0: never",
+        group="evaluation",
+        least=0,
+        harmless=True,
+    )
+
+    final: Literal["best", "last"] | None = setting(
+        None,
+        "the model that the run leaves: that with the lowest evaluation loss, or that of the last step; default: best with --eval_data, else last",
+        group="saving",
+        harmless=True,
+    )
     keep: int = setting(
         2,
         "newest checkpoints kept, and beside them the one with the lowest evaluation loss",
@@ -190,6 +204,11 @@ class Config(SampleSettings, FetchSettings, CacheSettings, MetricSettings, LoraS
         harmless=True,
     )
 
+    @property
+    def leaves_best(self) -> bool:
+        """Whether the run leaves the model with the lowest evaluation loss, and not that of the last step."""
+        return self.final == "best" or (self.final is None and bool(self.eval_data))
+
     def __post_init__(self) -> None:
         found = [*out_of_range(self), *self.invalid_combinations()]
         found += invalid_metric_settings(self)
@@ -220,6 +239,10 @@ class Config(SampleSettings, FetchSettings, CacheSettings, MetricSettings, LoraS
         found += self.invalid_schedule()
         if self.eval_samples and not self.eval_data:
             found.append(f"--eval_samples {self.eval_samples} needs --eval_data")
+        if self.final == "best" and not self.eval_data:
+            found.append("--final best needs --eval_data, by whose loss the best is known")
+        if self.stop_after and not (self.eval_data and self.eval_every):
+            found.append(f"--stop_after {self.stop_after} needs --eval_data, and an --eval_every that is not 0")
         on_cpu = self.device == "cpu"
         if self.attention in ("varlen", "flash_attn") and (on_cpu or self.dtype in ("float32", "float64")):
             found.append(f"--attention {self.attention} needs a GPU and --dtype bfloat16; use --attention sdpa")

@@ -174,10 +174,11 @@ class Run:
         for program in self.beside:
             program.end()
 
-    def finish(self, steps: int, left_out: Counter, updates_left_out: int) -> None:
+    def finish(self, steps: int, left_out: Counter, updates_left_out: int, model: str) -> None:
         """Close the files, draw loss.png, and say what was done and how to try it.
 
         `left_out`: samples left out of every epoch, by reason. `updates_left_out`: steps whose loss was no number.
+        `model`: of which step the run's model is.
         """
         self.close()
         try:
@@ -189,6 +190,7 @@ class Run:
             f"\ndone: {steps} steps in {clock(self.trained_seconds)} of training, {clock(total)} altogether; "
             f"peak memory {memory.peak_bytes(self.device) / GIB:.2f} GiB\n"
             f"  {relative(self.directory)}: model, processor, metrics.jsonl, loss.png\n"
+            f"final model: {model}\n"
             f"try it: {relative(sys.executable)} test_on_trained_model.py {relative(self.directory)}"
         )
         if text := self.tally.summary(left_out):
@@ -217,7 +219,7 @@ class SilentRun:
 
     def close(self) -> None: ...
 
-    def finish(self, steps: int, left_out: Counter, updates_left_out: int) -> None: ...
+    def finish(self, steps: int, left_out: Counter, updates_left_out: int, model: str) -> None: ...
 
 
 def mean_loss(totals: dict[str, float]) -> float:

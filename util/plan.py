@@ -42,6 +42,7 @@ def print_plan(
         **of_the_steps(config, steps),
         "memory": memory_in_words(needs, run.device),
         "output": str(relative(run.directory)),
+        "final model": final_model_in_words(config),
         "disk": disk.room_in_words(run.directory, counts, config, dtype),
         **what_is_unusual(config, sizes, steps, evaluation),
     }
@@ -117,6 +118,19 @@ def of_the_steps(config: Config, steps: Steps) -> dict[str, str]:
 def memory_in_words(needs: dict[str, float], device: torch.device) -> str:
     beside = f", beside {peak_bytes(device) / GIB:.2f} for Python and its libraries" if device.type == "cpu" else ""
     return f"{sum(needs.values()) / GIB:.2f} GiB forecast{beside}: {parts_in_words(needs)}"
+
+
+def final_model_in_words(config: Config) -> str:
+    """Which of its models the run will leave, and what may end it early."""
+    if not config.leaves_best:
+        text = "that of the last step"
+    elif config.eval_every:
+        text = f"the one with the lowest evaluation loss, of every {config.eval_every:,} steps and the last one"
+    else:
+        text = "that of the last step, which alone is evaluated (--eval_every 0)"
+    if config.stop_after:
+        text += f"; the run ends early after {config.stop_after} evaluations in a row without a gain (--stop_after)"
+    return text
 
 
 def what_is_unusual(config: Config, sizes: Sizes, steps: Steps, evaluation: Steps | None) -> dict[str, str]:

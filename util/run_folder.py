@@ -18,6 +18,7 @@ RUNS = ROOT / "train_output"
 LATEST = RUNS / "latest"
 SETTINGS = "training_config.json"  # the resolved settings and library versions
 METRICS = "metrics.jsonl"  # a line for each optimizer step, and one for each evaluation
+FINAL = "final_model.json"  # of a finished run: of which step its model is, and the losses of its evaluations
 SAMPLES = "samples.jsonl"  # the samples of each optimizer step, by their numbers over all data files
 NOT_INHERITED = ("resume", "resume_anyway", "output_dir")  # what is said of one start, not of the run
 
@@ -34,6 +35,34 @@ def read_settings(run: str | Path | None) -> dict:
     """
     path = Path(run or "") / SETTINGS
     return json.loads(path.read_text(encoding="utf-8")) if run and path.exists() else {}
+
+
+def read_final(run: Path) -> dict | None:
+    """What a finished run says of its model; None for one that is not finished, or whose file cannot be read."""
+    with suppress(OSError, ValueError):
+        return json.loads((run / FINAL).read_text(encoding="utf-8"))
+    return None
+
+
+def final_in_words(final: dict) -> str:
+    """Which model final_model.json says it is: `step 120 of 300, evaluation loss 0.812 (last: 0.901)`."""
+    text = f"step {final['step']:,} of {final['steps']:,}"
+    if final["eval_loss"] is not None:
+        text += f", evaluation loss {final['eval_loss']:.4g}"
+    beside = []
+    if final["step"] != final["last_step"]:
+        last = "not known" if final["last_eval_loss"] is None else f"{final['last_eval_loss']:.4g}"
+        where = f" at step {final['last_step']:,}" if final["last_step"] != final["steps"] else ""
+        beside.append(f"last: {last}{where}")
+    lowest = final["lowest"]
+    if lowest and lowest["loss"] != final["eval_loss"]:
+        why = "not kept" if final["final"] == "best" else "--final last"
+        beside.append(f"lowest: {lowest['loss']:.4g} at step {lowest['step']:,}, {why}")
+    if beside:
+        text += f" ({'; '.join(beside)})"
+    if final["stop_after"]:
+        text += f"; ended early by --stop_after {final['stop_after']}: so many evaluations in a row without a gain"
+    return text
 
 
 def read_metrics(run: str | Path) -> list[dict]:

@@ -63,19 +63,31 @@ def wide_bytes(dtype: torch.dtype) -> int:
 
 
 def needs(counts: dict, config: Config, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(bytes of the final model, bytes of one checkpoint, how many checkpoints may lie there at a time)."""
+    """(bytes of the model, bytes of one checkpoint, how many checkpoints may lie there at a time).
+
+    Where the best model is kept while the run trains, those of the model are twice its size: it lies there while a
+    better one, or that of the last step, is written.
+    """
     most = 0
     if str(config.save_every) != "0":
         most = config.keep + 1  # the newest, and the one that is being written
         if config.eval_data:
             most += 1  # the one with the lowest evaluation loss
-    return model_bytes(counts, config, dtype), checkpoint_bytes(counts, config, dtype), most
+    models = 2 if keeps_best(config) else 1
+    return models * model_bytes(counts, config, dtype), checkpoint_bytes(counts, config, dtype), most
+
+
+def keeps_best(config: Config) -> bool:
+    """Whether evaluations before the last step may leave a model."""
+    return config.leaves_best and config.eval_every > 0
 
 
 def room_in_words(folder: Path, counts: dict, config: Config, dtype: torch.dtype) -> str:
     """A line of the plan: what will be written, and what is free."""
     model, checkpoint, most = needs(counts, config, dtype)
     parts = f"model {gigabytes(model)}"
+    if keeps_best(config):
+        parts = f"model and best model so far {gigabytes(model)}"
     if most:
         parts += f", and up to {most} checkpoints of {gigabytes(checkpoint)}"
     needed = model + most * checkpoint
@@ -92,6 +104,8 @@ def check(folder: Path, counts: dict, config: Config, dtype: torch.dtype) -> Non
     free = free_bytes(folder)
     least = model
     what = f"the model ({gigabytes(model)})"
+    if keeps_best(config):
+        what = f"the model and the best so far ({gigabytes(model)}; --final last keeps none)"
     if most:
         least += checkpoint
         what += f" and one checkpoint ({gigabytes(checkpoint)})"

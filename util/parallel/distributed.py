@@ -23,7 +23,7 @@ from util import model, ranks
 from util.adapters import lora
 from util.attention import Segments
 from util.collator import Batch, Collator, patch_positions
-from util.command_line import UserError
+from util.command_line import Ended, UserError
 from util.config import Config
 from util.cost.flops import training_flops
 from util.cost.sizes import Sizes
@@ -104,8 +104,17 @@ def first_rank_first(make: Callable, *arguments):
 
 
 def from_first_rank(decide: Callable, *arguments):
-    """The result of `decide`, called on rank 0 alone, on all ranks."""
-    return ranks.from_first(decide(*arguments) if ranks.is_first() else None)
+    """The result of `decide`, called on rank 0 alone, on all ranks; so is Ended, with which all end alike."""
+    decided = None
+    if ranks.is_first():
+        try:
+            decided = decide(*arguments)
+        except Ended as ended:
+            decided = ended
+    decided = ranks.from_first(decided)
+    if isinstance(decided, Ended):
+        raise decided
+    return decided
 
 
 def open_run(config: Config, resumed: Path | None, world: World):

@@ -113,7 +113,11 @@ class Watch:
                 self._compare()
         self.measuring = False
         if self.number == self.last_step:
-            self.finished.set()
+            self.finish()
+
+    def finish(self) -> None:
+        """There is no further step: what follows takes its time."""
+        self.finished.set()
 
     # ---- slow ranks ----
 

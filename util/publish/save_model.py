@@ -28,27 +28,40 @@ def save_model(
     are gathered one at a time; the first rank writes. Where writing fails (a full disk, a server that is away), it is
     tried again as long as the process lives, because there may be no other copy of what was trained.
     """
-    model = packed.model
+    weights = gather_weights(packed)
+    set_budget(processor, budget)
+    disk.until_saved(lambda: write_or_say_why(packed.model, weights, processor, directory), say)
+
+
+def try_to_save(packed: PackedLoss, processor, budget: vision.Budget, directory: Path) -> str:
+    """The same, tried once: on the first rank why it failed, or "". On the others always ""."""
+    weights = gather_weights(packed)
+    set_budget(processor, budget)
+    return write_or_say_why(packed.model, weights, processor, directory)
+
+
+def gather_weights(packed: PackedLoss) -> dict:
+    """What is trained, whole and as it is saved, by the names of transformers and peft; None for each tensor on all
+    ranks but the first. All must call."""
     weights = {}
     for name, tensor in trained_parameters(packed).items():  # a tied head is not named twice
         name = name.removeprefix("model.")  # as transformers and peft know it
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        dtype = tensor.dtype if lora.has_adapters(model) else packed.dtype
+        dtype = tensor.dtype if lora.has_adapters(packed.model) else packed.dtype
         weights[name] = tensor.detach().to("cpu", dtype) if ranks.is_first() else None
+    return weights
 
-    def write() -> str:
-        """Why writing failed; an empty text where it did not."""
-        if not ranks.is_first():
-            return ""
-        try:
-            write_published(model, weights, processor, directory)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
-            return disk.failure(error, directory, sum(tensor.nbytes for tensor in weights.values()))
+
+def write_or_say_why(model: nn.Module, weights: dict, processor, directory: Path) -> str:
+    """Why writing failed; an empty text where it did not, and on all ranks but the first."""
+    if not ranks.is_first():
         return ""
-
-    set_budget(processor, budget)
-    disk.until_saved(write, say)
+    try:
+        write_published(model, weights, processor, directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
+        return disk.failure(error, directory, sum(tensor.nbytes for tensor in weights.values()))
+    return ""
 
 
 def write_published(model: nn.Module, weights: dict[str, torch.Tensor], processor, directory: Path) -> None:
@@ -69,7 +82,15 @@ def write_published(model: nn.Module, weights: dict[str, torch.Tensor], processo
         model.config.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
     write_as_published(unfinished, processor)
-    # The config comes last: where it is, all other files are
-    for file in sorted(unfinished.iterdir(), key=lambda file: file.name in ("config.json", "adapter_config.json")):
-        file.replace(directory / file.name)
+    move_files(unfinished, directory)
     unfinished.rmdir()
+
+
+def move_files(source: Path, target: Path, but: tuple[str, ...] = ()) -> None:
+    """Move a model's files into another folder of the same disk, the config last: where it is, all other files are.
+
+    `but`: names of files that stay.
+    """
+    files = [file for file in source.iterdir() if file.name not in but]
+    for file in sorted(files, key=lambda file: file.name in ("config.json", "adapter_config.json")):
+        file.replace(target / file.name)
