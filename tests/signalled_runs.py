@@ -70,6 +70,8 @@ elif moment == "loss":
     waiting(PackedLoss, "score")
 elif moment == "answers":
     waiting(evaluate.Answerer, "read")
+elif moment == "best":
+    waiting(save_model, "move_files")
 elif moment == "save":
     waiting(FileSystemWriter, "write_data")
 elif moment == "final save":

@@ -82,7 +82,7 @@ def test_every_common_name_leads_to_a_flag():
 AT_LEAST_ONE = ("fetch_concurrency", "epochs", "max_steps", "global_batch_size", "micro_batch_size", "max_tokens",
                 "min_pixels", "max_pixels", "video_max_tokens", "keep", "shard_group_size", "lora_alpha")  # fmt: skip
 NOT_NEGATIVE = ("fetch_retries", "learning_rate", "vision_learning_rate", "merger_learning_rate", "weight_decay",
-                "max_grad_norm", "eval_every", "eval_samples", "num_workers", "lora_rank", "lora_dropout",
+                "max_grad_norm", "eval_every", "eval_samples", "stop_after", "num_workers", "lora_rank", "lora_dropout",
                 "warmup_ratio")  # fmt: skip
 ABOVE_ZERO = ("video_fps", "fetch_timeout", "cache_max_gib")
 WSD = {"decay_ratio": {"schedule": "wsd"}}  # what a setting needs beside it
@@ -110,7 +110,7 @@ def test_what_a_resumed_run_may_change():
     assert harmless_settings(Config) == {
         "output_dir", "micro_batch_size", "max_tokens", "on_bad_sample", "device", "attention",
         "activation_checkpointing", "compile", "check_memory", "check_disk", "eval_data", "eval_every", "eval_samples",
-        "eval_metrics", "save_every", "keep", "sharding", "shard_group_size", "resume", "resume_anyway", "num_workers",
+        "eval_metrics", "stop_after", "final", "save_every", "keep", "sharding", "shard_group_size", "resume", "resume_anyway", "num_workers",
         "fetch_concurrency", "fetch_retries", "fetch_timeout", "cache_dir", "cache_max_gib", "report_to", "project",
         "run_name", "push_to_hub", "push_every_save", "hub_private",
     }  # fmt: skip
@@ -160,6 +160,11 @@ def test_every_flag_reaches_its_setting():
         ("--freeze vision merger language_model", ["nothing is left to train"]),
         ("--freeze vision --vision_learning_rate 1e-5", ["--vision_learning_rate is given, but --freeze vision"]),
         ("--schedule wsd --warmup_ratio 0.5 --decay_ratio 0.6", ["0.5 and --decay_ratio 0.6 are more than all steps"]),
+        ("--final best", ["--final best needs --eval_data"]),
+        ("--final first", ["--final first: must be one of best, last"]),
+        ("--stop_after 3", ["--stop_after 3 needs --eval_data, and an --eval_every that is not 0"]),
+        ("--stop_after 3 --eval_data a.json --eval_every 0", ["--stop_after 3 needs --eval_data, and an --eval_every"]),
+        ("--early_stopping_patience 3", ["did you mean --stop_after?"]),
         ("--decay_ratio 0.2", ["--decay_ratio 0.2 needs --schedule wsd"]),
         ("--schedule constant --min_learning_rate_ratio 0.1", ["with --schedule constant the learning rate does not"]),
         ("--min_lr_ratio 0.1", ["did you mean --min_learning_rate_ratio?"]),

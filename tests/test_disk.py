@@ -23,6 +23,7 @@ from util.optimizer import build_optimizer
 from util.publish import save_model
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 MB = 10**6
 
 
@@ -275,3 +276,13 @@ def test_the_plan_says_what_will_be_written(tiny_path, tmp_path, capsys):
     line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("disk "))
     assert "model 4.7 MB, and up to 3 checkpoints of 14.2 MB" in line
     assert json.loads((tmp_path / "run" / "training_config.json").read_text())["check_disk"] is True
+
+
+def test_room_for_the_best_model_is_forecast(small_disk, tiny_path, capsys):
+    """Two models of 4.7 MB: the best so far lies there while the next is written."""
+    held_out = {"eval_data": [str(ROOT / "test_data" / "data.json")], "eval_every": 1}
+    fill(small_disk, 7 * MB)
+    with pytest.raises(UserError, match=r"the model and the best so far \(9.5 MB; --final last keeps none\) will not fit"):
+        finetune.train(settings(tiny_path, small_disk / "run", **held_out))
+    finetune.train(settings(tiny_path, small_disk / "run", **held_out, final="last"))
+    assert "model 4.7 MB" in capsys.readouterr().out

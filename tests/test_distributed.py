@@ -19,6 +19,7 @@ from tests.runs import metrics, weights
 from util.config import Config
 from util.model import load_weights
 from util.publish.export import export
+from util.run_folder import read_final
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,6 +95,14 @@ CASES = {
         "sharding": "optimizer",
         "lora_rank": 4,
         "lora_vision": True,
+    },
+    "the best of six, ended early": {
+        "eval_data": [str(ROOT / "test_data" / "data.json")],
+        "eval_every": 1,
+        "learning_rate": 1e-2,
+        "schedule": "constant",
+        "max_steps": 7,
+        "stop_after": 1,
     },
     "evaluation, frozen tower": {
         "eval_data": [str(ROOT / "test_data" / "data.json")],
@@ -190,6 +199,9 @@ def same(run: Path, reference: Path) -> None:
 def test_two_ranks_equal_one(name, two_ranks, tiny_path, data, tmp_path):
     one = Path(finetune.train(Config(**case(name, tiny_path, data, tmp_path / "one"))))
     same(two_ranks / name, one)
+    if name.startswith("the best"):
+        assert (read_final(one)["step"], read_final(one)["last_step"]) == (5, 6), metrics(one, "eval_loss")
+        assert read_final(two_ranks / name)["step"] == 5
     if name.startswith("evaluation"):
         answered = ("eval_token_f1", "eval_exact_match", "eval_questions") if "eval_samples" in CASES[name] else ()
         for key in ("eval_loss", *answered):

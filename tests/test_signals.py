@@ -29,6 +29,7 @@ MOMENTS = {
     "step": {},
     "loss": HELD_OUT,
     "answers": HELD_OUT,
+    "best": HELD_OUT,
     "save": {"save_every": 1},
     "final save": {"max_steps": 1},
 }
@@ -155,6 +156,9 @@ def check(signalled: Signalled, name: str, to_all: bool) -> None:
     assert step == len(runs.losses(run)), "the last step that was trained is saved"
     assert not list((run / "checkpoints").glob(".*")), "no half of a checkpoint is left"
     assert f"stopped by {name} after step {step}, which is saved; go on with: " in err.strip().splitlines()[-1]
+    if moment == "best":
+        kept = [path.name for path in (run / "best").iterdir()]
+        assert kept == ["step_000001"], "it is written to its end"
     if moment in ("loss", "answers"):
         assert step == 1, "the evaluation is left, and no further step begun"
         assert not runs.metrics(run, "eval_loss"), "half of an evaluation is no result"
