@@ -67,7 +67,7 @@ def train(config: Config) -> str:
     run = Run(config, device, resumed)
     counts = memory.count_parameters(model_config, config)
     needs = memory.forecast(model_config, counts, config, dtype, steps.survey.heaviest)
-    print_plan(config, run, path, dtype, counts, needs, samples, sizes, steps, evaluation)
+    print_plan(config, run, path, dtype, counts, needs, samples, sizes, steps, held_out, evaluation)
     memory.check(model_config, config, dtype, device, steps.survey, needs)
     disk.check(run.directory, counts, config, dtype)
 

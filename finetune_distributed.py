@@ -74,7 +74,7 @@ def train(config: Config) -> str:
     shards = distributed.shard_group(config, world)
     needs = memory.forecast(model_config, counts, config, dtype, steps.survey.heaviest, shards)
     if world.is_first:
-        print_plan(config, run, path, dtype, counts, needs, samples, sizes, steps, evaluation)
+        print_plan(config, run, path, dtype, counts, needs, samples, sizes, steps, held_out, evaluation)
     memory.check(model_config, config, dtype, device, steps.survey, needs, shards)
     disk.check(run.directory, counts, config, dtype)
 

@@ -5,7 +5,7 @@ python test_on_official_model.py --image a.jpg --question "What is this?"
 """
 
 from util.command_line import run_command
-from util.results.answer import answer_one, parse_arguments, print_answers, run_before
+from util.results.answer import answer_one, chosen_metrics, parse_arguments, print_answers, run_before
 
 
 def main() -> None:
@@ -13,7 +13,8 @@ def main() -> None:
     if settings.question:
         answer_one(settings, settings.base)
     else:
-        print_answers({"before": run_before(settings)}, settings.metrics, settings.show)
+        before = run_before(settings)
+        print_answers({"before": before}, chosen_metrics(settings, before), settings.show)
 
 
 if __name__ == "__main__":

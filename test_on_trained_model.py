@@ -8,6 +8,7 @@ python test_on_trained_model.py --image a.jpg --question "What is this?"
 from util.command_line import run_command
 from util.results.answer import (
     answer_one,
+    chosen_metrics,
     parse_arguments,
     print_before_and_after,
     require,
@@ -24,9 +25,10 @@ def main() -> None:
     else:
         before = run_before(settings)
         after = run_after(settings)
-        print_before_and_after(before, after, settings.metrics, settings.show)
+        choice = chosen_metrics(settings, after)
+        print_before_and_after(before, after, choice, settings.show)
         write_report(settings)
-        require(after, settings.metrics[0], settings.at_least)
+        require(after, choice.metrics[0], settings.at_least)
 
 
 if __name__ == "__main__":

@@ -282,7 +282,9 @@ def test_room_for_the_best_model_is_forecast(small_disk, tiny_path, capsys):
     """Two models of 4.7 MB: the best so far lies there while the next is written."""
     held_out = {"eval_data": [str(ROOT / "test_data" / "data.json")], "eval_every": 1}
     fill(small_disk, 7 * MB)
-    with pytest.raises(UserError, match=r"the model and the best so far \(9.5 MB; --final last keeps none\) will not fit"):
+    with pytest.raises(
+        UserError, match=r"the model and the best so far \(9.5 MB; --final last keeps none\) will not fit"
+    ):
         finetune.train(settings(tiny_path, small_disk / "run", **held_out))
     finetune.train(settings(tiny_path, small_disk / "run", **held_out, final="last"))
     assert "model 4.7 MB" in capsys.readouterr().out

@@ -102,9 +102,10 @@ def killed_after(monkeypatch, step: int, train, *arguments, **changes) -> None:
                 time.sleep(0.01)
             raise Killed
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(log.Run, "log_step", then)
-        train(*arguments, **changes)
+        with pytest.raises(Killed):
+            train(*arguments, **changes)
 
 
 # ---- the best -------------------------------------------------------------------------------------------------------
@@ -266,9 +267,10 @@ def test_killed_while_files_are_moved(train, planned, monkeypatch):
                     raise Killed
             return move(self, target)
 
-        with monkeypatch.context() as patched, pytest.raises(Killed):
+        with monkeypatch.context() as patched:
             patched.setattr(Path, "replace", interrupted)
-            train(name, max_steps=3, save_every=1)
+            with pytest.raises(Killed):
+                train(name, max_steps=3, save_every=1)
         run = train(name, max_steps=3, save_every=1, resume="auto")
         assert same_weights(run, straight)
         assert {path.name for path in run.iterdir()} == {path.name for path in straight.iterdir()}

@@ -18,6 +18,7 @@ from util.results import report as reports
 from util.results.answer import print_before_and_after, print_scores
 from util.results.answer_files import Answer, read_file, write_answers
 from util.results.report import report
+from util.results.suited import choose
 from util.vision import Budget
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +65,10 @@ def answers_of(samples: list[tuple], column: int) -> list[Answer]:
         )
         for i, sample in enumerate(samples)
     ]
+
+
+def questions_of(answers: list[Answer]) -> list[tuple]:
+    return [(answer.kind, answer.reference) for answer in answers]
 
 
 def write_columns(folder: Path, samples: list[tuple], names: tuple = ("before", "after")) -> list[Path]:
@@ -230,7 +235,7 @@ def test_search(page, open_page, text, rows):
 
 def test_the_scores_are_those_of_the_terminal(page, open_page, capsys):
     columns = {name: answers_of(TEN, column) for column, name in enumerate(("before", "after"))}
-    print_scores(columns, ["exact_match", "box_iou"])
+    print_scores(columns, choose(["exact_match", "box_iou"], questions_of(columns["before"])))
     printed = [re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
     told = {name: cells for name, *cells in printed if len(cells) == 2}
     browser = open_page(page)
@@ -242,7 +247,9 @@ def test_the_scores_are_those_of_the_terminal(page, open_page, capsys):
     assert [text for text, _ in found["exact match"][:3]] == ["40.0%", "50.0%", "+10.0"]
     spans = [span for _, span in found["exact match"][:2]]
     assert spans == ["16.8 to 68.7", "23.7 to 76.3"], "Wilson's intervals of 4 and 5 of 10, from tables"
-    print_before_and_after(columns["before"], columns["after"], ["exact_match"], 0)
+    print_before_and_after(
+        columns["before"], columns["after"], choose(["exact_match"], questions_of(columns["before"])), 0
+    )
     said = capsys.readouterr().out
     for words in ("3 answers became better, 2 became worse, 5 stayed as they were",):
         assert words in said

@@ -299,7 +299,9 @@ def test_the_least_learning_rate_is_a_share_of_each_parts_own(train):
     from util.optimizer import set_learning_rate
 
     groups = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    weights = torch.optim.SGD([{"params": [group], "peak": peak} for group, peak in zip(groups, (1e-3, 1e-4), strict=True)], lr=1.0)
+    weights = torch.optim.SGD(
+        [{"params": [group], "peak": peak} for group, peak in zip(groups, (1e-3, 1e-4), strict=True)], lr=1.0
+    )
     config = Config(schedule="linear", warmup_ratio=0.0, min_learning_rate_ratio=0.5, learning_rate=1e-3)
     assert set_learning_rate(weights, 3, 4, config) == pytest.approx(6.25e-4)
     assert [group["lr"] for group in weights.param_groups] == pytest.approx([6.25e-4, 6.25e-5])

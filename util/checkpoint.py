@@ -417,8 +417,8 @@ def resolve_resume(config: Config, latest: Path) -> Path | None:
     """The checkpoint that `--resume` means; None to start fresh.
 
     A damaged one is named and the one before it taken. Settings that are not those it was made with are named, too.
-    Raises Ended where the run is finished. Raises UserError for a path without a checkpoint, where all are damaged, and for settings that change what the rest
-    of the run computes, without `--resume_anyway`.
+    Raises Ended where the run is finished. Raises UserError for a path without a checkpoint, where all are damaged, and
+    for settings that change what the rest of the run computes, without `--resume_anyway`.
     """
     if config.resume == "none":
         return None
@@ -431,9 +431,7 @@ def resolve_resume(config: Config, latest: Path) -> Path | None:
     if not is_checkpoint and (found or config.resume != "auto" or config.output_dir):
         end_if_finished(config, run, bool(found))
     if not found and config.resume != "auto":
-        raise UserError(
-            f"--resume {config.resume}: no checkpoint there (it is a folder checkpoints/step_... of a run)"
-        )
+        raise UserError(f"--resume {config.resume}: no checkpoint there (it is a folder checkpoints/step_... of a run)")
     for checkpoint in reversed(found):
         try:
             state = verify(checkpoint)
@@ -448,7 +446,7 @@ def resolve_resume(config: Config, latest: Path) -> Path | None:
 
 
 def end_if_finished(config: Config, run: Path, has_checkpoint: bool) -> None:
-    """Raise Ended, with exit code 0, where a run is finished: by `--stop_after`, or without a checkpoint to go on from."""
+    """Raise Ended, exit code 0, where a run is finished: by `--stop_after`, or without a checkpoint to go on from."""
     final = read_final(run)
     if final is None:
         return

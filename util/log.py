@@ -135,7 +135,7 @@ class Run:
         self.write(self.metrics, {"step": step, **{f"eval_{key}": value for key, value in values.items()}})
         text = f"step {step}: loss on held-out data {loss:.4f}, {accuracy:.1%} of its tokens the likeliest"
         if scores:
-            shown = ", ".join(f"{LABELS[name]} {share(scores[name])}" for name in self.config.eval_metrics)
+            shown = ", ".join(f"{LABELS[name]} {share(scores[name])}" for name in scores if name in LABELS)
             text += f"; {scores['questions']} answers: {shown}"
         if skipped:
             text += f"; held-out samples left out: {bad_samples.reasons_in_words(left_out.reasons)}"

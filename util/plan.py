@@ -15,6 +15,7 @@ from util.dataset import Samples
 from util.log import Run
 from util.model import choose_attention
 from util.results import show
+from util.results.evaluate import scoring_in_words
 from util.run_folder import relative
 from util.steps import Steps, Survey
 from util.tensors import PARTS
@@ -30,6 +31,7 @@ def print_plan(
     samples: Samples,
     sizes: Sizes,
     steps: Steps,
+    held_out: Samples | None,
     evaluation: Steps | None,
 ) -> None:
     """Print device, precision, parts, data, steps as arithmetic, memory and output path, a line each, and a sample.
@@ -41,6 +43,7 @@ def print_plan(
         **of_the_data(config, sizes, worker_count(config, run.device)),
         **of_the_steps(config, steps),
         "memory": memory_in_words(needs, run.device),
+        **({"answers": scoring_in_words(held_out, config)} if held_out and config.eval_samples else {}),
         "output": str(relative(run.directory)),
         "final model": final_model_in_words(config),
         "disk": disk.room_in_words(run.directory, counts, config, dtype),

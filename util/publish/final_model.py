@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from util import ranks
 from util.checkpoint import data_mark, discard, read_state, write_flushed
@@ -47,8 +48,10 @@ class FinalModel:
         """`run`: a Run or SilentRun, which is open; `steps`: how many there are in all."""
         self.run, self.config, self.steps = run, config, steps
         self.model, self.processor, self.budget = model, processor, budget
-        known = self._look(resumed) if ranks.is_first() else None
-        # `evaluations`: [{"step", "loss", "data"}] in their order; checkpoints hold them. None: a loss that is no number.
+        # Checkpoints hold them, in their order: {"step", "loss" (None where it is no number), "data" (a mark of it)}
+        self.evaluations: list[dict]
+        self.best: Kept | None
+        known: Any = self._look(resumed) if ranks.is_first() else None
         self.evaluations, self.data, self.best = ranks.from_first(known)
 
     def _look(self, resumed: Path | None) -> tuple[list[dict], str, Kept | None]:

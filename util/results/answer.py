@@ -14,10 +14,11 @@ from util.results.metrics import (
     better_worse_same,
     mean,
     right_of_kind,
-    several_kinds,
     share,
     summarise,
 )
+from util.results.settings import metrics_problems
+from util.results.suited import Choice, choose, label_of
 from util.run_folder import LATEST, ROOT, read_settings
 
 BUDGET_FLAGS = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_tokens")
@@ -39,7 +40,7 @@ class Settings:
     max_tokens: int
     max_new_tokens: int
     show: int
-    metrics: list[str]  # the first one decides whether an answer is right
+    metrics: list[str]  # the first one decides whether an answer is right; ["auto"]: those that suit the data
     at_least: float | None
     output_dir: Path
     budget: dict = field(default_factory=dict)
@@ -67,8 +68,9 @@ def make_parser(description: str, trained: bool) -> argparse.ArgumentParser:
     parser.add_argument("--max_tokens", type=int, help="tokens of the questions answered at a time (memory only; none "
                         "is cut); default: what the run was trained with")  # fmt: skip
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
-    parser.add_argument("--metrics", nargs="+", choices=tuple(METRICS), metavar="METRIC",
-                        help=f"{', '.join(METRICS)}; default: what the run was evaluated by")  # fmt: skip
+    parser.add_argument("--metrics", nargs="+", choices=("auto", *METRICS), metavar="METRIC",
+                        help=f"{', '.join(METRICS)}; auto: those that suit the reference answers; default: what the "
+                        "run was evaluated by, else auto")  # fmt: skip
     parser.add_argument("--show", type=int, default=30, help="questions printed in full; all are in the .jsonl files")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "test_output", help="where the answers are written")
     for name in BUDGET_FLAGS:
@@ -96,6 +98,8 @@ def parse_arguments(description: str, trained: bool) -> Settings:
     settings.base = settings.base or trained_with.get("model")
     settings.max_tokens = settings.max_tokens or trained_with.get("max_tokens") or Config().max_tokens
     settings.metrics = settings.metrics or trained_with.get("eval_metrics") or Config().eval_metrics
+    for problem in metrics_problems("--metrics", settings.metrics):
+        parser.error(problem)
     known = {name: trained_with[name] for name in BUDGET_FLAGS if name in trained_with}
     settings.budget = {**known, **given}
     Config(**settings.budget)  # raises where a value is impossible
@@ -246,7 +250,12 @@ def show_boxes(answer: str, images: list[dict], folder: Path) -> None:
             print(f"  {in_words}  {label or '(no label)'}")
 
 
-def print_answers(columns: dict[str, list], metrics: list[str], show: int) -> None:
+def chosen_metrics(settings: Settings, answers: list) -> Choice:
+    """The metrics of the command line, or where it says "auto" those that suit the references of these answers."""
+    return choose(settings.metrics, [(answer.kind, answer.reference) for answer in answers])
+
+
+def print_answers(columns: dict[str, list], choice: Choice, show: int) -> None:
     """Question, reference and the answers of each column, up to `show` questions; then the scores."""
     rows = list(zip(*columns.values(), strict=True))
     for row in rows[:show]:
@@ -256,11 +265,11 @@ def print_answers(columns: dict[str, list], metrics: list[str], show: int) -> No
             media = f"  [{media}]"
         print(f"{asked.where}{media}\n   question    {asked.question!r}\n  reference    {asked.reference!r}")
         for name, answer in zip(columns, row, strict=True):
-            print(f"{name:>11}  {mark(answer.score(metrics[0]))} {answer.answer!r}")
+            print(f"{name:>11}  {mark(answer.score(choice.metrics[0]))} {answer.answer!r}")
         print()
     if len(rows) > show:
         print(f"... and {len(rows) - show} more (--show {len(rows)} prints them)\n")
-    print_scores(columns, metrics)
+    print_scores(columns, choice)
 
 
 def mark(score: float | None) -> str:
@@ -268,10 +277,10 @@ def mark(score: float | None) -> str:
     return {None: "-", 0.0: "✗", 1.0: "✓"}.get(score) or f"{score:.2f}"
 
 
-def print_before_and_after(before: list, after: list, metrics: list[str], show: int) -> None:
+def print_before_and_after(before: list, after: list, choice: Choice, show: int) -> None:
     """Print both answers to each question, the scores, and what changed."""
-    print_answers({"before": before, "after": after}, metrics, show)
-    better, worse, same = better_worse_same(before, after, metrics[0])
+    print_answers({"before": before, "after": after}, choice, show)
+    better, worse, same = better_worse_same(before, after, choice.metrics[0])
     print(f"\n{better} answers became better, {worse} became worse, {same} stayed as they were")
 
 
@@ -294,20 +303,21 @@ def require(after: list, metric: str, at_least: float | None) -> None:
             sys.exit(1)
 
 
-def print_scores(columns: dict[str, list], metrics: list[str]) -> None:
-    """A table: scores by column, and the first metric by kind of sample where the data names kinds."""
-    summaries = [summarise(answers, metrics) for answers in columns.values()]
+def print_scores(columns: dict[str, list], choice: Choice) -> None:
+    """A table: scores by column, and one metric by kind of question where the data names kinds; then which suit."""
+    summaries = [summarise(answers, choice.metrics) for answers in columns.values()]
     print_row("", columns)
-    for metric in metrics:
+    for metric in choice.metrics:
         print_row(LABELS[metric], [share(summary[metric]) for summary in summaries])
     print_row("loss", [f"{summary['loss']:.3f}" for summary in summaries])
-    first = next(iter(columns.values()))
-    for kind in several_kinds(answer.kind for answer in first):
+    for kind, metric in choice.of_kind.items():
         cells = []
         for answers in columns.values():
-            cells.append(right_of_kind([answer.score(metrics[0]) for answer in answers if answer.kind == kind]))
-        print_row(kind, cells)
+            cells.append(right_of_kind([answer.score(metric) for answer in answers if answer.kind == kind]))
+        print_row(label_of(kind, choice), cells)
     print_row("questions", [str(summary["questions"]) for summary in summaries])
+    if choice.reason:
+        print(f"\n{choice.reason}")
 
 
 def print_row(label: str, cells: Iterable[str]) -> None:

@@ -27,6 +27,7 @@ from util.loss import PackedLoss
 from util.model import choose_attention, load_weights, set_attention, whole_weights
 from util.results.answer_files import Answer
 from util.results.metrics import several_kinds, summarise
+from util.results.suited import choose, in_words
 
 BATCH_SIZE = 32  # questions answered at a time while training
 MOST_NEW_TOKENS = 64  # longest answer while training
@@ -73,11 +74,12 @@ def evaluate_answers(
     if any(share is None for share in shares):
         raise Stopped
     answers = list(chain.from_iterable(shares))
-    scores = summarise(answers, config.eval_metrics)
+    metrics = choose(config.eval_metrics, [(answer.kind, answer.reference) for answer in answers]).metrics
+    scores = summarise(answers, metrics)
     del scores["loss"]  # a mean over questions, where the evaluation loss is a mean over supervised tokens
     for kind in several_kinds(answer.kind for answer in answers):
-        of_kind = summarise([answer for answer in answers if answer.kind == kind], config.eval_metrics)
-        scores |= {f"{metric}_{kind}": of_kind[metric] for metric in config.eval_metrics}
+        of_kind = summarise([answer for answer in answers if answer.kind == kind], metrics)
+        scores |= {f"{metric}_{kind}": of_kind[metric] for metric in metrics}
     return scores
 
 
@@ -245,15 +247,29 @@ class QuestionSamples(Samples):
         return Sample(prompt, media, example.where), Sample(whole, media, example.where)
 
 
+def chosen_questions(held_out: Samples, config: Config) -> list[Example]:
+    """The `config.eval_samples` held-out questions that are answered, the same each time."""
+    questions = questions_of(held_out.examples, config.on_bad_sample, held_out.shrunk)
+    most = min(config.eval_samples, len(questions))
+    # At random and not every n-th: where each image has n questions, these would all be of one kind.
+    return random.Random(0).sample(questions, most)
+
+
+def scoring_in_words(held_out: Samples, config: Config) -> str:
+    """How many questions an evaluation answers, and by what they are scored, for the plan."""
+    questions = chosen_questions(held_out, config)
+    references = [(question.kind, text_of(question.messages[-1]["content"])) for question in questions]
+    choice = choose(config.eval_metrics, references)
+    reason = choice.reason or f"Scored by {in_words(choice.metrics)}."
+    return f"{len(questions):,} held-out questions. {reason}"
+
+
 def answer_share(
     model: PackedLoss, held_out: Samples, device: torch.device, config: Config, watch: Callable[[Iterable], Iterable]
 ) -> list[Answer]:
     """This rank's answers; `watch`: see `answer_all`."""
-    questions = questions_of(held_out.examples, config.on_bad_sample, held_out.shrunk)
     rank, size = ranks.rank_and_size()
-    most = min(config.eval_samples, len(questions))
-    # At random and not every n-th: where each image has n questions, these would all be of one kind.
-    chosen = random.Random(0).sample(questions, most)
+    chosen = chosen_questions(held_out, config)
     own = QuestionSamples(chosen[rank::size], held_out.processor, held_out.budget, held_out.reader)
     title = "answering held-out questions" if rank == 0 else None
     with whole_weights(model):

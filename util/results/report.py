@@ -38,10 +38,11 @@ from util.results.metrics import (
     interval_of_changes,
     mean,
     right_of_kind,
-    several_kinds,
     share,
 )
-from util.run_folder import ROOT, read_metrics, read_settings, relative, written_whole
+from util.results.settings import metrics_problems
+from util.results.suited import Choice, choose, label_of
+from util.run_folder import ROOT, final_in_words, read_final, read_metrics, read_settings, relative, written_whole
 from util.vision import Budget
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -60,12 +61,15 @@ def write_report(files: list[Path], output: Path, metrics: list[str], run: str |
     columns, made_from = read_columns(files)
     *others, judged = columns.values()
     first = next(iter(columns.values()))
+    choice = choose(metrics, [(answer.kind, answer.reference) for answer in first])
+    metrics = choice.metrics
     facts = {
         "written": datetime.now().strftime("%Y-%m-%d %H:%M"),
         "data": sorted({plain(answer.where.rpartition(", sample ")[0]) for answer in first}),
         "columns": [{"name": name, "madeFrom": as_shown(made_from[name])} for name in columns],
         "metrics": [{"name": name, "label": LABELS[name]} for name in metrics],
-        "scores": score_rows(columns, metrics),
+        "scores": score_rows(columns, choice),
+        "suits": choice.reason,
         "changes": [better_worse_same(answers, judged, metrics[0]) for answers in others],
         "run": run_facts(run),
         "rows": [row_of(answers, metrics) for answers in zip(*columns.values(), strict=True)],
@@ -137,13 +141,13 @@ def as_shown(made_from: dict) -> dict:
 # ---- scores ---------------------------------------------------------------------------------------------------------
 
 
-def score_rows(columns: dict[str, list[Answer]], metrics: list[str]) -> list[dict]:
-    """The lines of the table of scores: each metric, the loss, and the first metric by kind where there are several.
+def score_rows(columns: dict[str, list[Answer]], choice: Choice) -> list[dict]:
+    """The lines of the table of scores: each metric, the loss, and one metric by kind where there are several.
 
     A line has a cell for each column, and the difference of the last column to each of the others.
     """
     rows = []
-    for metric in metrics:
+    for metric in choice.metrics:
         scores = [scores_of(answers, metric) for answers in columns.values()]
         texts = [share(mean(column)) for column in scores]
         rows.append(score_row("metric", LABELS[metric], texts, scores))
@@ -152,13 +156,14 @@ def score_rows(columns: dict[str, list[Answer]], metrics: list[str]) -> list[dic
         losses.append({"text": f"{mean([answer.loss for answer in answers]):.3f}"})
     rows.append({"section": "loss", "label": "loss", "cells": losses, "differences": []})
     first = next(iter(columns.values()))
-    for kind in several_kinds(answer.kind for answer in first):
+    for kind, metric in choice.of_kind.items():
         # by number, because only the first column's kinds count
         numbers = [number for number, answer in enumerate(first) if answer.kind == kind]
         scores = []
         for answers in columns.values():
-            scores.append(scores_of([answers[number] for number in numbers], metrics[0]))
-        rows.append(score_row("kind", kind, list(map(right_of_kind, scores)), scores))
+            scores.append(scores_of([answers[number] for number in numbers], metric))
+        row = score_row("kind", kind, list(map(right_of_kind, scores)), scores)
+        rows.append({**row, "shownAs": label_of(kind, choice)})
     return rows
 
 
@@ -228,6 +233,8 @@ def run_facts(run: str | None) -> dict | None:
     if not settings:
         return None
     shown = {key: plain(value) for key, value in settings.items() if key != "launched_by"}
+    if final := read_final(Path(run)):
+        shown["final_model"] = final_in_words(final)
     return {"name": relative(run), "settings": shown, "curve": loss_curve(run)}
 
 
@@ -429,8 +436,9 @@ def parser() -> argparse.ArgumentParser:
     made = command_parser("report", __doc__)
     made.add_argument("files", nargs="+", type=Path, help="files of answers, the one to judge last")
     made.add_argument("--run", help="the run directory whose loss curve and settings are shown")
-    made.add_argument("--metrics", nargs="+", choices=tuple(METRICS), metavar="METRIC",
-                      help=f"{', '.join(METRICS)}; default: what the run was evaluated by")  # fmt: skip
+    made.add_argument("--metrics", nargs="+", choices=("auto", *METRICS), metavar="METRIC",
+                      help=f"{', '.join(METRICS)}; auto: those that suit the reference answers; default: what the run "
+                      "was evaluated by, else auto")  # fmt: skip
     made.add_argument("--out", type=Path, default=ROOT / "test_output" / "report.html", help="the page to write")
     return made
 
@@ -445,5 +453,7 @@ def report(files: list[Path], output: Path, metrics: list[str] | None, run: str 
     if run is not None and not read_settings(run):
         raise UserError(f"--run {run}: no run of finetune.py, it has no training_config.json")
     metrics = metrics or read_settings(run).get("eval_metrics") or Config().eval_metrics
+    for problem in metrics_problems("--metrics", metrics):
+        raise UserError(problem)
     written = write_report(files, output, metrics, run)
     print(f"report: {relative(written)} ({written.stat().st_size / 1e6:.1f} MB)")

@@ -15,9 +15,9 @@ Metric = Literal["exact_match", "token_f1", "relaxed_accuracy", "anls", "box_iou
 class MetricSettings:
     """How answers are scored."""
 
-    eval_metrics: list[Metric] = setting(
-        ["exact_match", "token_f1"],
-        "scores of answers; the first one is the headline",
+    eval_metrics: list[Literal["auto", Metric]] = setting(
+        ["auto"],
+        "scores of answers, the first one is the headline; auto: those that suit the reference answers",
         group="evaluation",
         harmless=True,
     )
@@ -25,4 +25,13 @@ class MetricSettings:
 
 def invalid_metric_settings(config: MetricSettings) -> list[str]:
     """A message for each metric setting of a Config that is impossible."""
-    return [] if config.eval_metrics else ["--eval_metrics: name at least one"]
+    return metrics_problems("--eval_metrics", config.eval_metrics)
+
+
+def metrics_problems(flag: str, metrics: list) -> list[str]:
+    """What is wrong with the metrics that a flag names, as a list of at most one message."""
+    if not metrics:
+        return [f"{flag}: name at least one"]
+    if "auto" in metrics and len(metrics) > 1:
+        return [f"{flag} {' '.join(metrics)}: auto chooses all of them; leave it out, or the others"]
+    return []
