@@ -17,7 +17,7 @@ from tests import runs, warm
 from tests.runs import losses, metrics, same_run, weights
 from tests.test_signals import start  # noqa: F401  a fixture
 from util import checkpoint, log
-from util.command_line import Ended
+from util.command_line import Ended, UserError
 from util.config import Config
 from util.cost import disk
 from util.publish import final_model, save_model
@@ -167,7 +167,7 @@ def test_which_is_the_best_and_what_is_written(losses, step, written, planned, t
     assert same_weights(run, train("alone", eval_data=[], max_steps=step))
 
 
-def test_a_best_model_can_be_tried_while_the_run_trains(train, planned, monkeypatch):
+def test_a_best_model_can_be_tried_while_the_run_trains(train, planned, monkeypatch, tmp_path):
     """Plain transformers opens its folder, and the test scripts find its settings there."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -175,11 +175,13 @@ def test_a_best_model_can_be_tried_while_the_run_trains(train, planned, monkeypa
 
     planned(2, 1, 3)
     killed_after(monkeypatch, 3, train, "run")
-    folder = Path(train.__closure__[0].cell_contents("run")["output_dir"]) / "best" / "step_000002"
+    folder = tmp_path / "run" / "best" / "step_000002"
     assert [path.name for path in folder.parent.iterdir()] == ["step_000002"], "the one before is gone"
     AutoModelForImageTextToText.from_pretrained(folder)
     AutoProcessor.from_pretrained(folder)
     assert find_run(str(folder)) == str(folder)
+    with pytest.raises(UserError, match=r"run: no model in it; .*; the best so far of this run: .*/run/best/step_000002"):
+        find_run(str(folder.parent.parent))
     assert (folder / "training_config.json").exists()
 
 
@@ -203,7 +205,7 @@ def test_an_interrupted_run_leaves_what_the_straight_one_leaves(killed, save_eve
     assert read_final(straight)["step"] == 6
     planned(*script)
     killed_after(monkeypatch, killed, train, "run", dtype=dtype, save_every=save_every)
-    found = checkpoint.complete_checkpoints(Path(str(straight).replace("straight", "run")))
+    found = checkpoint.complete_checkpoints(straight.with_name("run"))
     saved = int(found[-1].name[5:]) if found else 0
     planned(*script[saved:])
     run = train("run", dtype=dtype, save_every=save_every, resume="auto")
@@ -394,6 +396,20 @@ def test_a_run_directory_that_is_removed_leaves_the_last_model(train, planned, m
 
 FINAL = {"final": "best", "step": 120, "eval_loss": 0.812, "steps": 300, "last_step": 300, "last_eval_loss": 0.901,
          "lowest": {"step": 120, "loss": 0.812}, "stop_after": 0}  # fmt: skip
+
+
+def test_the_model_card_says_of_which_step_it_is(tmp_path):
+    from util.publish.hub_files import stage
+
+    run, folder = tmp_path / "run", tmp_path / "staged"
+    run.mkdir()
+    folder.mkdir()
+    (run / "config.json").write_text("{}")
+    (run / "training_config.json").write_text(json.dumps({"model": "tiny", "dtype": "float32"}))
+    (run / "final_model.json").write_text(json.dumps(FINAL))
+    stage(run, run, None, "me/mine", folder)
+    card = (folder / "README.md").read_text()
+    assert "compute: float32. Its weights are those of step 120 of 300, evaluation loss 0.812 (last: 0.901)." in card
 
 
 @pytest.mark.parametrize(

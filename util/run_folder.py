@@ -18,6 +18,7 @@ RUNS = ROOT / "train_output"
 LATEST = RUNS / "latest"
 SETTINGS = "training_config.json"  # the resolved settings and library versions
 METRICS = "metrics.jsonl"  # a line for each optimizer step, and one for each evaluation
+BEST = "best"  # the folder of the best model so far, while a run trains: best/step_000120
 FINAL = "final_model.json"  # of a finished run: of which step its model is, and the losses of its evaluations
 SAMPLES = "samples.jsonl"  # the samples of each optimizer step, by their numbers over all data files
 NOT_INHERITED = ("resume", "resume_anyway", "output_dir")  # what is said of one start, not of the run

@@ -20,10 +20,9 @@ from util.checkpoint import data_mark, discard, read_state, write_flushed
 from util.config import Config
 from util.cost import disk
 from util.publish import save_model
-from util.run_folder import FINAL, SETTINGS, final_in_words, read_final
+from util.run_folder import BEST, FINAL, SETTINGS, final_in_words, read_final, relative
 from util.steps import Step
 
-BEST = "best"
 EVALUATION = "evaluation.json"  # in the folder of a best model: the step and the loss of its evaluation
 
 
@@ -108,6 +107,7 @@ class FinalModel:
             self.run.say(f"NOT KEPT: the best model so far, of step {step} ({problem}); training goes on, {kept} kept")
         else:
             self.best = Kept(folder, step, loss)
+            self.run.say(f"step {step}: the lowest loss so far; the model is kept in {relative(folder)}")
 
     def _publish(self, unfinished: Path, folder: Path, evaluation: dict) -> str:
         """Give the folder its name, in which it is complete; "" or why that failed. The first rank alone calls it."""

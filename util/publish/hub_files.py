@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 from util.config import Config
 from util.publish.settings import HubSettings, TrackerSettings
-from util.run_folder import METRICS, SETTINGS, read_metrics, read_settings
+from util.run_folder import METRICS, SETTINGS, final_in_words, read_final, read_metrics, read_settings
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 PUBLISHED = (*WEIGHTS, "adapter_model.safetensors", "adapter_config.json", "config.json", "generation_config.json",
@@ -44,7 +44,9 @@ def stage(run: Path, model: Path, step: int | None, repository: str, folder: Pat
     if step is not None and lines:
         lines = [line for line in lines if line["step"] <= step]
         (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    card = model_card(read_settings(run), lines, "adapter_config.json" in names, repository)
+    final = read_final(run) if step is None else None
+    of_step = final_in_words(final) if final else ""
+    card = model_card(read_settings(run), lines, "adapter_config.json" in names, repository, of_step)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -81,10 +83,11 @@ def name_on_hub(model: str) -> str | None:
 # ---- the model card -------------------------------------------------------------------------------------------------
 
 
-def model_card(settings: dict, lines: list[dict], is_adapter: bool, repository: str) -> str:
+def model_card(settings: dict, lines: list[dict], is_adapter: bool, repository: str, of_step: str = "") -> str:
     """README.md of a pushed model: model_card.jinja, filled in.
 
     `settings`: training_config.json. `lines`: metrics.jsonl. `repository`: OWNER/NAME, from which the model is loaded.
+    `of_step`: of which step the model is, in words.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -107,6 +110,7 @@ def model_card(settings: dict, lines: list[dict], is_adapter: bool, repository: 
         repository=repository,
         not_trained=", ".join(settings.get("freeze", [])),
         steps=f"{steps[-1]['step']:,}" if steps else "",
+        of_step=of_step,
         samples=f"{sum(line['samples'] for line in steps):,}",
         dtype=settings["dtype"],
         data=table(["file", "size", "used for"], data_rows(settings)),

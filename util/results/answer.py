@@ -19,7 +19,7 @@ from util.results.metrics import (
 )
 from util.results.settings import metrics_problems
 from util.results.suited import Choice, choose, label_of
-from util.run_folder import LATEST, ROOT, read_settings
+from util.run_folder import BEST, LATEST, ROOT, read_settings
 
 BUDGET_FLAGS = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_tokens")
 
@@ -112,7 +112,9 @@ def find_run(run: str | None) -> str:
         run = model_of(run)
         if Path(run).is_dir():
             if not is_finished(Path(run)):
-                raise UserError(f"{run}: no model in it; a finished run has config.json or adapter_config.json")
+                kept = sorted(Path(run, BEST).glob("step_*"))
+                hint = f"; the best so far of this run: {kept[-1]}" if kept else ""
+                raise UserError(f"{run}: no model in it; a finished run has config.json or adapter_config.json{hint}")
         else:
             check_hub_name(run)  # now, and not after the untuned model has answered everything
         return run
