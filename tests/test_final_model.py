@@ -180,7 +180,9 @@ def test_a_best_model_can_be_tried_while_the_run_trains(train, planned, monkeypa
     AutoModelForImageTextToText.from_pretrained(folder)
     AutoProcessor.from_pretrained(folder)
     assert find_run(str(folder)) == str(folder)
-    with pytest.raises(UserError, match=r"run: no model in it; .*; the best so far of this run: .*/run/best/step_000002"):
+    with pytest.raises(
+        UserError, match=r"run: no model in it; .*; the best so far of this run: .*/run/best/step_000002"
+    ):
         find_run(str(folder.parent.parent))
     assert (folder / "training_config.json").exists()
 

@@ -10,6 +10,7 @@ from util.results.metrics import (
     anls,
     box_iou,
     boxes_of,
+    chrf,
     edit_distance,
     exact_match,
     iou,
@@ -48,6 +49,33 @@ def test_exact_match(answer, reference, score):
 )
 def test_token_f1(answer, reference, score):
     assert token_f1(answer, reference) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ("a b", "ab", 1.0),  # white space does not count
+        ("", "", 1.0),
+        ("", "red", 0.0),
+        ("xyz", "red", 0.0),
+        ("红", "红色", 5 * 1 * 0.5 / (4 * 1 + 0.5)),  # single characters alone: precision 1, recall a half
+        # singles 2 of 3, pairs 1 of 2, triples 0 of 1, of both: a mean of 7/18
+        ("abd", "abc", 7 / 18),
+    ],
+)
+def test_chrf(answer, reference, score):
+    assert chrf(answer, reference) == pytest.approx(score)
+
+
+def test_chrf_is_that_of_sacrebleu():
+    theirs = pytest.importorskip("sacrebleu.metrics", reason="sacrebleu is not installed").CHRF()
+    dice = random.Random(0)
+    words = ["red", "circle", "the", "left", "of", "红色", "的", "Straße", "a", "1,234", "—"]
+    for _ in range(300):
+        reference = " ".join(dice.choices(words, k=dice.randrange(1, 30)))
+        answer = " ".join(dice.choices([*words, *reference.split()], k=dice.randrange(0, 30)))
+        expected = theirs.sentence_score(answer, [reference]).score / 100
+        assert chrf(answer, reference) == pytest.approx(expected, abs=1e-9), (answer, reference)
 
 
 RELAXED = [

@@ -46,7 +46,7 @@ def of(*references: str, kind: str | None = None) -> list[tuple]:
         (of("red", "blue"), ["exact_match", "token_f1"], "100% of the reference answers are short answers"),
         (of("1", "2"), ["relaxed_accuracy", "exact_match"], "100% of the reference answers are single numbers"),
         (of(BOX), ["box_iou"], "100% of the reference answers are boxes"),
-        (of(STORY, STORY), ["token_f1"], "Scored by token F1: 100% of the reference answers are long answers."),
+        (of(STORY, STORY), ["token_f1", "chrf"], "Scored by token F1 and chrF: 100% of the reference answers are long answers."),
         (of("1", "2", "3", "red"), ["relaxed_accuracy", "exact_match", "token_f1"],
          "75% of the reference answers are single numbers, 25% short answers"),
         (of(*["red"] * 19, BOX), ["exact_match", "token_f1"], "95% of the reference answers are short answers, 5% boxes"),
@@ -82,7 +82,7 @@ def test_each_kind_of_question_is_shown_by_what_suits_it():
     ("asked", "references", "said"),
     [
         (["exact_match"], [STORY], "exact match does not suit most of these answers (100% of the reference answers are "
-         "long answers); what suits: token F1 (--metrics auto)."),
+         "long answers); what suits: token F1 and chrF (--metrics auto)."),
         (["box_iou", "anls"], ["red"], "box IoU does not suit most"),
         (["box_iou", "exact_match"], [STORY], "box IoU and exact match do not suit most"),
         (["relaxed_accuracy"], ["1", "red", "3"], ""),
@@ -114,7 +114,7 @@ def test_the_plan_the_evaluation_the_test_and_the_report_go_by_it(tiny_path, tmp
     config = runs.settings(tiny_path, tmp_path / "run", data=data, eval_data=data, eval_samples=3, max_steps=1)
     done = warm.run([sys.executable, "finetune.py", *runs.flags(config)])
     assert done.returncode == 0, done.stderr
-    reason = "Scored by token F1: 100% of the reference answers are long answers."
+    reason = "Scored by token F1 and chrF: 100% of the reference answers are long answers."
     assert f"answers  3 held-out questions. {reason}" in done.stdout
     evaluated = re.search(r"3 answers: (.*)", done.stdout)[1]
     assert evaluated.startswith("token F1 "), evaluated

@@ -29,6 +29,36 @@ def words(text: str) -> list[str]:
     )
 
 
+CHARACTERS = 6  # longest n-gram of chrF
+RECALL_WEIGHT = 2  # how much more it gives to recall than to precision
+
+
+def chrf(answer: str, reference: str) -> float:
+    """chrF (M. Popović, WMT 2015), for long answers in any language: a weighted harmonic mean of precision and recall
+    over runs of 1 to 6 characters, white space left out, as sacrebleu computes it for one sentence."""
+    got = "".join(answer.split())
+    wanted = "".join(reference.split())
+    if got == wanted:
+        return 1.0
+    precisions = []
+    recalls = []
+    for length in range(1, min(CHARACTERS, len(got), len(wanted)) + 1):
+        ours = runs_of(got, length)
+        theirs = runs_of(wanted, length)
+        common = (ours & theirs).total()
+        precisions.append(common / ours.total())
+        recalls.append(common / theirs.total())
+    precision = mean(precisions) or 0.0
+    recall = mean(recalls) or 0.0
+    weighted = RECALL_WEIGHT**2 * precision + recall
+    return (1 + RECALL_WEIGHT**2) * precision * recall / weighted if weighted else 0.0
+
+
+def runs_of(text: str, length: int) -> Counter:
+    """How often each run of so many characters comes in a text."""
+    return Counter(text[begin : begin + length] for begin in range(len(text) - length + 1))
+
+
 # ---- charts ---------------------------------------------------------------------------------------------------------
 
 
@@ -134,6 +164,7 @@ def area(box: Box) -> float:
 METRICS = {
     "exact_match": exact_match,
     "token_f1": token_f1,
+    "chrf": chrf,
     "relaxed_accuracy": relaxed_accuracy,
     "anls": anls,
     "box_iou": box_iou,
@@ -141,6 +172,7 @@ METRICS = {
 LABELS = {
     "exact_match": "exact match",
     "token_f1": "token F1",
+    "chrf": "chrF",
     "relaxed_accuracy": "relaxed accuracy",
     "anls": "ANLS",
     "box_iou": "box IoU",

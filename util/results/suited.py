@@ -12,7 +12,7 @@ METRICS_FOR = {
     "boxes": ["box_iou"],
     "single numbers": ["relaxed_accuracy", "exact_match"],
     "short answers": ["exact_match", "token_f1"],
-    "long answers": ["token_f1"],
+    "long answers": ["token_f1", "chrf"],
 }
 # What else a metric suits, though it is not chosen for it.
 ALSO_SUITS = {"exact_match": {"single numbers"}, "relaxed_accuracy": {"short answers"},
