@@ -333,6 +333,8 @@ def test_a_run_that_ended_early_is_finished(settings, train, planned, capsys, tm
             train("run", stop_after=2, save_every=3, resume=resume)
         assert ended.value.code == 0
     assert (run / "metrics.jsonl").read_text() == before
+    train("run", stop_after=2, save_every=3, resume="auto", final="last")
+    assert (metrics(run, "step")[-1], read_final(run)["step"]) == (4, 4), "it is asked for the other model"
     planned(2.25, 1.0, 1.5)
     train("run", stop_after=0, save_every=3, resume="auto")
     assert metrics(run, "step")[-1] == 8

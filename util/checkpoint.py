@@ -452,7 +452,7 @@ def end_if_finished(config: Config, run: Path, has_checkpoint: bool) -> None:
         return
     if not has_checkpoint:
         how = "it has no checkpoint to go on from; another --output_dir begins a new run"
-    elif final["stop_after"] and final["stop_after"] == config.stop_after:
+    elif final["stop_after"] and (final["stop_after"], final["final"]) == (config.stop_after, config.leaves):
         how = "another --stop_after goes on (0: to the last step)"
     else:
         return

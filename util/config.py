@@ -205,9 +205,9 @@ class Config(SampleSettings, FetchSettings, CacheSettings, MetricSettings, LoraS
     )
 
     @property
-    def leaves_best(self) -> bool:
-        """Whether the run leaves the model with the lowest evaluation loss, and not that of the last step."""
-        return self.final == "best" or (self.final is None and bool(self.eval_data))
+    def leaves(self) -> str:
+        """Which model the run leaves: "best" or "last"."""
+        return self.final or ("best" if self.eval_data else "last")
 
     def __post_init__(self) -> None:
         found = [*out_of_range(self), *self.invalid_combinations()]

@@ -125,7 +125,7 @@ def memory_in_words(needs: dict[str, float], device: torch.device) -> str:
 
 def final_model_in_words(config: Config) -> str:
     """Which of its models the run will leave, and what may end it early."""
-    if not config.leaves_best:
+    if config.leaves == "last":
         text = "that of the last step"
     elif config.eval_every:
         text = f"the one with the lowest evaluation loss, of every {config.eval_every:,} steps and the last one"

@@ -41,7 +41,8 @@ def read_settings(run: str | Path | None) -> dict:
 def read_final(run: Path) -> dict | None:
     """What a finished run says of its model; None for one that is not finished, or whose file cannot be read."""
     with suppress(OSError, ValueError):
-        return json.loads((run / FINAL).read_text(encoding="utf-8"))
+        final = json.loads((run / FINAL).read_text(encoding="utf-8"))
+        return final if isinstance(final, dict) and "step" in final else None
     return None
 
 

@@ -79,7 +79,7 @@ def needs(counts: dict, config: Config, dtype: torch.dtype) -> tuple[int, int, i
 
 def keeps_best(config: Config) -> bool:
     """Whether evaluations before the last step may leave a model."""
-    return config.leaves_best and config.eval_every > 0
+    return config.leaves == "best" and config.eval_every > 0
 
 
 def room_in_words(folder: Path, counts: dict, config: Config, dtype: torch.dtype) -> str:

@@ -75,7 +75,7 @@ class FinalModel:
         self.evaluations.append({"step": step, "loss": known, "data": self.data})
         is_better = known is not None and (self.best is None or known < self.best.loss)
         # The model of the last step is written once, into the run directory.
-        if ranks.from_first(is_better and self.config.leaves_best and not is_last and not self.is_settled):
+        if ranks.from_first(is_better and self.config.leaves == "best" and not is_last and not self.is_settled):
             self._keep(step, loss)
 
     @property
@@ -132,27 +132,36 @@ class FinalModel:
         Where that fails, it is tried again as long as the process lives.
         """
         last = self.evaluations[-1] if self.evaluations and self.evaluations[-1]["step"] == step else None
-        is_best_last = self.best and last and last["loss"] is not None and last["loss"] < self.best.loss
-        is_there = self.best is not None and self.best.folder.exists()
-        best = self.best if ranks.from_first(self.config.leaves_best and is_there and not is_best_last) else None
+        last_loss = last["loss"] if last else None
+        best = self._best_at_the_end(last_loss)
         if ranks.is_first():
-            (self.run.directory / FINAL).unlink(missing_ok=True)  # while files are moved there it describes none
+            with suppress(OSError):  # while files are moved there it describes none; what follows waits for the disk
+                (self.run.directory / FINAL).unlink(missing_ok=True)
         if best is None:
             save_model.save_model(self.model, self.processor, self.budget, self.run.directory, self.run.say)
         elif best.folder != self.run.directory:
             disk.until_saved(lambda: self._move(best.folder), self.run.say)
         record = {
-            "final": "best" if self.config.leaves_best else "last",
+            "final": self.config.leaves,
             "step": best.step if best else step,
-            "eval_loss": best.loss if best else last and last["loss"],
+            "eval_loss": best.loss if best else last_loss,
             "steps": self.steps,
             "last_step": step,
-            "last_eval_loss": last and last["loss"],
+            "last_eval_loss": last_loss,
             "lowest": lowest_of(self._own_evaluations()),
             "stop_after": self.config.stop_after if self.is_settled else 0,
         }
         disk.until_saved(lambda: self._finish(record), self.run.say)
         return final_in_words(record)
+
+    def _best_at_the_end(self, last_loss: float | None) -> Kept | None:
+        """The kept model that becomes the final one; None: that of now does."""
+        best = self.best if self.config.leaves == "best" else None
+        if best and last_loss is not None and last_loss < best.loss:
+            best = None
+        if best and not best.folder.exists():  # somebody has removed it
+            best = None
+        return ranks.from_first(best)
 
     def _move(self, folder: Path) -> str:
         """Move the files of the best model into the run directory; "" or why that failed.
