@@ -94,6 +94,9 @@ def train(config: Config) -> str:
         return run.log_evaluation(step, totals, scores)
 
     # ---- the loop
+    if held_out and final.lacks_evaluation(first):  # a signal broke it off, after the step that is gone on from
+        loss_there = stop.unless_stopped(evaluate, first, held_out, evaluation)
+        final.note(first, loss_there, is_last=first == len(steps))
     step = first
     for planned in final.until_settled(steps.after(first)):  # --stop_after may end them early
         step = planned.number

@@ -329,7 +329,7 @@ PROCESSOR_FILES = {"tokenizer.json", "tokenizer_config.json", "processor_config.
                    "preprocessor_config.json", "chat_template.json"}  # fmt: skip
 WHOLE_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
-OWN_FILES = {"training_config.json", "metrics.jsonl", "samples.jsonl", "loss.png"}
+OWN_FILES = {"training_config.json", "metrics.jsonl", "samples.jsonl", "loss.png", "final_model.json"}
 
 
 def check_it_ended(shop: Workshop, run: dict) -> None:
@@ -392,12 +392,12 @@ def check_the_last_evaluation_comes_again(shop: Workshop, run: dict) -> None:
     if run["evaluation"] == "none":
         return
     lines = [line for line in runs.log(shop.output(run)) if "eval_loss" in line]
-    stopped = run["stopped"] != "never"  # while it is being stopped it saves and does not evaluate
-    assert [line["step"] for line in lines] == [STEPS] if stopped else [2, STEPS]
+    # one that a signal broke off is made when the run goes on
+    assert [line["step"] for line in lines] == [2, STEPS]
     if run["evaluation"] == "answers":
         assert {line["eval_questions"] for line in lines} == {3}
     found = held_out_loss(shop, opened(shop, run))
-    told, bound = lines[-1]["eval_loss"], 1e-5 if run["dtype"] == "float32" else 3e-3
+    told, bound = min(line["eval_loss"] for line in lines), 1e-5 if run["dtype"] == "float32" else 3e-3
     assert abs(found / told - 1) < bound, f"told {told}, of the saved model {found}"
 
 

@@ -215,6 +215,31 @@ def test_an_interrupted_run_leaves_what_the_straight_one_leaves(killed, save_eve
     assert read_final(run) == read_final(straight)
 
 
+def test_an_evaluation_that_a_signal_broke_off_is_made_when_the_run_goes_on(train, planned, monkeypatch):
+    """Else the best, which is there, would never be known."""
+    planned(5.0, 3.0, 4.0, 4.5)
+    straight = train("straight", max_steps=4)
+    real, calls = evaluate.evaluate_loss, []
+
+    def signalled(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    planned(5.0)
+    with monkeypatch.context() as patched:
+        real = evaluate.evaluate_loss
+        patched.setattr(evaluate, "evaluate_loss", signalled)
+        with pytest.raises(Ended, match="stopped by SIGTERM after step 2, which is saved"):
+            train("run", max_steps=4)
+    planned(3.0, 4.0, 4.5)
+    run = train("run", max_steps=4, resume="auto")
+    same_run(run, straight)
+    assert metrics(run, "eval_loss") == [5.0, 3.0, 4.0, 4.5]
+    assert read_final(run) == read_final(straight)
+
+
 def test_the_best_of_a_step_that_is_not_reached_again_does_not_win(train, planned, monkeypatch, tmp_path):
     """Gone on from step 2 with other losses: that of step 3, which the log has dropped, is no result of this run."""
     planned(5.0, 4.0, 1.0)

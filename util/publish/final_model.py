@@ -55,8 +55,11 @@ class FinalModel:
 
     def _look(self, resumed: Path | None) -> tuple[list[dict], str, Kept | None]:
         """The evaluations up to the checkpoint gone on from, the mark of the held-out data, and the best model kept."""
-        evaluations = read_state(resumed).get("evaluations", []) if resumed else []
         data = data_mark(self.config.eval_data)
+        state = read_state(resumed) if resumed else {"evaluations": []}
+        evaluations = state.get("evaluations", [])
+        if "evaluations" not in state and state.get("eval_loss") is not None:  # by a version that kept this one alone
+            evaluations = [{"step": state["step"], "loss": state["eval_loss"], "data": data}]
         folder = self.run.directory / BEST
         for leftover in folder.glob(".*"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
@@ -66,6 +69,14 @@ class FinalModel:
         return evaluations, data, min(own, key=lambda model: model.loss, default=None)
 
     # ---- while it trains ----
+
+    def lacks_evaluation(self, first: int) -> bool:
+        """Whether the step that is gone on from was to be evaluated and was not, as the run was stopped there.
+
+        Else a run that was stopped could leave another model than one that was not.
+        """
+        is_due = first == self.steps or (self.config.eval_every > 0 and first % self.config.eval_every == 0)
+        return first > 0 and is_due and all(evaluation["step"] != first for evaluation in self.evaluations)
 
     def note(self, step: int, loss: float | None, is_last: bool) -> None:
         """An evaluation was made; the model is kept where its loss is the lowest. None: it was left before its end."""
