@@ -11,7 +11,14 @@ from typing import Literal
 from util.adapters.settings import LoraSettings, invalid_adapter_settings
 from util.command_line import UserError, out_of_range, parse, setting
 from util.data.settings import CacheSettings, FetchSettings, SampleSettings
-from util.publish.settings import HubSettings, TrackerSettings, invalid_hub_settings, missing_trackers
+from util.publish.settings import (
+    FinalSettings,
+    HubSettings,
+    TrackerSettings,
+    invalid_final_settings,
+    invalid_hub_settings,
+    missing_trackers,
+)
 from util.results.settings import MetricSettings, invalid_metric_settings
 from util.run_folder import own_settings
 
@@ -19,7 +26,16 @@ OFFICIAL_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 
 
 @dataclass
-class Config(SampleSettings, FetchSettings, CacheSettings, MetricSettings, LoraSettings, TrackerSettings, HubSettings):
+class Config(
+    SampleSettings,
+    FetchSettings,
+    CacheSettings,
+    MetricSettings,
+    LoraSettings,
+    FinalSettings,
+    TrackerSettings,
+    HubSettings,
+):
     """The settings of a run: these, and those of what is optional, which stand in the settings.py of their rooms."""
 
     model: str | None = setting(
@@ -159,20 +175,6 @@ class Config(SampleSettings, FetchSettings, CacheSettings, MetricSettings, LoraS
         harmless=True,
     )
 
-    stop_after: int = setting(
-        0,
-        "end the run after this many evaluations in a row without a lower loss; 0: never",
-        group="evaluation",
-        least=0,
-        harmless=True,
-    )
-
-    final: Literal["best", "last"] | None = setting(
-        None,
-        "the model that the run leaves: that with the lowest evaluation loss, or that of the last step; default: best with --eval_data, else last",
-        group="saving",
-        harmless=True,
-    )
     keep: int = setting(
         2,
         "newest checkpoints kept, and beside them the one with the lowest evaluation loss",
@@ -213,6 +215,7 @@ class Config(SampleSettings, FetchSettings, CacheSettings, MetricSettings, LoraS
         found = [*out_of_range(self), *self.invalid_combinations()]
         found += invalid_metric_settings(self)
         found += invalid_adapter_settings(self)
+        found += invalid_final_settings(self)
         found += missing_trackers(self)
         found += invalid_hub_settings(self)
         if found:
@@ -239,10 +242,6 @@ class Config(SampleSettings, FetchSettings, CacheSettings, MetricSettings, LoraS
         found += self.invalid_schedule()
         if self.eval_samples and not self.eval_data:
             found.append(f"--eval_samples {self.eval_samples} needs --eval_data")
-        if self.final == "best" and not self.eval_data:
-            found.append("--final best needs --eval_data, by whose loss the best is known")
-        if self.stop_after and not (self.eval_data and self.eval_every):
-            found.append(f"--stop_after {self.stop_after} needs --eval_data, and an --eval_every that is not 0")
         on_cpu = self.device == "cpu"
         if self.attention in ("varlen", "flash_attn") and (on_cpu or self.dtype in ("float32", "float64")):
             found.append(f"--attention {self.attention} needs a GPU and --dtype bfloat16; use --attention sdpa")

@@ -1,4 +1,4 @@
-"""The flags of this room: trackers that get the metrics, and the repository on the hub that gets the model.
+"""The flags of this room: which model a run leaves, trackers that get the metrics, and the repository on the hub that gets the model.
 
 Only the standard library is imported here, because settings are part of the command line.
 """
@@ -11,6 +11,26 @@ from typing import Literal
 from util.command_line import setting
 
 Tracker = Literal["tensorboard", "trackio", "wandb"]
+
+
+@dataclass
+class FinalSettings:
+    """Which model a run leaves, and what may end it early."""
+
+    stop_after: int = setting(
+        0,
+        "end the run after this many evaluations in a row without a lower loss; 0: never",
+        group="evaluation",
+        least=0,
+        harmless=True,
+    )
+
+    final: Literal["best", "last"] | None = setting(
+        None,
+        "the model that the run leaves: that with the lowest evaluation loss, or that of the last step; default: best with --eval_data, else last",
+        group="saving",
+        harmless=True,
+    )
 
 
 @dataclass
@@ -47,6 +67,16 @@ class HubSettings:
     hub_private: bool = setting(
         True, "a repository that is made for it is private", group="tracking and hub", harmless=True
     )
+
+
+def invalid_final_settings(config) -> list[str]:
+    """A message for each of them that needs an evaluation which there is not. `config`: a Config."""
+    found = []
+    if config.final == "best" and not config.eval_data:
+        found.append("--final best needs --eval_data, by whose loss the best is known")
+    if config.stop_after and not (config.eval_data and config.eval_every):
+        found.append(f"--stop_after {config.stop_after} needs --eval_data, and an --eval_every that is not 0")
+    return found
 
 
 def missing_trackers(config: TrackerSettings) -> list[str]:
