@@ -1,4 +1,4 @@
-"""The flags of this room: which model a run leaves, trackers that get the metrics, and the repository on the hub that gets the model.
+"""The flags of this room: which model a run leaves, the trackers that get its metrics, and the repository on the hub.
 
 Only the standard library is imported here, because settings are part of the command line.
 """
