@@ -27,7 +27,8 @@ class FinalSettings:
 
     final: Literal["best", "last"] | None = setting(
         None,
-        "the model that the run leaves: that with the lowest evaluation loss, or that of the last step; default: best with --eval_data, else last",
+        "the model that the run leaves: that with the lowest evaluation loss, or that of the last step; "
+        "default: best with --eval_data, else last",
         group="saving",
         harmless=True,
     )
