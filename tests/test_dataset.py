@@ -350,13 +350,24 @@ FILES = {
     "jsonl under the name .json": (
         "a.json",
         (json.dumps(GOOD) + "\n" + json.dumps(GOOD)).encode(),
-        ", line 2: not valid JSON (Extra data)",
+        ": each line is a sample; name it .jsonl: mv ",
     ),
     "one sample under the name .json": (
         "a.json",
         json.dumps(GOOD).encode(),
-        ": must hold a list of samples, holds dict; one sample per line is .jsonl",
+        ": holds one sample; write a list of samples, [{'messages': ...}]",
     ),
+    "samples below a key": (
+        "a.json",
+        json.dumps({"data": [GOOD], "version": 1}).encode(),
+        ": must hold a list of samples, holds a dictionary with data, version; write the list",
+    ),
+    "samples over many lines each": (
+        "a.jsonl",
+        f"{json.dumps(GOOD, indent=1)}\n{json.dumps(GOOD, indent=1)}\n".encode(),
+        ": samples over many lines each; write a sample a line: jq -c . ",
+    ),
+    "a table": ("a.csv", b"image,text\na.png,A wave.\n", ": neither .json nor .jsonl; name a data file, or make one: py"),
     "null": ("a.json", b"null", ": must hold a list of samples, holds NoneType"),
     "nested too deeply": ("a.json", b"[" * 200000, ", line 1: not valid JSON (nested too deeply"),
     "a number of too many digits": ("a.json", b"[" + b"9" * 5000 + b"]", ", line 1: not valid JSON ("),
@@ -377,7 +388,9 @@ def test_refused_files_are_named(name, folder, processor):
 
 
 def test_a_folder_and_a_missing_file_are_named(folder, processor):
-    assert refusal(str(folder), processor) == f"{folder}: a folder; name the .json or .jsonl file in it"
+    assert refusal(str(folder), processor) == (
+        f"{folder}: a folder; name a data file, or make one: python -m util convert {folder} out.jsonl"
+    )
     assert refusal("gone.json", processor) == f"gone.json: no such data file (looked in {os.getcwd()})"
 
 

@@ -57,6 +57,9 @@ def media_files(example: Example, folder: Path) -> bytes:
             # a path is looked for in the data file's folder before the current one (entries.resolve_path)
             if path.startswith(here) and (before := str(folder / path[len(here) :])) != path:
                 found.append(before)
+        if isinstance(value, list):  # which may be all images of a folder: one more of them changes the folder's time
+            local = [path for path in value if not fetch.is_remote(path)]
+            found += sorted({os.path.dirname(path) for path in local})
     return b"\0".join([os.fsencode(path) for path in found])
 
 

@@ -6,10 +6,11 @@ writes. Only light modules are imported, so that convert starts at once.
 
 import os
 import re
-from collections.abc import Collection, Iterator
+import unicodedata
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from util.data import boxes, fetch, keys, tools, weights
+from util.data import boxes, fetch, frames, keys, tools, weights
 from util.data.lines import MOST_TEXT, DataError
 
 ROLES = ("system", "user", "assistant")
@@ -146,8 +147,31 @@ def check_item(item: dict, role: str, folder: Path | None, where: str, unused: s
     if folder is None:
         return item
     paths = item[kind] if isinstance(item[kind], list) else [item[kind]]
-    resolved = [resolve_path(path, folder, where) for path in paths]
+    is_found = os.path.exists if kind == "video" and len(paths) == 1 else os.path.isfile
+    resolved = [resolve_path(path, folder, where, is_found) for path in paths]
+    if len(paths) == 1 and not fetch.is_remote(resolved[0]) and os.path.isdir(resolved[0]):
+        return with_frames(item, resolved[0], where, unused)
     return {**item, kind: resolved if isinstance(item[kind], list) else resolved[0]}
+
+
+def with_frames(item: dict, folder: str, where: str, unused: set[str]) -> dict:
+    """A video item that names a folder, as that of the list of its images. DataError where it has none."""
+    paths = frames.images_in(folder)
+    if not paths:
+        raise DataError(
+            f"{where}no image in the folder {folder!r:.200}, which stands for a video; put its frames there, or name a "
+            "video file",
+            "no such file",
+        )
+    item, silent = keys.plain_item(
+        {**item, "video": paths}
+    )  # beside frames other keys have no effect than beside a file
+    unused.update(silent)
+    try:
+        check_keys(item)
+    except ValueError as error:
+        raise DataError(f"{where}{error}") from None
+    return item
 
 
 def check_keys(item: dict) -> None:
@@ -220,22 +244,38 @@ def place_at_tags(items: list[dict], where: str) -> list[dict]:
 # ---- media ----------------------------------------------------------------------------------------------------------
 
 
-def resolve_path(path: object, folder: Path, where: str) -> str:
-    """A media path as it is written if absolute or remote, else below the data file's folder or the current one."""
+def resolve_path(
+    path: object, folder: Path, where: str, is_found: Callable[[str | Path], bool] = os.path.isfile
+) -> str:
+    """A media path as it is written if absolute or remote, else below the data file's folder or the current one.
+
+    `is_found`: whether a path will do; os.path.exists where it may be a folder, too.
+    """
     if not isinstance(path, str) or not path or "\0" in path:
         raise DataError(f"{where}a media path must be a non-empty string, is {path!r}")
     if fetch.is_remote(path):
         return path
     path = fetch.local_path(path)
-    tried = [Path(path)] if os.path.isabs(path) else [folder / path, Path.cwd() / path]
+    tried: list[Path] = []
+    for spelling in spellings(path):
+        tried += [Path(spelling)] if os.path.isabs(path) else [folder / spelling, Path.cwd() / spelling]
     for candidate in tried:
-        if os.path.isfile(candidate):  # False, not an error as of Path.is_file, where a path is too long or not allowed
+        if is_found(candidate):  # os.path's: False, not an error as of Path.is_file, where a path is too long
             return str(candidate)
     refuse_base64(path, where)
-    raise DataError(
-        f"{where}no such file {path!r} (tried {', '.join(map(str, dict.fromkeys(tried)))}){mistaken(path, tried)}",
-        "no such file",
-    )
+    told = dict.fromkeys(map(str, tried[:2]))  # the other spellings look the same
+    raise DataError(f"{where}no such file {path!r} (tried {', '.join(told)}){mistaken(path, tried)}", "no such file")
+
+
+def spellings(path: str) -> list[str]:
+    """A path as it is written, and in the other forms of Unicode that look the same.
+
+    macOS hands out file names with accents as letters of their own (NFD), and nearly everything else writes one letter
+    (NFC); on Linux these are two names.
+    """
+    if path.isascii():
+        return [path]
+    return list(dict.fromkeys([path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)]))
 
 
 def refuse_base64(path: str, where: str) -> None:
@@ -250,7 +290,9 @@ def refuse_base64(path: str, where: str) -> None:
 def mistaken(path: str, tried: Collection) -> str:
     """The end of a message: what a path that names no file may be, and what to write; "" where nothing is known."""
     if any(os.path.isdir(candidate) for candidate in tried):
-        return "; it is a folder, and a video may be the list of its images, in their order: ['FOLDER/0.jpg', ...]"
+        return (
+            "; it is a folder: name a file in it, or write {'type': 'video', 'video': FOLDER} for a video of its images"
+        )
     if "\\" in path:
         return f"; '\\' is the separator of Windows: write {path.replace(chr(92), '/')!r:.200}"
     return ""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 from util.command_line import MOST_TOLD, UserError
 
 CHUNK = 2**24  # bytes read at a time while looking for line ends
+CONVERTED = (".csv", ".tsv", ".parquet")  # not read here, but by `python -m util convert`
 MOST_WEIGHT = 1000
 MOST_TEXT = 1_000_000  # characters of a sample; ten times as many take gigabytes to tokenise, or end the tokenizer
 
@@ -70,24 +72,51 @@ def split_weight(file: str) -> tuple[str, float]:
 
 def open_entries(file: str) -> Sequence:
     """The entries of one data file. Raises DataError for a file that is not there or holds something else."""
+    if os.path.isdir(file) or (file.endswith(CONVERTED) and os.path.exists(file)):
+        what = "a folder" if os.path.isdir(file) else "neither .json nor .jsonl"
+        raise DataError(
+            f"{file}: {what}; name a data file, or make one: python -m util convert {shlex.quote(file)} out.jsonl"
+        )
     try:
         if file.endswith(".jsonl"):
             return JsonLines(file)
         text = Path(file).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{file}: no such data file (looked in {os.getcwd()})") from None
-    except IsADirectoryError:
-        raise DataError(f"{file}: a folder; name the .json or .jsonl file in it") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
-    entries = parse(text, file) if text.strip() else []
-    if not isinstance(entries, list):
-        raise DataError(
-            f"{file}: must hold a list of samples, holds {type(entries).__name__}; one sample per line is .jsonl"
-        )
-    return entries
+    try:
+        entries = parse(text, file) if text.strip() else []
+    except DataError:
+        if not holds_lines(file):
+            raise
+        new = shlex.quote(f"{os.path.splitext(file)[0]}.jsonl")
+        raise DataError(f"{file}: each line is a sample; name it .jsonl: mv {shlex.quote(file)} {new}") from None
+    if isinstance(entries, list):
+        return entries
+    if isinstance(entries, dict) and "messages" in entries:
+        raise DataError(f"{file}: holds one sample; write a list of samples, [{{'messages': ...}}]")
+    held = type(entries).__name__
+    if isinstance(entries, dict):
+        held = f"a dictionary with {', '.join(sorted(map(str, entries))):.200}"
+    raise DataError(f"{file}: must hold a list of samples, holds {held}; write the list")
+
+
+def holds_lines(file: str) -> bool:
+    """Whether a file holds one sample per line: `datasets` and others give such files the name .json, too.
+
+    Only its first line is read, and of a list, whose first line may be gigabytes long, one character.
+    """
+    try:
+        with open(file, encoding="utf-8-sig") as handle:
+            if handle.read(1) != "{":
+                return False
+            handle.seek(0)
+            return isinstance(json.loads(handle.readline()), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def parse(text: str, file: str, line: int | None = None):
@@ -100,10 +129,7 @@ def parse(text: str, file: str, line: int | None = None):
         else:
             problem = getattr(error, "msg", str(error).split(";")[0])
         where = line or getattr(error, "lineno", 1)
-        fix = ""
-        if problem == "Extra data" and line is None:
-            fix = "; where each line is a sample, name the file .jsonl"
-        raise DataError(f"{file}, line {where}: not valid JSON ({problem}){fix}", "not valid JSON") from None
+        raise DataError(f"{file}, line {where}: not valid JSON ({problem})", "not valid JSON") from None
 
 
 class JsonLines(Sequence):
@@ -131,13 +157,15 @@ class JsonLines(Sequence):
             blank[line] = not self._read(starts[line], ends[line]).strip()
         self.starts, self.ends = starts[~blank], ends[~blank]
         if len(self.starts) > 1:
-            # A whole sample in one line neither begins nor ends like the first line of a list written over many lines.
+            # A whole sample in one line neither begins nor ends like the first line of JSON written over many lines.
             start = self.starts[0]
             end = self.ends[0]
             first = self._read(start, min(end, start + 64)).strip()
             last = self._read(max(start, end - 64), end).strip()
             if first.startswith(b"[") and last.endswith((b"[", b"{", b",")):
                 raise DataError(f"{file}: one JSON list over many lines; name the file .json, or write a sample a line")
+            if first.startswith(b"{") and last.endswith((b"[", b"{", b",")):
+                raise DataError(f"{file}: samples over many lines each; write a sample a line: jq -c . {file}")
 
     def __len__(self) -> int:
         return len(self.starts)
