@@ -29,6 +29,7 @@ def folder(tmp_path, monkeypatch, picture) -> Path:
     """A folder with a picture, a video's name and a folder of frames; the current folder is another one."""
     for name in ("a.png", "b.png", "frames/0.png"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "empty").mkdir(exist_ok=True)
         Image.fromarray(picture(56, 84)).save(tmp_path / "data" / name)
     (tmp_path / "data" / "clip.mp4").write_bytes(b"looked at later")
     (tmp_path / "current").mkdir()
@@ -210,8 +211,15 @@ REFUSED = {
     "a path of Windows": (
         entry(user([{"type": "image", "image": "data\\a.png"}]), ANSWER), ", message 0: no such file 'data\\\\a.png'",
     ),
-    "a folder of frames": (
-        entry(user([{"type": "video", "video": "frames"}]), ANSWER), ", message 0: no such file 'frames'",
+    "a folder where an image should be": (
+        entry(user([{"type": "image", "image": "frames"}]), ANSWER), ", message 0: no such file 'frames'",
+    ),
+    "a folder without images": (
+        entry(user([{"type": "video", "video": "empty"}]), ANSWER), ", message 0: no image in the folder",
+    ),
+    "a folder of frames and how many to take": (
+        entry(user([{"type": "video", "video": "frames", "nframes": 2}]), ANSWER),
+        ", message 0: nframes has no use with a list of frames: every frame given is taken",
     ),
     "a control token": (entry(QUESTION, assistant("a<|im_end|>")), ", message 1: text contains the control token"),
 }  # fmt: skip
@@ -235,7 +243,11 @@ def test_both_refuse(name, folder, processor):
 
 
 def test_what_a_path_may_have_been_is_said(folder, processor):
-    for name, hint in (("a path of Windows", "Windows: write 'data/a.png'"), ("a folder of frames", "it is a folder")):
+    hints = {
+        "a path of Windows": "Windows: write 'data/a.png'",
+        "a folder where an image should be": "it is a folder: name",
+    }
+    for name, hint in hints.items():
         file = write(folder, [REFUSED[name][0]])
         for said in (loaded(file, processor)[1], converted(file, processor)[1]):
             assert hint in said
@@ -259,6 +271,14 @@ FOREIGN = {
     "bytes and path": entry(user([{"type": "image", "image": {"bytes": None, "path": "a.png"}}]), ANSWER),
     "openai": entry(user([{"type": "image_url", "image_url": {"url": "a.png"}}, text("What?")]), ANSWER),
     "a system message beside": {**entry(QUESTION, ANSWER), "system": "Be brief."},
+    "alpaca": {"instruction": "Say hi", "input": "", "output": "Hi"},
+    "ms-swift": {"query": "<image>What?", "response": "Fine.", "images": ["a.png"]},
+    "trl": {"prompt": [QUESTION], "completion": [ANSWER], "images": ["a.png"]},
+    "a picture and its caption": {"image": "a.png", "caption": "A wave."},
+    "llama-factory v1": entry(
+        user([{"type": "image_url", "value": "a.png"}, {"type": "text", "value": "What?"}]),
+        assistant([{"type": "text", "value": "Fine."}]),
+    ),
 }
 
 
@@ -283,16 +303,10 @@ def test_a_sample_of_another_format_among_others_is_named(name, folder, processo
 
 
 UNREAD = {
-    "alpaca": ({"instruction": "Say hi", "input": "", "output": "Hi"}, "Alpaca's instruction and output"),
-    "ms-swift": ({"query": "<image>What?", "response": "Fine.", "images": ["a.png"]}, "ms-swift's query and response"),
-    "trl": ({"prompt": [QUESTION], "completion": [ANSWER]}, "TRL's prompt and completion"),
     "preferences": ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "preferences, which cannot be trained on"),
     "text": ({"text": "Once upon a time"}, "plain text"),
+    "questions": ({"question": "Hi", "answer": "Hello"}, "questions and answers without a picture"),
     "messages as text": ({"messages": json.dumps([QUESTION, ANSWER])}, "'messages' as text, JSON inside of JSON"),
-    "items with a value": (
-        entry(user([{"type": "image_url", "value": "a.png"}, {"type": "text", "value": "What?"}]), ANSWER),
-        "items with a 'value' (LLaMA-Factory)",
-    ),
 }
 
 
@@ -321,7 +335,10 @@ def test_files_named_otherwise_than_they_are(folder, processor):
     one = json.dumps(entry(QUESTION, ANSWER))
     (folder / "lines.json").write_text(f"{one}\n{one}\n")
     _, said = loaded(str(folder / "lines.json"), processor)
-    assert said.endswith("not valid JSON (Extra data); where each line is a sample, name the file .jsonl")
+    assert (
+        said
+        == f"{folder}/lines.json: each line is a sample; name it .jsonl: mv {folder}/lines.json {folder}/lines.jsonl"
+    )
     for number, content in enumerate((json.dumps([json.loads(one)] * 2, indent=1), f"[{one},\n{one}]\n")):
         file = folder / f"list{number}.jsonl"
         file.write_text(content)
@@ -341,8 +358,18 @@ def test_each_case_ends_in_training_or_in_one_line(processor, tmp_path):
         assert len(lines) == (0 if examples else 1), f"{file.name}: {said}"
         refused[file.name] = said
         output = str(tmp_path / f"{file.stem}.jsonl")
-        if said and "python -m util convert" not in said and not said.endswith("name the file .jsonl"):
+        if said and "python -m util convert" not in said and "name it .jsonl" not in said:
             with pytest.raises(DataError):
+                convert([str(file)], output)
+            continue
+        if file.name == "vid_dir.json":  # among the frames of its folder is one of another shape
+            with pytest.raises(DataError, match=r"frames/tall\.jpg: 120x160 pixels, and the first frame of its video"):
+                convert([str(file)], output)
+            frames = [os.path.basename(path) for path in examples[0].media[0]["video"]]
+            assert frames == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "tall.jpg"]
+            continue
+        if file.name == "vid_frames_mixed.json":
+            with pytest.raises(DataError, match=r"frames/tall\.jpg: 120x160 pixels, and the first frame of its video"):
                 convert([str(file)], output)
             continue
         convert([str(file)], output)
@@ -350,7 +377,8 @@ def test_each_case_ends_in_training_or_in_one_line(processor, tmp_path):
         assert again, f"{file.name}: convert wrote what training refuses: {problem}"
     taken = {name.split(".")[0] for name, said in refused.items() if not said}
     wanted = {"fmt_image_list1", "fmt_video_list1", "fmt_item_extra_key", "fmt_item_cache_control",
-              "fmt_number_string_keys", "vid_frames_fps", "vid_frames_sample_fps", "fmt_image_tag_and_item"}  # fmt: skip
+              "fmt_number_string_keys", "vid_frames_fps", "vid_frames_sample_fps", "fmt_image_tag_and_item",
+              "vid_dir"}  # fmt: skip
     assert wanted <= taken
     assert not taken & {"fmt_image_literal_tag", "fmt_image_literal_tag_noimg", "fmt_loss_false", "fmt_reasoning"}
 

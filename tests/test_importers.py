@@ -330,15 +330,15 @@ def test_our_format_is_not_taken_for_another():
         {"messages": ["Hi"]},
         {"conversations": None},
         {"conversations": [{"text": "Hi"}]},
-        {"instruction": "Say hi", "output": "Hi"},
-        {"prompt": [user("Hi")], "completion": [ANSWER]},
-        {"query": "Hi", "response": "Hello", "images": ["a.png"]},
+        {"image": "a.png"},
+        {"caption": "A wave."},
+        {"image": "a.png", "chosen": "A wave.", "rejected": "A cat."},
         [{"messages": [user("Hi"), ANSWER]}, {"conversations": [turn("human", "Hi")]}],
     ],
 )
 def test_what_is_in_no_known_format(entry):
     assert detect(entry) is None
-    with pytest.raises(DataError, match=r"in none of the known formats \(ShareGPT / LLaVA, Qwen-VL, "):
+    with pytest.raises(DataError, match=r"in none of the known formats \(python -m util convert --help lists them\), "):
         import_entry(entry, Counter())
 
 
@@ -825,7 +825,7 @@ def check_rows(output: Path, printed: str) -> None:
 
 
 def test_images_given_as_bytes_become_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("util.formats.convert.open_source", lambda file: (3, iter(rows())))
+    monkeypatch.setattr("util.formats.convert.open_source", lambda *given: (3, iter(rows())))
     output = tmp_path / "out.jsonl"
     check_rows(output, convert(["rows"], str(output)))
     red = next((tmp_path / "out_media").glob("*.png"))
@@ -836,7 +836,7 @@ def test_images_given_as_bytes_become_files(tmp_path, monkeypatch):
 
     picture = Image.new("RGB", (30, 30), "green")
     held = [{"messages": [user("A?"), ANSWER], "images": [picture]}]
-    monkeypatch.setattr("util.formats.convert.open_source", lambda file: (1, iter(held)))
+    monkeypatch.setattr("util.formats.convert.open_source", lambda *given: (1, iter(held)))
     convert(["rows"], str(tmp_path / "pil.json"))
     path = tmp_path / read(tmp_path / "pil.json")[0]["messages"][0]["content"][0]["image"]
     assert Image.open(path).tobytes() == picture.tobytes()
@@ -846,7 +846,19 @@ def test_images_given_as_bytes_become_files(tmp_path, monkeypatch):
     ("medium", "message"),
     [
         ({"bytes": b"no image", "path": None}, ", message 0: 8 bytes that are no image; repair the sample"),
-        ({"bytes": "iVBO", "path": None}, ", message 0: 'bytes' must be bytes, is str; save the data as .parquet"),
+        ({"bytes": "iVBO", "path": None}, ", message 0: 3 bytes that are no image; repair the sample"),
+        (
+            {"bytes": "no base64!", "path": None},
+            ", message 0: 'bytes' must be bytes, base64 or a list of numbers below",
+        ),
+        (
+            {"bytes": [1, 256], "path": None},
+            ", message 0: 'bytes' must be bytes, base64 or a list of numbers below 256",
+        ),
+        (
+            {"bytes": 7, "path": None},
+            ", message 0: 'bytes' must be bytes, base64 or a list of numbers below 256, is '7'",
+        ),
         ({"bytes": None, "path": None}, ", message 0: image must be a path, is 'None'; name the file"),
         (7, ", message 0: image must be a path, is '7'"),
         ("a\0b", ", message 0: image must be a path"),
@@ -855,7 +867,7 @@ def test_images_given_as_bytes_become_files(tmp_path, monkeypatch):
 def test_media_that_are_none(tmp_path, monkeypatch, medium, message):
     """What was written before the mistake was found is taken back."""
     entries = [*rows(), {"messages": [user("A?"), ANSWER], "images": [medium]}]
-    monkeypatch.setattr("util.formats.convert.open_source", lambda file: (4, iter(entries)))
+    monkeypatch.setattr("util.formats.convert.open_source", lambda *given: (4, iter(entries)))
     with pytest.raises(DataError) as error:
         convert(["rows"], str(tmp_path / "out.json"))
     assert str(error.value).startswith(f"rows, sample 3{message}")
@@ -894,8 +906,11 @@ def test_packages_that_are_missing_are_named(folder, tmp_path, monkeypatch):
     for name, package in (("rows.parquet", "pyarrow"), ("saved", "datasets")):
         with pytest.raises(UserError, match=f"needs the package {package}: pip install {package}"):
             convert([str(folder / name)], str(tmp_path / "out.json"))
-    with pytest.raises(DataError, match="photos: a folder, but none that save_to_disk wrote; name the data file in it"):
-        convert([str(folder / "photos")], str(tmp_path / "out.json"))
+    (folder / "empty").mkdir()
+    with pytest.raises(
+        DataError, match="empty: a folder without pictures, videos or a dataset of save_to_disk; name the"
+    ):
+        convert([str(folder / "empty")], str(tmp_path / "out.json"))
 
 
 def test_bad_samples_stop_it_all_or_are_listed(folder, tmp_path, capsys):
@@ -908,8 +923,8 @@ def test_bad_samples_stop_it_all_or_are_listed(folder, tmp_path, capsys):
     reasons = [
         f"{source}, sample 1, message 0: an assistant message must follow a user message, follows nothing; "
         "add the question or take the answer out",
-        f"{source}, sample 3: in none of the known formats (ShareGPT / LLaVA, Qwen-VL, Hugging Face datasets, "
-        "OpenAI chat, this project's own), is a dictionary with ['messages']; write it as {'messages': [...]}",
+        f"{source}, sample 3: in none of the known formats (python -m util convert --help lists them), "
+        "is a dictionary with ['messages']; write it as {'messages': [...]}",
         f"{source}, line 5: not valid JSON (Expecting property name enclosed in double quotes)",
         f"{source}, sample 5, message 0: text holds half of a surrogate pair, which is no character; repair the file",
     ]

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from util.command_line import UserError, command_parser
 from util.data.lines import DataError
 from util.formats.chartqa_sources import HUB_NAME, KINDS, Folder, Hub, Row
-from util.formats.convert import Refused, counted, image_suffix, whole_file, write_by_content
+from util.formats.convert import Refused, counted, whole_file
+from util.formats.media_paths import image_suffix, write_by_content
 
 # Questions as published: 9,608 human and 23,111 augmented in all (arXiv 2203.10244).
 PUBLISHED = {

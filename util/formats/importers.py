@@ -2,7 +2,8 @@
 
 Each function takes one entry and gives `{"messages": [...]}` as util/dataset.py reads it, one message per turn. Media
 stay as the entry holds them (a path, a URL, `{"bytes": ..., "path": ...}`, a PIL image); convert.py makes paths of
-them. Keys that have no effect on training are counted in `dropped`; what cannot be expressed raises DataError.
+them. Rows of flat keys (rows.py) become entries with messages first. Keys that have no effect on training are counted
+in `dropped`; what cannot be expressed raises DataError.
 
 Only light modules are imported at the top, so that training can ask `detect` at any time.
 """
@@ -18,6 +19,8 @@ from util.data.entries import MARKER, cut
 from util.data.keys import MEDIA_KEYS, TOOL_KEYS, is_empty
 from util.data.lines import DataError
 from util.data.weights import LEARNING_KEYS
+from util.formats import rows
+from util.formats.rows import ALPACA, LLAMA_FACTORY, PICTURE_ROWS, PROMPT, SWIFT, Columns, has_filled
 
 LLAVA = "ShareGPT / LLaVA"
 QWEN_VL = "Qwen-VL"
@@ -49,21 +52,21 @@ GROUNDING = {
 # ---- which format ---------------------------------------------------------------------------------------------------
 
 
-def detect(entry: object) -> str | None:
+def detect(entry: object, columns: Columns = Columns()) -> str | None:
     """The name of an entry's format, a key of IMPORTERS, or None. Looks at keys and types, never at a file."""
     if isinstance(entry, list):  # samples that Qwen's pack_data.py put together
         if not all(isinstance(part, dict) for part in entry):
             return None
-        names = {detect(part) for part in entry}
+        names = {detect(part, columns) for part in entry}
         return names.pop() if len(names) == 1 else None
     if not isinstance(entry, dict):
         return None
+    if row := rows.detect_row(entry, columns):
+        return row
     turns = entry.get("conversations") if "conversations" in entry else entry.get("messages")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return None
     if turns and not any(is_turn(turn) for turn in turns):
-        return None
-    if any("value" in item for item in items_of_all(turns)):
         return None
     if "conversations" in entry:
         return QWEN_VL if is_qwen_vl(entry, turns) else LLAVA
@@ -130,11 +133,6 @@ def has_openai_key(turn: dict) -> bool:
     return any(turn.get(key) is not None for key in OPENAI_KEYS)
 
 
-def has_filled(holder: dict, names: tuple[str, ...]) -> bool:
-    """Whether one of these keys is there with a value that is not empty."""
-    return any(not is_empty(holder.get(name)) for name in names)
-
-
 def holds_medium(item: dict) -> bool:
     """Whether a content item has a key `image` or `video`."""
     return any(kind in item for kind in KINDS)
@@ -160,13 +158,10 @@ def has_media(entry: dict) -> bool:
 
 # Formats that are not read: the keys by which they are known, their names, and what to do.
 WRITE = "write it as {'messages': [...]}"
-NOT_READ = f"which util.formats.convert does not read; {WRITE}"
+NOT_READ = f"which python -m util convert does not read; {WRITE}"
 UNREAD = {
     ("chosen", "rejected"): ("preferences", "which cannot be trained on; write the better answer as a message"),
-    ("prompt", "completion"): ("TRL's prompt and completion", NOT_READ),
-    ("query", "response"): ("ms-swift's query and response", NOT_READ),
-    ("instruction", "output"): ("Alpaca's instruction and output", NOT_READ),
-    ("question", "answer"): ("questions and answers", NOT_READ),
+    ("question", "answer"): ("questions and answers without a picture", NOT_READ),
     ("text",): ("plain text", NOT_READ),
 }
 
@@ -179,9 +174,6 @@ def unread(entry: object) -> str | None:
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         return "'messages' as text, JSON inside of JSON; write the list itself"
     if isinstance(turns, list):
-        items = items_of_all([turn for turn in turns if isinstance(turn, dict)])
-        if any("value" in item for item in items):
-            return f"items with a 'value' (LLaMA-Factory), {NOT_READ}"
         return None
     for names, (what, fix) in UNREAD.items():
         if entry.keys() >= set(names):
@@ -361,33 +353,60 @@ def from_own(entry: dict, dropped: Counter) -> dict:
     return {"messages": messages, **tools_beside(entry)}
 
 
+def from_row(entry: dict, dropped: Counter) -> dict:
+    """A row of Alpaca, ms-swift, TRL or LLaMA-Factory v1 (rows.py), read as the format that it is with messages."""
+    name = rows.detect_row(entry)
+    turned = rows.ROWS[name](entry)
+    inner = OWN if name == LLAMA_FACTORY else detect_messages(turned, turned["messages"])
+    return IMPORTERS[inner](turned, dropped)
+
+
+def from_picture_row(entry: dict, dropped: Counter, columns: Columns = Columns()) -> dict:
+    """A row of a picture and its text (rows.py); columns that are not used are counted, whatever their names."""
+    sample, rest = rows.from_pictures(entry, columns)
+    # `labels` or `objects` mean something beside messages; in a table they are columns that the user did not choose.
+    other = [key for key in rest if key in keys.REFUSED and not is_empty(rest[key])]
+    dropped.update([keys.printable(key) for key in other])
+    note_dropped({key: value for key, value in rest.items() if key not in other}, ("kind",), dropped)
+    return sample
+
+
 IMPORTERS = {
     LLAVA: from_llava,
     QWEN_VL: from_qwen_vl,
     HUGGING_FACE: from_hugging_face,
     OPENAI: from_openai,
+    ALPACA: from_row,
+    SWIFT: from_row,
+    PROMPT: from_row,
+    LLAMA_FACTORY: from_row,
+    PICTURE_ROWS: from_picture_row,
     OWN: from_own,
 }
 
 
-def import_entry(entry: object, dropped: Counter, join_turns: bool = False) -> tuple[str, dict]:
+def import_entry(
+    entry: object, dropped: Counter, join_turns: bool = False, columns: Columns = Columns()
+) -> tuple[str, dict]:
     """The format of one entry and its sample in this project's format; `join_turns` joins turns of the same role.
 
-    Raises DataError that says which message breaks which rule; the caller puts file and sample before it.
+    `columns`: what the user says about rows of a picture and its text. Raises DataError that says which message breaks
+    which rule; the caller puts file and sample before it.
     """
-    name = detect(entry)
+    name = detect(entry, columns)
     if name is None:
-        known = ", ".join(list(IMPORTERS)[:-1])
         content = unread(entry)
         if content:
             problem = f"holds {content}"
         elif isinstance(entry, dict):
             problem = f"is a dictionary with {sorted(map(str, entry))}; {WRITE}"
+            if not entry.keys() & set(rows.TURN_KEYS):
+                problem += ", or name the columns of a picture and its text (--image_column, --text_column)"
         else:
             problem = f"is {type(entry).__name__}; {WRITE}"
-        raise DataError(f": in none of the known formats ({known}, this project's own), {problem}")
+        raise DataError(f": in none of the known formats (python -m util convert --help lists them), {problem}")
     counted: Counter = Counter()  # apart from `dropped`, as nothing of a refused sample is written
-    imported = IMPORTERS[name](entry, counted)
+    imported = from_picture_row(entry, counted, columns) if name == PICTURE_ROWS else IMPORTERS[name](entry, counted)
     messages = imported["messages"]
     if not any(holds_medium(item) for item in items_of_all(messages)):
         keys.check_no_media_beside(entry)
