@@ -370,8 +370,8 @@ def test_the_format_that_is_added_works_as_the_page_says():
     exec(case, place)
     name, written, messages, dropped = place["case"]
     counted: Counter = Counter()
-    assert place["ALPACA"] == name
-    assert place["from_alpaca"](written, counted) == {"messages": messages}
+    assert place["DIALOG"] == name
+    assert place["from_dialog"](written, counted) == {"messages": messages}
     assert counted == dropped
     assert importers.detect(written) is None, "it is read already: the page needs another example"
 
