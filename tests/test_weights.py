@@ -34,6 +34,7 @@ WEIGHTED = [
     {**entry(user("Say red."), {**assistant("red"), "weight": 1.5}), "weight": 2},
 ]  # fmt: skip
 BY_HAND = [[0.0, 0.5, 1.0], [3.0]]  # of each answer
+CASES = ROOT.parent / "shared" / "cases"
 
 
 def write(folder: Path, rows: list, name: str = "data.json") -> str:
@@ -305,3 +306,21 @@ def test_a_sample_weight_stays(tmp_path):
     data = write(tmp_path, [{**FORMATS["LLaVA"]({}), "weight": 2}, {**FORMATS["own"]({}), "loss_weight": 0.5}])
     convert([data], str(tmp_path / "out.json"))
     assert [row["weight"] for row in json.loads((tmp_path / "out.json").read_text())] == [2.0, 0.5]
+
+
+def test_a_weight_in_a_table_of_products_is_no_weight_of_the_loss(tmp_path):
+    (tmp_path / "products.csv").write_text("image,caption,weight\na.png,A jug.,250\n")
+    said = convert([str(tmp_path / "products.csv")], str(tmp_path / "out.json"))
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert row.keys() == {"messages"}
+    assert "weight (1)" in said
+
+
+def test_llama_factory_and_trl_say_what_is_learned(tmp_path):
+    v1 = json.loads((CASES / "fmt_lf_v1.json").read_text()) if CASES.exists() else []
+    shown = [user([{"type": "image"}]), assistant("shown, not learned"), user("And?")]
+    trl = {"prompt": shown, "completion": [assistant("learned")], "images": ["a.png"]}
+    convert([write(tmp_path, [*v1, trl])], str(tmp_path / "out.json"))
+    *_, row = json.loads((tmp_path / "out.json").read_text())
+    answers = [message for message in row["messages"] if message["role"] == "assistant"]
+    assert [message.get("train", True) for message in answers] == [False, True]

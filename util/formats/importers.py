@@ -364,8 +364,10 @@ def from_row(entry: dict, dropped: Counter) -> dict:
 def from_picture_row(entry: dict, dropped: Counter, columns: Columns = Columns()) -> dict:
     """A row of a picture and its text (rows.py); columns that are not used are counted, whatever their names."""
     sample, rest = rows.from_pictures(entry, columns)
-    # `labels` or `objects` mean something beside messages; in a table they are columns that the user did not choose.
-    other = [key for key in rest if key in keys.REFUSED and not is_empty(rest[key])]
+    # `labels` or `weight` mean something beside messages; in a table they are columns that the user did not choose: of
+    # products, say, whose weight is in grams.
+    with_meaning = keys.REFUSED.keys() | LEARNING_KEYS
+    other = [key for key in rest if key in with_meaning and not is_empty(rest[key])]
     dropped.update([keys.printable(key) for key in other])
     note_dropped({key: value for key, value in rest.items() if key not in other}, ("kind",), dropped)
     return sample
@@ -417,7 +419,8 @@ def import_entry(
         pass
     dropped.update(counted)
     sample = {**imported, "messages": joined(messages) if join_turns else messages}
-    sample |= weights.plain_sample_weight(entry)
+    if name != PICTURE_ROWS:
+        sample |= weights.plain_sample_weight(entry)
     if isinstance(entry.get("kind"), str):
         sample["kind"] = entry["kind"]
     return name, sample

@@ -73,7 +73,7 @@ def open_parquet(file: str) -> tuple[int, Iterator[object]]:
 def open_saved_dataset(folder: str) -> tuple[int, Iterator[object]]:
     """The rows of a folder that `datasets` wrote; images as their bytes, undecoded."""
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-        splits = json.loads(Path(folder, "dataset_dict.json").read_text())["splits"]
+        splits = json.loads(Path(folder, "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         raise DataError(f"{folder}: holds the splits {', '.join(splits)}; name one, such as {folder}/{splits[0]}")
     try:
         import datasets
