@@ -40,8 +40,8 @@ def train(config: Config) -> str:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     path = find_model(config.model, device)
-    model_config = load_config(path)
-    processor = load_processor(path)
+    model_config = load_config(path, config)
+    processor = load_processor(path, config)
     collate = Collator()
     resumed = resolve_resume(config, LATEST)
 

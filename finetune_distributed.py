@@ -42,8 +42,8 @@ def train(config: Config) -> str:
     device = world.device
     dtype = choose_dtype(config.dtype, device)
     path = distributed.first_rank_first(find_model, config.model, device)
-    model_config = load_config(path)
-    processor = load_processor(path)
+    model_config = load_config(path, config)
+    processor = load_processor(path, config)
     collate = distributed.EvenCollator()
     resumed = distributed.from_first_rank(resolve_resume, config, LATEST)
 

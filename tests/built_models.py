@@ -51,7 +51,7 @@ def main() -> None:
         world = distributed.join_group(config, 600)
         torch.manual_seed(config.seed)
         path = find_model(config.model, world.device)
-        packed = distributed.build_model(config, path, load_config(path), load_processor(path), world)
+        packed = distributed.build_model(config, path, load_config(path, config), load_processor(path), world)
         held = held_by(packed)  # first: a forward pass leaves working copies in the root
         losses = token_losses(packed)
         if world.is_first:

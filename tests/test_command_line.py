@@ -19,6 +19,7 @@ from util.config import Config, parse_arguments
 from util.cost.flops import forward_flops
 from util.cost.memory import count_parameters
 from util.dataset import Size
+from util.optimizer import parameter_groups
 from util.vision import Grid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +131,31 @@ def test_the_commands_are_listed_and_a_wrong_one_is_named(capsys):
         main(["exprot"])
     assert ended.value.code == 2
     assert capsys.readouterr().err == "python -m util: unknown command 'exprot'; did you mean export?\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "rate"),
+    [("", 1e-5), ("--lora_rank 16", 1e-4), ("--lora_rank 16 --quantize nf4", 1e-4), ("--lora_rank 0", 1e-5),
+     ("--lora_rank 16 --learning_rate 1e-5", 1e-5), ("--learning_rate 0", 0.0),
+     ("--lora_rank 16 --lora_vision --vision_learning_rate 3e-6", 1e-4)],
+)  # fmt: skip
+def test_the_learning_rate_that_is_not_given(typed, rate):
+    """1e-5 for weights, 1e-4 for adapters; what is given stays, also where it is the other default or 0."""
+    config = parse_arguments("test", typed.split())
+    assert config.learning_rate == rate
+    peaks = {group["peak"] for group in parameter_groups(small_model(), config)}
+    assert peaks == {rate, 3e-6} if "vision_learning_rate" in typed else {rate}
+
+
+def small_model():
+    """Parameters of each part, by names as training has them."""
+    import torch
+
+    model = torch.nn.Module()
+    model.visual = torch.nn.Linear(2, 2)
+    model.visual.merger = torch.nn.Linear(2, 2)
+    model.language_model = torch.nn.Linear(2, 2)
+    return model
 
 
 def test_defaults_survive_the_command_line():
@@ -395,6 +421,15 @@ def test_what_is_not_given_is_as_the_run_has_it(tmp_path):
     assert given == Config(**{**own, "learning_rate": 1e-5, "freeze": []}, num_workers=3, resume=str(run))
     (newest / "state.json").write_text("{half of it")
     assert parse_arguments("", ["--resume", str(run)]).learning_rate == 9.0, "the one before a damaged one"
+
+
+def test_the_learning_rate_of_a_run_of_adapters_stays_its_own(tmp_path):
+    """Also of one that was made while 1e-5 was the default of adapters, too."""
+    run = tmp_path / "run"
+    saved(run, 1, lora_rank=4, learning_rate=1e-5)
+    assert parse_arguments("", ["--resume", str(run)]).learning_rate == 1e-5
+    saved(run, 2, lora_rank=4, learning_rate=1e-4)
+    assert parse_arguments("", ["--resume", str(run), "--lora_rank", "4"]).learning_rate == 1e-4
 
 
 def test_without_a_checkpoint_the_defaults_hold(tmp_path):

@@ -19,7 +19,7 @@ import pytest
 import finetune
 from tests import runs
 from tests.hub_server import TOKEN, USER, HubServer
-from util.config import Config
+from util.config import Config, parse_arguments
 from util.publish import hub_files
 from util.publish.settings import HubSettings, invalid_hub_settings
 
@@ -316,6 +316,17 @@ def test_paths_become_names():
         "other": "thing", "nested": {"base_model_name_or_path": "Qwen/Qwen2-VL-7B-Instruct", "tilde": "thing"},
         "schedule": "cosine", "template": "{{ x }}\n/home", "division": "1/2", "end": "</s>",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rank", "rate", "is_named"), [(0, 1e-5, False), (0, 1e-4, True), (4, 1e-4, False), (4, 1e-5, True)]
+)
+def test_the_command_of_the_card_trains_with_the_same_learning_rate(rank, rate, is_named):
+    """It names the rate wherever finetune.py would take another one by itself."""
+    chosen = hub_files.chosen_settings({"learning_rate": rate, "lora_rank": rank})
+    assert ("learning_rate" in chosen) == is_named
+    words = [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
+    assert parse_arguments("", words).learning_rate == rate
 
 
 def test_the_card_of_an_adapter():

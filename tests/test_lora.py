@@ -1,6 +1,7 @@
 """Adapters (LoRA, DoRA, QLoRA): against sums by hand, plain peft, and plain transformers."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from util.cost import flops, memory
 from util.dataset import Samples, Size, load_examples
 from util.model import build_model, load_config, load_processor, load_weights
 from util.optimizer import build_optimizer
+from util.publish import merge_lora
+from util.publish.export import export
 from util.publish.merge_lora import merge_run
 from util.results.evaluate import Answerer, ask
 from util.vision import Budget, Grid
@@ -35,6 +38,8 @@ KINDS = {
     "lora": {"lora_rank": 4},
     "lora in the tower": {"lora_rank": 4, "lora_vision": True},
     "dora": {"lora_rank": 4, "lora_dora": True},
+    "rslora": {"lora_rank": 4, "lora_rslora": True, "learning_rate": 1e-2},
+    "dora with rslora": {"lora_rank": 4, "lora_dora": True, "lora_rslora": True, "learning_rate": 1e-2},
     "qlora": {"lora_rank": 4, "quantize": "nf4"},
 }
 
@@ -192,7 +197,7 @@ def test_bf16_keeps_the_base_in_bf16_and_the_adapters_in_fp32(tiny_path, tmp_pat
 # ---- what comes out -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["lora", "lora in the tower", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "lora in the tower", "dora", "rslora", "dora with rslora"])
 def test_plain_peft_and_plain_transformers_open_it(tiny_path, trained, processor, kind):
     """The base model by transformers, the adapter by peft: the same logits as ours, and not the base's."""
     run = str(trained(kind))
@@ -202,19 +207,22 @@ def test_plain_peft_and_plain_transformers_open_it(tiny_path, trained, processor
     ours = logits(load_weights(run, torch.float32, CPU), processor)
     assert (ours - before).abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    if kind != "dora":  # transformers 5.23 by itself leaves DoRA's magnitudes as they were made
+    if "lora_dora" not in KINDS[kind]:  # transformers 5.23 by itself leaves DoRA's magnitudes as they were made
         opened = AutoModelForImageTextToText.from_pretrained(run, dtype=torch.float32)
         torch.testing.assert_close(logits(opened, processor), theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_merged_weights_are_the_sum_by_hand(tiny_path, trained, tmp_path):
-    run = trained("lora in the tower")
+@pytest.mark.parametrize(("kind", "scale"), [("lora in the tower", 16 / 4), ("rslora", 16 / 2)])
+def test_merged_weights_are_the_sum_by_hand(tiny_path, trained, tmp_path, kind, scale):
+    """Rank 4: alpha / rank, and with rsLoRA alpha / sqrt(rank)."""
+    run = trained(kind)
     merge_run(str(run), tmp_path / "merged")
     before, after = load_file(tiny_path / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     adapters = load_file(run / "adapter_model.safetensors")
     assert before.keys() == after.keys()
     text, tower = load_config(str(tiny_path)).text_config, load_config(str(tiny_path)).vision_config
-    assert len(adapters) == 2 * (7 * text.num_hidden_layers + 4 * tower.depth + 2), "A and B of every linear layer"
+    in_the_tower = 4 * tower.depth + 2 if "lora_vision" in KINDS[kind] else 0
+    assert len(adapters) == 2 * (7 * text.num_hidden_layers + in_the_tower), "A and B of every linear layer"
     published = {  # the names of modules in memory, and in the published files
         key.replace("base_model.model.model.language_model.", "model.").replace(
             "base_model.model.model.visual.", "visual."
@@ -225,8 +233,8 @@ def test_merged_weights_are_the_sum_by_hand(tiny_path, trained, tmp_path):
         low = published.pop(name.replace(".weight", ".lora_A.weight"), None)
         if low is not None:
             high = published.pop(name.replace(".weight", ".lora_B.weight"))
-            weight = (weight.double() + 16 / 4 * high.double() @ low.double()).float()
-        torch.testing.assert_close(after[name], weight, rtol=1e-6, atol=1e-6, msg=f"{name} is not W + alpha / r B A")
+            weight = (weight.double() + scale * high.double() @ low.double()).float()
+        torch.testing.assert_close(after[name], weight, rtol=1e-6, atol=1e-6, msg=f"{name} is not W + scale B A")
     assert not published, "adapters of no weight"
 
 
@@ -269,6 +277,29 @@ def test_the_test_script_opens_a_run_and_what_was_merged(trained, tmp_path, kind
         answers[name] = [json.loads(line)["answer"] for line in lines]
     assert len(answers["run"]) > 10
     assert answers["run"] == answers["merged"]
+
+
+def test_the_last_lines_name_the_command_that_merges(tiny_path, tmp_path, capsys):
+    """As it is printed, it makes a model of the run."""
+    run = tmp_path / "run"
+    finetune.train(Config(**settings(tiny_path, run, **KINDS["lora"], max_steps=1)))
+    line = next(line for line in capsys.readouterr().out.splitlines() if "-m util merge" in line)
+    words = shlex.split(line.rpartition(": ")[2])
+    assert words[1:] == ["-m", "util", "merge", str(run), f"{run}_merged"]
+    merge_lora.main(words[4:])
+    assert (tmp_path / "run_merged" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_older_than_a_flag_of_adapters_is_exported(trained, tmp_path):
+    """Its settings do not name --lora_rslora."""
+    older = tmp_path / "older"
+    shutil.copytree(trained("lora"), older)
+    known = json.loads((older / "training_config.json").read_text())
+    assert known.pop("lora_rslora") is False
+    (older / "training_config.json").write_text(json.dumps(known))
+    export(older / "checkpoints" / "step_000004", tmp_path / "out")
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", older))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 # ---- forecasts ------------------------------------------------------------------------------------------------------
@@ -318,6 +349,7 @@ def test_four_bits_take_what_the_forecast_says(tiny_path):
         ({"lora_rank": 4, "lora_alpha": 0}, "--lora_alpha 0: must be at least 1"),
         ({"quantize": "nf4"}, "--quantize nf4 needs --lora_rank"),
         ({"lora_vision": True}, "--lora_vision needs --lora_rank"),
+        ({"lora_rslora": True}, "--lora_rslora needs --lora_rank"),
         ({"lora_rank": 4, "freeze": ["language_model"]}, "no layer is left to get adapters"),
         ({"lora_rank": 4, "vision_learning_rate": 1e-5}, "--vision_learning_rate is given, but no adapter is there"),
         ({"lora_rank": 4, "quantize": "nf4", "dtype": "float64"}, "not in float64"),

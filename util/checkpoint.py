@@ -28,6 +28,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from util import ranks
+from util.adapters import new_tokens
 from util.command_line import MOST_TOLD, Ended, UserError, harmless_settings
 from util.config import Config
 from util.cost import disk
@@ -83,6 +84,7 @@ class Saver:
         self.idle.set()
         if ranks.is_first():
             self.data = data_fingerprint(config.data)
+            self.new_tokens = new_tokens.texts_of(config)
             for leftover in self.folder.glob(".*"):  # of a process that was killed while saving
                 shutil.rmtree(leftover, ignore_errors=True)
         self.stager = make_stager()
@@ -190,6 +192,7 @@ class Saver:
     def _publish(self, unfinished: Path, final: Path, state: dict) -> None:
         check_files(unfinished)
         state |= {"settings": dataclasses.asdict(self.config), "data": self.data, "plan": self.plan}
+        state["new_tokens"] = self.new_tokens
         state["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         state["files"] = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
         body = json.dumps(state, indent=2)
@@ -465,6 +468,8 @@ def compare_settings(config: Config, state: dict, checkpoint: Path) -> None:
     # A setting that is younger than the checkpoint was what is its default now.
     then = {**dataclasses.asdict(Config()), **state["settings"]}
     changed = {name: (then[name], now[name]) for name in now if then[name] != now[name]}
+    new_tokens.refuse_others(config, state.get("new_tokens", []), checkpoint)
+    changed.pop("new_tokens", None)  # the same tokens in another file
     if config.data == then["data"] and data_fingerprint(config.data) != state["data"]:
         changed["data"] = ("the files as they were", "files with other content")
     lines = {name: f"  --{name}: {old} -> {new}" for name, (old, new) in changed.items()}

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from util.adapters.settings import LoraSettings, invalid_adapter_settings
+from util.adapters.settings import ADAPTER_LEARNING_RATE, LoraSettings, TokenSettings, invalid_adapter_settings
 from util.command_line import UserError, out_of_range, parse, setting
 from util.data.settings import CacheSettings, FetchSettings, SampleSettings
 from util.publish.settings import (
@@ -23,6 +23,7 @@ from util.results.settings import MetricSettings, invalid_metric_settings
 from util.run_folder import own_settings
 
 OFFICIAL_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
+LEARNING_RATE = 1e-5
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Config(
     MetricSettings,
     LoraSettings,
     FinalSettings,
+    TokenSettings,
     TrackerSettings,
     HubSettings,
 ):
@@ -51,7 +53,11 @@ class Config(
     )
     epochs: int = setting(3, "passes over the data", group="essentials", least=1)
     learning_rate: float = setting(
-        1e-5, "peak learning rate of the language model, and of what has none of its own", group="essentials", least=0
+        None,  # where it is not given, __post_init__ puts a number
+        "peak learning rate of the language model, and of what has none of its own; "
+        f"default: {LEARNING_RATE:g}, with --lora_rank {ADAPTER_LEARNING_RATE:g}",
+        group="essentials",
+        least=0,
     )
     global_batch_size: int = setting(
         8,
@@ -212,6 +218,8 @@ class Config(
         return self.final or ("best" if self.eval_data else "last")
 
     def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = ADAPTER_LEARNING_RATE if self.lora_rank else LEARNING_RATE
         found = [*out_of_range(self), *self.invalid_combinations()]
         found += invalid_metric_settings(self)
         found += invalid_adapter_settings(self)

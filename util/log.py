@@ -193,6 +193,8 @@ class Run:
             f"final model: {model}\n"
             f"try it: {relative(sys.executable)} test_on_trained_model.py {relative(self.directory)}"
         )
+        if self.config.lora_rank:
+            print(how_to_merge(self.config, relative(self.directory)))
         if text := self.tally.summary(left_out):
             print(text)
         if updates_left_out:
@@ -220,6 +222,14 @@ class SilentRun:
     def close(self) -> None: ...
 
     def finish(self, steps: int, left_out: Counter, updates_left_out: int, model: str) -> None: ...
+
+
+def how_to_merge(config: Config, folder: str) -> str:
+    """The last word of a run of adapters: a plain model is one command away."""
+    needed = "which opens without peft"
+    if config.new_tokens:
+        needed = "which vLLM needs because of the new tokens"
+    return f"as one model, {needed}: {relative(sys.executable)} -m util merge {folder} {folder}_merged"
 
 
 def mean_loss(totals: dict[str, float]) -> float:

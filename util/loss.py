@@ -78,7 +78,7 @@ class PackedLoss(nn.Module):
 
     def embed(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
         """The row's embeddings (T, D), visual tokens in their places; `visual` (V, D) where they are known already."""
-        hidden = F.embedding(batch.input_ids, self.model.model.language_model.embed_tokens.weight)
+        hidden = self.model.model.language_model.embed_tokens(batch.input_ids)
         if not len(batch.vision_position_ids):
             return hidden
         if visual is None:
@@ -133,7 +133,7 @@ class PackedLoss(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(S, D) -> (S, vocabulary), in fp32 at least: in bf16 a loss has three digits."""
-        logits = F.linear(hidden, self.model.lm_head.weight)
+        logits = self.model.lm_head(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import logging as transformers_logging
 
 from util import attention, vision
-from util.adapters import lora
+from util.adapters import lora, new_tokens
 from util.command_line import UserError
 from util.config import OFFICIAL_MODEL, Config
 from util.loss import PackedLoss
@@ -125,8 +125,11 @@ def what_else(folder: Path) -> str:
     return f"; there is one in {inner.parent}" if inner else ""
 
 
-def load_config(path: str):
-    """A Qwen2-VL config; another family, an adapter, or nothing there, is refused by name."""
+def load_config(path: str, settings: Config | None = None):
+    """A Qwen2-VL config; another family, an adapter, or nothing there, is refused by name.
+
+    `settings`: of a run, whose `--new_tokens` may need more rows than the model has.
+    """
     check_folder(path)
     if lora.is_adapter(path):
         raise UserError(f"--model {path} is an adapter; first make a model of it: python -m util merge {path} OUT")
@@ -142,17 +145,22 @@ def load_config(path: str):
     sizes = (tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size)
     if sizes != (vision.PATCH, vision.MERGE, vision.TEMPORAL):
         raise UserError(f"--model {path}: its vision tower has patch, merge and temporal sizes {sizes}, not (14, 2, 2)")
+    if settings and (found := new_tokens.of(settings, path)):
+        config.text_config.vocab_size = found.rows
     return config
 
 
-def load_processor(path: str):
-    """The processor of a checkpoint directory or hub name."""
+def load_processor(path: str, settings: Config | None = None):
+    """The processor of a checkpoint directory or hub name, which also knows the `--new_tokens` of a run's settings."""
     check_folder(path)
     try:
-        return AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"--model {path}: its processor cannot be loaded ({first_line})") from None
+    if settings and (found := new_tokens.of(settings, path)):
+        new_tokens.add(processor.tokenizer, found.texts)
+    return processor
 
 
 def load_weights(path: str, dtype: torch.dtype, device: torch.device) -> Qwen2VLForConditionalGeneration:
@@ -190,10 +198,12 @@ def load_trainable(config: Config, path: str, device: torch.device) -> Qwen2VLFo
     """The weights as training keeps them: what is trained in fp32 (fp64 on request), what lies under adapters in the
     precision of compute or in 4 bits."""
     dtype = choose_dtype(config.dtype, device)
-    if config.quantize == "none":
-        return load_weights(path, dtype if config.lora_rank else torch.promote_types(dtype, torch.float32), device)
-    model = load_weights(path, dtype, torch.device("cpu"))
-    lora.quantise(model, device)
+    kept = dtype if config.lora_rank else torch.promote_types(dtype, torch.float32)
+    model = load_weights(path, kept, device if config.quantize == "none" else torch.device("cpu"))
+    if found := new_tokens.of(config, path):
+        new_tokens.grow(model, found)
+    if config.quantize != "none":
+        lora.quantise(model, device)
     return model.to(device)
 
 
@@ -221,6 +231,8 @@ def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, devic
         keep_float64(model)
     if config.lora_rank:
         lora.add_adapters(model, config)
+        if found := new_tokens.of(config, model.config._name_or_path):
+            new_tokens.train_rows(model, found)
     else:
         freeze(model, config.freeze)
     if config.activation_checkpointing == "full":

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from util.adapters import new_tokens
 from util.command_line import UserError
 from util.config import Config
 from util.tensors import PARTS, part_of, run_parameters
@@ -34,14 +35,20 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
     parameters = run_parameters(model)
     groups = []
     for part in PARTS:
-        trained = [p for name, p in parameters.items() if p.requires_grad and part_of(name) == part]
+        trained = {name: p for name, p in parameters.items() if p.requires_grad and part_of(name) == part}
         rate = config.learning_rate if rates[part] is None else rates[part]
         for decays in (True, False):
-            chosen = [p for p in trained if (p.ndim >= 2) == decays]  # norms and biases have one dimension
+            chosen = [p for name, p in trained.items() if is_decayed(name, p) == decays]
             if chosen:
                 decay = config.weight_decay if decays else 0.0
                 groups.append({"params": chosen, "weight_decay": decay, "peak": rate, "lr": rate})
     return groups
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Norms and biases, which have one dimension, are not; nor are the rows of new tokens beside adapters, where one of
+    a token that seldom occurs would fade."""
+    return parameter.ndim >= 2 and not new_tokens.is_row(name)
 
 
 def eight_bit_adamw(groups: list[dict]) -> torch.optim.Optimizer:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from util.adapters import new_tokens
+from util.adapters.settings import ADAPTER_LEARNING_RATE
 from util.config import Config
 from util.cost import disk
 from util.cost.measure import CUT, DEEP, FIRST, unlearned_in_words, unused_in_words, weighted_in_words
@@ -56,13 +58,16 @@ def print_plan(
 
 def of_the_model(config: Config, path: str, device: torch.device, dtype: torch.dtype, counts: dict) -> dict[str, str]:
     total = sum(counts[part] for part in PARTS)
-    return {
+    facts = {
         "model": f"{relative(Path(path)) if Path(path).exists() else path}, {total / 1e6:,.2f} M parameters",
         "parts": ", ".join(part_in_words(part, config, counts) for part in PARTS),
         "device": f"{device_in_words(device)}, {free_bytes(device) / GIB:.1f} GiB free",
         "precision": f"{precision_in_words(config, device, dtype)}; "
         f"attention {choose_attention(config.attention, device, dtype)}",
     }
+    if found := new_tokens.of(config, path):
+        facts["vocabulary"] = found.in_words()
+    return facts
 
 
 def device_in_words(device: torch.device) -> str:
@@ -80,7 +85,8 @@ def part_in_words(part: str, config: Config, counts: dict) -> str:
     if not config.lora_rank and part not in config.freeze:
         return text
     adapters = counts["adapters"][part]
-    return f"{text} (frozen, {adapters / 1e6:,.2f} M in adapters)" if adapters else f"{text} (frozen)"
+    where = "adapters and new rows" if config.new_tokens and part == "language_model" else "adapters"
+    return f"{text} (frozen, {adapters / 1e6:,.2f} M in {where})" if adapters else f"{text} (frozen)"
 
 
 def precision_in_words(config: Config, device: torch.device, dtype: torch.dtype) -> str:
@@ -115,7 +121,20 @@ def of_the_steps(config: Config, steps: Steps) -> dict[str, str]:
     return {
         "steps": f"{len(steps):,} of {config.global_batch_size} samples = {arithmetic}",
         "each step": f"{survey.fewest} to {survey.most} packed micro-batches of at most {config.max_tokens:,} tokens",
+        "learning rate": learning_rate_in_words(config),
     }
+
+
+def learning_rate_in_words(config: Config) -> str:
+    """`0.0001, the default of adapters; vision 1e-05`."""
+    text = f"{config.learning_rate:g}"
+    if config.lora_rank and config.learning_rate == ADAPTER_LEARNING_RATE:
+        text += ", the default of adapters"
+    for part in ("vision", "merger"):
+        own = getattr(config, f"{part}_learning_rate")
+        if own is not None:
+            text += f"; {part} {own:g}"
+    return text
 
 
 def memory_in_words(needs: dict[str, float], device: torch.device) -> str:

@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, DoRA) through peft, over weights of 4 bits if asked (QLoRA, NF4 through bitsandbytes).
 
 The model's weights stay as they are; each chosen linear layer W gets two small matrices and computes
-W x + (alpha / rank) B A x (arXiv 2106.09685). A and B alone are trained, saved and exported, in peft's own format.
+W x + (alpha / rank) B A x (arXiv 2106.09685), under --lora_rslora W x + (alpha / sqrt(rank)) B A x (arXiv 2312.03732).
+A and B alone are trained, saved and exported, in peft's own format.
 """
 
 import logging
@@ -10,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from util import run_folder
+from util.adapters import new_tokens
 from util.adapters.settings import VISION_TARGETS, Target, targets
 from util.command_line import UserError
 
@@ -60,6 +62,13 @@ def count_adapters(model_config, config) -> dict[str, int]:
     return parameters
 
 
+def count_trained(model_config, config) -> dict[str, int]:
+    """Parameters trained beside frozen weights, by part: those of adapters and the rows of new tokens."""
+    parameters = count_adapters(model_config, config)
+    parameters["language_model"] += new_tokens.count_rows(model_config, config)
+    return parameters
+
+
 def frozen_bytes(model_config, config, total: int, itemsize: int) -> float:
     """Bytes of the model's `total` frozen weights, in the precision of compute or, with --quantize nf4, in NF4."""
     if config.quantize == "none":
@@ -107,6 +116,7 @@ def add_adapters(model, config) -> None:
     settings = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
+        use_rslora=config.lora_rslora,
         lora_dropout=config.lora_dropout,
         target_modules=target_modules,
         use_dora=config.lora_dora,
@@ -235,12 +245,13 @@ def load_adapters(model, path: str) -> None:
     peft = import_peft()
     settings = read_settings(path)
     settings.inference_mode = True
-    inject(model, settings)
     try:
         saved = peft.utils.load_peft_weights(path, device="cpu")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: its adapter weights cannot be read ({str(error).splitlines()[0]})") from None
     weights = {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
+    new_tokens.take_rows(model, settings, weights)
+    inject(model, settings)
     expected = peft.get_peft_model_state_dict(model)
     wrong = sorted(set(weights) ^ set(expected))
     wrong += [key for key in set(weights) & set(expected) if weights[key].shape != expected[key].shape]
@@ -253,10 +264,12 @@ def write_adapters(model, weights: dict, directory: Path) -> None:
     """adapter_model.safetensors and adapter_config.json from whole adapter tensors by name, for plain peft."""
     from safetensors.torch import save_file
 
-    saved = import_peft().get_peft_model_state_dict(model, state_dict=weights)
-    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in saved.items()}
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    # never the embedding, which peft would add where it has other rows than the base's: the new rows are enough
+    saved = import_peft().get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     settings = model.peft_config["default"]
+    rows, settings.trainable_token_indices = new_tokens.rows_for_peft(model, weights)
+    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in {**saved, **rows}.items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     settings.inference_mode = True  # whoever opens the adapter wants answers
     settings.target_modules = sorted(settings.target_modules)  # a set has no order of its own
     settings.save_pretrained(directory)

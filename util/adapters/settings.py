@@ -1,4 +1,4 @@
-"""The flags of this room: which adapters are trained, and over which weights.
+"""The flags of this room: which adapters are trained, over which weights, and which tokens are new.
 
 Only the standard library is imported here, because settings are part of the command line.
 """
@@ -11,6 +11,22 @@ from util.command_line import setting
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # The linear layers of the tower and the merger, as the ends of their names, which nothing else has.
 VISION_TARGETS = {"vision": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"], "merger": ["merger.mlp.0", "merger.mlp.2"]}
+
+# Adapters begin at zero and are few: what moves weights well leaves them nearly where they began. Measured by
+# benchmarks/lora_gain.py.
+ADAPTER_LEARNING_RATE = 1e-4
+
+
+@dataclass
+class TokenSettings:
+    """What the vocabulary gets beside the model's own tokens."""
+
+    new_tokens: str | None = setting(
+        None,
+        "file of texts that become one token each, one a line: actions, classes, coordinates; their rows of embedding "
+        "and head are trained with the weights, or alone beside adapters",
+        group="model",
+    )
 
 
 @dataclass
@@ -25,6 +41,9 @@ class LoraSettings:
     )
     lora_alpha: int = setting(
         16, "what adapters add is multiplied by lora_alpha / lora_rank", group="adapters", least=1
+    )
+    lora_rslora: bool = setting(
+        False, "multiply by lora_alpha / sqrt(lora_rank) instead, for large ranks (rsLoRA)", group="adapters"
     )
     lora_dropout: float = setting(
         0.0, "share of an adapter's inputs that is set to zero while training", group="adapters", least=0, below=1
@@ -43,12 +62,16 @@ class LoraSettings:
 
 def invalid_adapter_settings(config) -> list[str]:
     """A message for each combination of adapter settings of a Config that makes no sense."""
+    found = []
+    if config.new_tokens and "language_model" in config.freeze:
+        found.append(
+            "--new_tokens and --freeze language_model: their rows would not be trained; leave one of the two out"
+        )
     if not config.lora_rank:
-        given = [name for name in ("lora_vision", "lora_dora") if getattr(config, name)]
+        given = [name for name in ("lora_vision", "lora_dora", "lora_rslora") if getattr(config, name)]
         if config.quantize != "none":
             given.append("quantize nf4")
-        return [f"--{name} needs --lora_rank" for name in given]
-    found = []
+        return [*found, *(f"--{name} needs --lora_rank" for name in given)]
     adapted = targets(config)
     if not any(adapted.values()):
         found.append("--lora_rank: no layer is left to get adapters; see --lora_targets, --lora_vision and --freeze")

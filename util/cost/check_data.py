@@ -229,7 +229,7 @@ def forecast(config: Config, path: str, samples, sizes, device) -> dict[str, str
     from util.model import choose_dtype, load_config
     from util.steps import training_steps
 
-    model_config = load_config(path)
+    model_config = load_config(path, config)
     dtype = choose_dtype(config.dtype, device)
     steps = training_steps(sizes, samples.examples, config)
     counts = memory.count_parameters(model_config, config)
@@ -466,7 +466,7 @@ def check(config: CheckSettings) -> None:
 
     device = choose_device(config.device)
     path = find_model(config.model, device)
-    processor = load_processor(path)
+    processor = load_processor(path, config)
     train = look_at("training data", config.data, processor, config)
     all_data = [train]
     if config.eval_data:

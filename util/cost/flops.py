@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from util.adapters import lora
+from util.adapters import lora, new_tokens
 from util.adapters.settings import untrained_parts
 from util.config import Config
 from util.cost.sizes import Columns
@@ -69,6 +69,7 @@ def training_flops(model_config, sizes: Iterable[Size | Columns], config: Config
         else:
             factors[part] = 1
     adapters = lora.count_adapters(model_config, config) if config.lora_rank else {}
+    rows = new_tokens.count_rows(model_config, config) / (1 if model_config.tie_word_embeddings else 2)  # of the head
     merge = model_config.vision_config.spatial_merge_size**2
     total = 0.0
     for size in sizes:
@@ -76,6 +77,7 @@ def training_flops(model_config, sizes: Iterable[Size | Columns], config: Config
         total = total + sum(factor * forward[part] for part, factor in factors.items())
         of_part = {"vision": size.patches, "merger": size.patches / merge, "language_model": size.tokens}
         total = total + sum(6 * number * of_part[part] for part, number in adapters.items())
+        total = total + 6 * rows * size.supervised
     return total
 
 

@@ -27,14 +27,15 @@ GIB = 2**30
 
 
 def count_parameters(model_config, config: Config) -> dict:
-    """Parameters by part from the model's config alone, those of adapters under "adapters".
+    """Parameters by part from the model's config alone, those of adapters and of new tokens' rows that are
+    trained beside them under "adapters".
 
     Besides the parts: those of the "largest_layer" and of "all_layers".
     """
     with torch.device("meta"):
         model = Qwen2VLForConditionalGeneration(model_config)
     counts = dict.fromkeys(PARTS, 0)
-    counts["adapters"] = lora.count_adapters(model_config, config)
+    counts["adapters"] = lora.count_trained(model_config, config)
     for name, parameter in model.named_parameters():
         counts[part_of(name)] += parameter.numel()
     per_layer = []
@@ -60,7 +61,7 @@ def forecast(
     weights = width * total
     if config.lora_rank:
         # not counts["adapters"]: where remedies are tried, `counts` were made for a config without them
-        adapters = trained = sum(lora.count_adapters(model_config, config).values())
+        adapters = trained = sum(lora.count_trained(model_config, config).values())
         weights = lora.frozen_bytes(model_config, config, total, dtype.itemsize) + width * adapters
     parts = {
         "weights": weights / (shards if config.quantize == "none" else 1),

@@ -17,8 +17,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
 
-from util.adapters import lora
-from util.checkpoint import TensorReader, verify
+from util.adapters import lora, new_tokens
+from util.adapters.new_tokens import NewTokens
+from util.adapters.settings import LoraSettings
+from util.checkpoint import TensorReader, read_state, verify
 from util.command_line import UserError, command_parser
 from util.model import choose_dtype, load_config, load_processor, set_budget
 from util.publish.save_model import write_published
@@ -50,11 +52,14 @@ def export(checkpoint: Path, out: Path) -> None:
         verify(checkpoint)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{checkpoint}: damaged ({error}); export another checkpoint of that run") from None
-    model = empty_model(settings["model"])
+    tokens = tokens_of(checkpoint, settings["model"])
+    model = empty_model(settings["model"], tokens)
     dtype = choose_dtype(settings["dtype"], torch.device("cpu"))
     if settings.get("lora_rank"):  # the checkpoint holds the adapters alone, and they stay in the precision of training
-        lora.add_adapters(model, SimpleNamespace(**settings))
+        lora.add_adapters(model, SimpleNamespace(**{**vars(LoraSettings()), **settings}))  # a younger flag: its default
         dtype = torch.promote_types(dtype, torch.float32)
+        if tokens:
+            new_tokens.train_rows(model, tokens)
     weights = read_weights(checkpoint, dtype)
     wanted = {name: tuple(parameter.shape) for name, parameter in trained_parameters(model).items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -65,6 +70,8 @@ def export(checkpoint: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(checkpoint.parent.parent / SETTINGS, out / SETTINGS)
     processor = load_processor(settings["model"])
+    if tokens:
+        new_tokens.add(processor.tokenizer, tokens.texts)
     set_budget(processor, Budget.of(settings))
     write_published(model, weights, processor, out)
 
@@ -80,9 +87,17 @@ def settings_of(checkpoint: Path) -> dict:
     raise UserError(f"{checkpoint}: {run / SETTINGS} is not there or not readable; it says what model this is")
 
 
-def empty_model(path: str) -> Qwen2VLForConditionalGeneration:
+def tokens_of(checkpoint: Path, path: str) -> NewTokens | None:
+    """The new tokens that a checkpoint names, for the model in `path`; None of a run without any."""
+    entries = [new_tokens.Entry(text, str(checkpoint)) for text in read_state(checkpoint).get("new_tokens", [])]
+    return new_tokens.plan(tuple(entries), path) if entries else None
+
+
+def empty_model(path: str, tokens: NewTokens | None) -> Qwen2VLForConditionalGeneration:
     """The model as training has it, but without memory for weights. `path`: a model's folder or its name on the hub."""
     config = load_config(path)
+    if tokens:
+        config.text_config.vocab_size = tokens.rows
     with torch.device("meta"):
         model = Qwen2VLForConditionalGeneration(config)
     model.config.use_cache = False

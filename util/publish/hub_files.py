@@ -170,7 +170,9 @@ def chosen_settings(settings: dict) -> dict:
     """The settings that are not the defaults, fit to be published, but for those of trackers and of the hub."""
     left_out = {*PERSONAL, *(item.name for item in [*fields(TrackerSettings), *fields(HubSettings)])}
     chosen = {}
-    for name, default in vars(Config()).items():
+    # The default of the learning rate depends on the rank: the command on the card must say what was trained with.
+    defaults = {**vars(Config()), "learning_rate": Config(lora_rank=settings.get("lora_rank", 0)).learning_rate}
+    for name, default in defaults.items():
         if name not in left_out and settings.get(name, default) != default:
             chosen[name] = publishable(settings[name], name)
     return chosen

@@ -54,7 +54,7 @@ class RunStep:
             raise UserError(f"--run {run}: {missing[0]} is not here; go to the folder that the training was started in")
         # A finished run has a processor of its own, so that its first model need not be there any more.
         is_finished = (run / "tokenizer_config.json").exists()
-        self.processor = load_processor(str(run) if is_finished else self.model_path)
+        self.processor = load_processor(str(run)) if is_finished else load_processor(self.model_path, self.config)
         examples = Examples(self.config.data, self.processor, self.config.train_on)
         if len(examples) <= max(self.sample_numbers, default=-1):
             raise UserError(
