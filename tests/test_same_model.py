@@ -17,6 +17,8 @@ KINDS = {
     "LoRA with the tower": {"lora_rank": 4, "lora_vision": True},
     "DoRA": {"lora_rank": 4, "lora_dora": True},
     "QLoRA": {"lora_rank": 4, "quantize": "nf4"},
+    "new tokens": {"new_tokens": "tokens.txt"},
+    "LoRA with new tokens": {"lora_rank": 4, "new_tokens": "tokens.txt"},
 }
 CASES = [
     *itertools.product(KINDS, ("bfloat16",), ("full",)),
@@ -26,7 +28,12 @@ CASES = [
 
 
 def config_of(kind: str, dtype: str, sharding: str, model: Path) -> dict:
-    return {"model": str(model), "device": "cpu", "dtype": dtype, "sharding": sharding, **KINDS[kind]}
+    config = {"model": str(model), "device": "cpu", "dtype": dtype, "sharding": sharding, **KINDS[kind]}
+    if "new_tokens" in config:
+        file = model.with_name("tokens.txt")
+        file.write_text("\n".join(f"<place_{number}>" for number in range(40)))  # 31 rows of tiny are unused
+        config["new_tokens"] = str(file)
+    return config
 
 
 @pytest.fixture(scope="module")

@@ -227,8 +227,8 @@ class SilentRun:
 def how_to_merge(config: Config, folder: str) -> str:
     """The last word of a run of adapters: a plain model is one command away."""
     needed = "which opens without peft"
-    if config.new_tokens:
-        needed = "which vLLM needs because of the new tokens"
+    if config.new_tokens or config.lora_dora:
+        needed = f"which vLLM needs because of the {'new tokens' if config.new_tokens else 'DoRA'}"
     return f"as one model, {needed}: {relative(sys.executable)} -m util merge {folder} {folder}_merged"
 
 

@@ -250,13 +250,17 @@ def load_adapters(model, path: str) -> None:
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: its adapter weights cannot be read ({str(error).splitlines()[0]})") from None
     weights = {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
-    new_tokens.take_rows(model, settings, weights)
+    unfit = f"{path}: its adapters do not fit {settings.base_model_name_or_path}"
+    try:
+        new_tokens.take_rows(model, settings, weights)
+    except (AttributeError, LookupError, RuntimeError) as error:
+        raise UserError(f"{unfit} ({str(error).splitlines()[0]})") from None
     inject(model, settings)
     expected = peft.get_peft_model_state_dict(model)
     wrong = sorted(set(weights) ^ set(expected))
     wrong += [key for key in set(weights) & set(expected) if weights[key].shape != expected[key].shape]
     if wrong:
-        raise UserError(f"{path}: its adapters do not fit {settings.base_model_name_or_path} ({wrong[0]})")
+        raise UserError(f"{unfit} ({wrong[0]})")
     peft.set_peft_model_state_dict(model, weights)
 
 

@@ -319,18 +319,20 @@ def rows_for_peft(model, weights: dict) -> tuple[dict[str, torch.Tensor], list[i
 @torch.no_grad()
 def take_rows(model, settings, weights: dict) -> None:
     """Put the rows of a saved adapter into embedding and head, and take them out of `settings`, its LoraConfig, and of
-    `weights`, its tensors by name: what is left are adapters. Raises KeyError or RuntimeError where they do not fit."""
+    `weights`, its tensors by name: what is left are adapters. Raises AttributeError, LookupError or RuntimeError where
+    they do not fit."""
     named = settings.trainable_token_indices
     settings.trainable_token_indices = None
     if not named:
         return
     if not isinstance(named, dict):
         named = {"embed_tokens": named}
+    of_layer = {name.rpartition(".")[2]: ids for name, ids in named.items()}
     highest = max(max(ids) for ids in named.values()) + 1
     if highest > len(model.get_input_embeddings().weight):
         widen(model, padded(highest))
     for key in [key for key in weights if key.endswith(DELTA)]:
         layer = key.removesuffix(f".{DELTA}")
-        ids = next(ids for name, ids in named.items() if layer.endswith(name))
+        ids = torch.tensor(of_layer[layer.rpartition(".")[2]])
         weight = model.get_submodule(layer).weight
-        weight[torch.tensor(ids, device=weight.device)] = weights.pop(key).to(weight)
+        weight[ids.to(weight.device)] = weights.pop(key).to(weight)

@@ -113,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", help="whose processor: checkpoint directory, hub name or tiny; default: tiny")
     for name in SIZES:
         made.add_argument(f"--{name}", type=float if name == "video_fps" else int, help="as in finetune.py")
+    made.add_argument("--new_tokens", metavar="FILE", help="as in finetune.py")
     made.add_argument("--run", type=Path, help="a run directory, of which a step is shown instead of a data file")
     made.add_argument("--step", type=int, help="the optimizer step of --run whose samples are shown")
     made.add_argument("--losses", action="store_true", help="with --run: each sample's own loss and share of the "
@@ -127,6 +128,7 @@ def main(arguments: list[str]) -> None:
     given = parser().parse_args(arguments)
     of_a_step = {"--run": given.run, "--step": given.step}
     of_a_file = {"a data file": given.data, "--sample": given.sample, "--model": given.model}
+    of_a_file["--new_tokens"] = given.new_tokens
     of_a_file |= {f"--{name}": getattr(given, name) for name in SIZES}
     beside = [name for name, value in of_a_file.items() if value is not None]
     if any(value is not None for value in of_a_step.values()):
@@ -151,8 +153,9 @@ def show_sample(given: argparse.Namespace) -> None:
     from util.vision import Budget
 
     limits = {name: getattr(given, name) for name in SIZES if getattr(given, name) is not None}
-    processor = load_processor(find_model(given.model or "tiny", torch.device("cpu")))
-    samples = Samples(load_examples([given.data], processor), processor, Budget.of(Config(**limits)))
+    config = Config(**limits, new_tokens=given.new_tokens)
+    processor = load_processor(find_model(given.model or "tiny", torch.device("cpu")), config)
+    samples = Samples(load_examples([given.data], processor), processor, Budget.of(config))
     number = given.sample or 0
     if not 0 <= number < len(samples):
         raise UserError(f"--sample {number}: {given.data} has samples 0 to {len(samples) - 1}")
