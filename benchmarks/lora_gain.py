@@ -57,7 +57,7 @@ def train(name: str, model: str, data: Path, steps: int, folder: Path, flags: li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base_steps", type=int, default=400, help="of the base model, on bar and pie charts")
-    parser.add_argument("--steps", type=int, default=300, help="of each row, on line charts")
+    parser.add_argument("--steps", type=int, default=200, help="of each row, on line charts")
     parser.add_argument("--charts", type=int, default=2000, help="of each kind to train on; a tenth more are held out")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="default: all")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
