@@ -33,7 +33,7 @@ def run_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What a checkpoint or an export must hold: of a model with adapters these alone, else every parameter."""
-    adapted = lora.has_adapters(getattr(model, "model", model))
+    adapted = lora.has_adapters(model)
     return {
         name: parameter for name, parameter in run_parameters(model).items() if parameter.requires_grad or not adapted
     }

@@ -143,12 +143,13 @@ def inject(model, settings) -> None:
 
 
 def has_adapters(model) -> bool:
-    return hasattr(model, "peft_config")
+    """Whether a model of transformers has adapters, or the one in a PackedLoss."""
+    return hasattr(model, "peft_config") or hasattr(getattr(model, "model", None), "peft_config")
 
 
 def frozen_parameters(model) -> list:
     """The weights that lie under adapters; an empty list for a model without adapters."""
-    adapted = has_adapters(getattr(model, "model", model))
+    adapted = has_adapters(model)
     return [parameter for parameter in model.parameters() if adapted and not parameter.requires_grad]
 
 

@@ -55,9 +55,7 @@ class NewTokens:
         added = sum(number >= self.rows_before for number in self.pieces)
         text = f"{len(self.pieces):,} new tokens: {len(self.pieces) - added:,} in unused rows"
         if self.rows > self.rows_before:
-            text += (
-                f", {added:,} in added ones ({self.rows_before:,} rows became {self.rows:,}, a multiple of {MULTIPLE})"
-            )
+            text += f", {added:,} in added ones ({self.rows_before:,} become {self.rows:,}, a multiple of {MULTIPLE})"
         if self.known:
             text += f"; {listed(self.known)} known from an earlier training and trained on"
         if self.ordinary:
