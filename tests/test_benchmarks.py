@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -36,3 +38,18 @@ def test_real_size_without_its_config_is_a_clear_error(tmp_path):
     assert done.returncode == 2
     assert "QWEN2_VL_REFERENCE" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_default_adapters_gain_nine_tenths_of_a_full_run_and_at_its_rate_do_not():
+    """A short form of benchmarks/lora_gain.py, through the command line."""
+    arguments = ["--base_steps", "200", "--steps", "100", "--charts", "600", "--rows", "lora", "lora_1e-5"]
+    command = [sys.executable, "benchmarks/lora_gain.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert rows["full"]["gain"] > 0.3, "nothing was learned: no share of it says anything"
+    assert rows["full"]["learning_rate"] == 1e-5
+    assert rows["lora"]["learning_rate"] == 1e-4
+    assert rows["lora"]["share_of_full"] >= 0.9
+    assert rows["lora_1e-5"]["share_of_full"] < 0.9
