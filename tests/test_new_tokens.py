@@ -206,6 +206,16 @@ def test_what_is_in_the_vocabulary_already_is_said(tiny_path, tmp_path, files):
     assert torch.equal(model.get_input_embeddings().weight[545], embedding(first)[545])
 
 
+def test_a_file_of_nothing_new_changes_nothing(tiny_path, tmp_path, needs_peft):
+    file = tmp_path / "tokens.txt"
+    file.write_text("left\n")
+    config = Config(model=str(tiny_path), new_tokens=str(file), device="cpu", dtype="float32", lora_rank=4)
+    found = new_tokens.of(config, str(tiny_path))
+    assert found.in_words() == "0 new tokens: 0 in unused rows; 1 (left) one token already, left as it is"
+    model = build_model(config, str(tiny_path), load_processor(str(tiny_path), config), CPU)
+    assert not [name for name, _ in model.named_parameters() if "new_rows" in name]
+
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 

@@ -38,9 +38,7 @@ class NewTokens:
 
     texts: tuple[str, ...]  # the tokens that have rows to train, in the order of their ids
     ids: tuple[int, ...]
-    pieces: dict[
-        int, tuple[int, ...]
-    ]  # by the id of a token that is new to the model: what its text was read as before
+    pieces: dict[int, tuple[int, ...]]  # of each that is new to this model, by its id: what its text was read as
     ordinary: tuple[str, ...]  # in the file, too, but each a token of the vocabulary already, trained or not
     rows_before: int  # of the embedding
     rows: int
@@ -282,6 +280,8 @@ class NewRows(nn.Module):
 
 def train_rows(model, found: NewTokens) -> None:
     """Train the rows of new tokens alone, beside adapters. They are kept in fp32 (fp64 on request)."""
+    if not found.ids:  # all are tokens of the vocabulary already
+        return
     setattr(model, ROWS, NewRows(model, found.ids))
 
 
