@@ -409,10 +409,10 @@ def test_actions_are_answered_as_tokens(what, tiny_path, files, tmp_path, capsys
     """From the command line to the answer: each action is one token of the sample, and one of what is generated."""
     if what == "adapters":
         request.getfixturevalue("needs_peft")
-    own = {"max_steps": 60, "global_batch_size": 8, "learning_rate": 5e-3 if what == "full" else 2e-2,
+    own = {"max_steps": 60, "global_batch_size": 8, "learning_rate": 5e-3 if what == "full" else 1e-2,
            "eval_data": files["data"], "eval_every": 0, "eval_samples": 8, "eval_metrics": "exact_match"}  # fmt: skip
     if what == "adapters":
-        own["lora_rank"] = 8
+        own["lora_rank"] = 16
     config = settings(tiny_path, files, tmp_path / "run", **{**own, "data": files["data"]})
     run = Path(finetune.train(parse_arguments("test", runs.flags(config))))
     said = capsys.readouterr().out
