@@ -30,6 +30,13 @@ CPU = torch.device("cpu")
 MOVES = ["<move_left>", "<move_right>", "<move_up>", "<move_down>"]
 MANY = [f"<place_{number}>" for number in range(100)]  # more than the unused rows of tiny
 ADAPTERS = {"lora_rank": 4, "lora_vision": True}
+# (head and embedding, file of tokens): two of them say most, the others take their time
+RUNS = [
+    ("tied", "moves"),
+    ("untied", "many"),
+    pytest.param("tied", "many", marks=pytest.mark.slow),
+    pytest.param("untied", "moves", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="session")
@@ -313,12 +320,13 @@ def trained(paths, files, tmp_path_factory):
     return train
 
 
-@pytest.mark.parametrize("what", ["full", "adapters"])
-def test_resumed_it_is_the_same_run(what, trained, tiny_path, files, tmp_path, request):
+@pytest.mark.parametrize(("what", "kind"), [("full", "tied"), ("adapters", "untied")])
+def test_resumed_it_is_the_same_run(what, kind, trained, paths, files, tmp_path, request):
     """With more rows than the model had, and the tokens in a file of another name; other tokens are refused."""
     if what == "adapters":
         request.getfixturevalue("needs_peft")
-    whole = trained("tied", what, "many")
+    path = paths[kind]
+    whole = trained(kind, what, "many")
     part = tmp_path / "part"
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoints" / "step_000004")
@@ -328,10 +336,10 @@ def test_resumed_it_is_the_same_run(what, trained, tiny_path, files, tmp_path, r
     with pytest.raises(
         UserError, match=r"other new tokens: its token 5 was <place_0>, in --new_tokens .*moves it is none"
     ):
-        finetune.train(Config(**settings(tiny_path, files, part, new_tokens=files["moves"], **changes)))
+        finetune.train(Config(**settings(path, files, part, new_tokens=files["moves"], **changes)))
     with pytest.raises(UserError, match="other new tokens"):
-        finetune.train(Config(**settings(tiny_path, files, part, new_tokens=None, resume_anyway=True, **changes)))
-    finetune.train(Config(**settings(tiny_path, files, part, new_tokens=str(moved), **changes)))
+        finetune.train(Config(**settings(path, files, part, new_tokens=None, resume_anyway=True, **changes)))
+    finetune.train(Config(**settings(path, files, part, new_tokens=str(moved), **changes)))
     runs.same_run(part, whole)
     assert read_state(part / "checkpoints" / "step_000004")["new_tokens"] == [*MOVES, *MANY]
 
@@ -339,8 +347,7 @@ def test_resumed_it_is_the_same_run(what, trained, tiny_path, files, tmp_path, r
 # ---- what comes out -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["moves", "many"])
-@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize(("kind", "name"), RUNS)
 def test_plain_peft_opens_the_adapter(kind, name, trained, paths, needs_peft):
     """And plain transformers does where head and embedding are one tensor."""
     run = trained(kind, "adapters", name)
@@ -360,8 +367,7 @@ def test_plain_peft_opens_the_adapter(kind, name, trained, paths, needs_peft):
         torch.testing.assert_close(text_logits(plain, run), theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["moves", "many"])
-@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize(("kind", "name"), RUNS)
 def test_what_was_merged_opens_anywhere(kind, name, trained, paths, tmp_path, needs_peft):
     run = trained(kind, "adapters", name)
     merge_run(str(run), tmp_path / "merged")
@@ -375,12 +381,12 @@ def test_what_was_merged_opens_anywhere(kind, name, trained, paths, tmp_path, ne
     assert not torch.equal(embedding(tmp_path / "merged")[545], before[545])
 
 
-@pytest.mark.parametrize("what", ["full", "adapters"])
-def test_an_exported_checkpoint_is_the_run(what, trained, tmp_path, request):
+@pytest.mark.parametrize(("what", "kind"), [("full", "tied"), ("adapters", "untied")])
+def test_an_exported_checkpoint_is_the_run(what, kind, trained, tmp_path, request):
     """Also where the file of tokens is gone: the checkpoint knows them."""
     if what == "adapters":
         request.getfixturevalue("needs_peft")
-    run = trained("untied", what, "many")
+    run = trained(kind, what, "many")
     known = json.loads((run / "training_config.json").read_text())
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -395,7 +401,7 @@ def test_an_exported_checkpoint_is_the_run(what, trained, tmp_path, request):
 
 def test_over_four_bits_the_rows_are_trained(paths, files, tmp_path, needs_peft):
     pytest.importorskip("bitsandbytes", reason="NF4 needs bitsandbytes")
-    changes = {"lora_rank": 4, "quantize": "nf4", "new_tokens": files["many"]}
+    changes = {"lora_rank": 4, "quantize": "nf4", "new_tokens": files["many"], "max_steps": 2}
     run = Path(finetune.train(Config(**settings(paths["untied"], files, tmp_path / "run", **changes))))
     assert runs.metrics(run)[-1] < runs.metrics(run)[0]
     merge_run(str(run), tmp_path / "merged")
