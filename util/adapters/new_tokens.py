@@ -254,6 +254,7 @@ class NewRows(nn.Module):
 
     def __init__(self, model, ids: tuple[int, ...]) -> None:
         super().__init__()
+        self.token_ids = list(ids)  # known also where the model has no memory for its tensors
         weights = matrices(model)
         wide = torch.promote_types(weights["embedding"].dtype, torch.float32)
         self.register_buffer("ids", torch.tensor(ids, device=weights["embedding"].device), persistent=False)
@@ -307,7 +308,7 @@ def rows_for_peft(model, weights: dict) -> tuple[dict[str, torch.Tensor], list[i
     rows = getattr(model, ROWS, None)
     if rows is None:
         return {}, None
-    ids = rows.ids.tolist()
+    ids = rows.token_ids
     saved = {f"model.language_model.embed_tokens.{DELTA}": weights[f"{ROWS}.embedding"]}
     if not hasattr(rows, "head"):
         return saved, ids
