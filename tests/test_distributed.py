@@ -91,7 +91,7 @@ CASES = {
         "lora_rank": 4,
         "micro_batch_size": 1,
         "sharding": "gradients",
-        "eval_data": [str(ROOT / "test_data" / "data.json")],
+        "eval_data": "texts",
         "eval_every": 2,
         "eval_samples": 2,
     },
@@ -140,6 +140,8 @@ def case(name: str, tiny_path: Path, data: dict[str, Path], directory: Path) -> 
     changes = dict(CASES[name])
     if "new_tokens" in changes:
         changes["new_tokens"] = str(data[changes["new_tokens"]])
+    if changes.get("eval_data") == "texts":
+        changes["eval_data"] = [str(data["texts"])]
     return settings(tiny_path, data[changes.pop("data", "showcase")], directory, **changes)
 
 
