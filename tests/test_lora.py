@@ -280,10 +280,13 @@ def test_the_test_script_opens_a_run_and_what_was_merged(trained, tmp_path, kind
 
 
 def test_the_last_lines_name_the_command_that_merges(tiny_path, tmp_path, capsys):
-    """As it is printed, it makes a model of the run."""
+    """As it is printed, it makes a model of the run. The first ones say the rate of a run that names none."""
     run = tmp_path / "run"
-    finetune.train(Config(**settings(tiny_path, run, **KINDS["lora"], max_steps=1)))
-    line = next(line for line in capsys.readouterr().out.splitlines() if "-m util merge" in line)
+    finetune.train(Config(**settings(tiny_path, run, **KINDS["lora"], max_steps=1, learning_rate=None)))
+    said = capsys.readouterr().out
+    assert "learning rate  0.0001, the default of adapters\n" in said
+    assert json.loads((run / "training_config.json").read_text())["learning_rate"] == 1e-4
+    line = next(line for line in said.splitlines() if "-m util merge" in line)
     words = shlex.split(line.rpartition(": ")[2])
     assert words[1:] == ["-m", "util", "merge", str(run), f"{run}_merged"]
     merge_lora.main(words[4:])
