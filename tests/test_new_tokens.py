@@ -320,6 +320,15 @@ def trained(paths, files, tmp_path_factory):
     return train
 
 
+def test_tokens_that_the_data_do_not_have_are_said(tiny_path, files, tmp_path, capsys):
+    """A spelling mistake in either file: nobody would train that row on purpose."""
+    file = tmp_path / "tokens.txt"
+    file.write_text("<move_left>\n<move_lefft>\n")
+    finetune.train(Config(**settings(tiny_path, files, tmp_path / "run", new_tokens=str(file), max_steps=1)))
+    said = capsys.readouterr().out
+    assert "2 new tokens: 2 in unused rows; NOT IN THE DATA (the first 8 samples): 1 (<move_lefft>)\n" in said
+
+
 @pytest.mark.parametrize(("what", "kind"), [("full", "tied"), ("adapters", "untied")])
 def test_resumed_it_is_the_same_run(what, kind, trained, paths, files, tmp_path, request):
     """With more rows than the model had, and the tokens in a file of another name; other tokens are refused."""
@@ -422,7 +431,7 @@ def test_actions_are_answered_as_tokens(what, tiny_path, files, tmp_path, capsys
     config = settings(tiny_path, files, tmp_path / "run", **{**own, "data": files["data"]})
     run = Path(finetune.train(parse_arguments("test", runs.flags(config))))
     said = capsys.readouterr().out
-    assert "vocabulary  4 new tokens: 4 in unused rows" in said
+    assert "vocabulary  4 new tokens: 4 in unused rows\n" in said
     assert runs.metrics(run, "eval_exact_match") == [1.0], "generated in the run, by transformers' own generate"
 
     processor = load_processor(str(run))

@@ -1,5 +1,6 @@
 """The plan of a run, printed before any weight is loaded: nothing that follows should surprise."""
 
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from util.cost.measure import CUT, DEEP, FIRST, unlearned_in_words, unused_in_wo
 from util.cost.memory import GIB, free_bytes, parts_in_words, peak_bytes
 from util.cost.sizes import Sizes
 from util.data import bad_samples
+from util.data.entries import text_of
 from util.data.loader import worker_count
 from util.dataset import Samples
 from util.log import Run
@@ -21,6 +23,8 @@ from util.results.evaluate import scoring_in_words
 from util.run_folder import relative
 from util.steps import Steps, Survey
 from util.tensors import PARTS
+
+MOST_LOOKED = 1000  # samples in which new tokens are looked for
 
 
 def print_plan(
@@ -42,6 +46,7 @@ def print_plan(
     """
     facts = {
         **of_the_model(config, path, run.device, dtype, counts),
+        **of_the_vocabulary(config, path, samples, sizes),
         **of_the_data(config, sizes, worker_count(config, run.device)),
         **of_the_steps(config, steps),
         "memory": memory_in_words(needs, run.device),
@@ -58,16 +63,30 @@ def print_plan(
 
 def of_the_model(config: Config, path: str, device: torch.device, dtype: torch.dtype, counts: dict) -> dict[str, str]:
     total = sum(counts[part] for part in PARTS)
-    facts = {
+    return {
         "model": f"{relative(Path(path)) if Path(path).exists() else path}, {total / 1e6:,.2f} M parameters",
         "parts": ", ".join(part_in_words(part, config, counts) for part in PARTS),
         "device": f"{device_in_words(device)}, {free_bytes(device) / GIB:.1f} GiB free",
         "precision": f"{precision_in_words(config, device, dtype)}; "
         f"attention {choose_attention(config.attention, device, dtype)}",
     }
-    if found := new_tokens.of(config, path):
-        facts["vocabulary"] = found.in_words()
-    return facts
+
+
+def of_the_vocabulary(config: Config, path: str, samples: Samples, sizes: Sizes) -> dict[str, str]:
+    """What --new_tokens came to, and which of them the data may have been written without."""
+    found = new_tokens.of(config, path)
+    if not found:
+        return {}
+    text = found.in_words()
+    looked = sizes.usable[:MOST_LOOKED].tolist()
+    unseen = set(found.texts)
+    for index in looked:
+        texts = [text_of(message["content"]) for message in samples.examples[index].messages]
+        words = unicodedata.normalize("NFC", "\n".join(texts))
+        unseen = {token for token in unseen if token not in words}
+    if unseen:
+        text += f"; NOT IN THE DATA (the first {len(looked):,} samples): {new_tokens.listed(tuple(sorted(unseen)))}"
+    return {"vocabulary": text}
 
 
 def device_in_words(device: torch.device) -> str:
