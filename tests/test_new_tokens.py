@@ -364,6 +364,9 @@ def test_plain_peft_opens_the_adapter(kind, name, trained, paths, needs_peft):
     rows = {key: tensor for key, tensor in saved.items() if ".lora_" not in key}
     assert {tuple(tensor.shape) for tensor in rows.values()} == {(4 if name == "moves" else 104, 128)}
     assert len(rows) == (1 if kind == "tied" else 2)
+    indices = json.loads((run / "adapter_config.json").read_text())["trainable_token_indices"]
+    ids = list(range(545, 549 if name == "moves" else 649))  # in the order of the rows
+    assert indices == (ids if kind == "tied" else {"embed_tokens": ids, "lm_head": ids})
     ours = text_logits(load_weights(str(run), torch.float32, CPU), run)
     base = Qwen2VLForConditionalGeneration.from_pretrained(paths[kind], dtype=torch.float32)
     if name == "many":
