@@ -124,9 +124,21 @@ def test_the_commands_are_listed_and_a_wrong_one_is_named(capsys):
         main(["--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    for name in ("show", "check", "convert", "chartqa", "export", "push", "merge", "compare", "report", "track"):
+    for name in (
+        "show",
+        "check",
+        "convert",
+        "chartqa",
+        "export",
+        "push",
+        "merge",
+        "compare",
+        "report",
+        "track",
+        "agent",
+    ):
         assert re.search(rf"^  {name} +\w.{{20}}", printed, re.MULTILINE), name
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 11
     with pytest.raises(SystemExit) as ended:
         main(["exprot"])
     assert ended.value.code == 2

@@ -26,7 +26,14 @@ from util.data.entries import check_messages
 from util.formats import importers
 from util.model import build_model
 
-TRAINING = ("finetune.py", "finetune_distributed.py", "finetune.sh", "finetune_distributed.sh", "recipes/chartqa.sh")
+TRAINING = (
+    "finetune.py",
+    "finetune_distributed.py",
+    "finetune.sh",
+    "finetune_distributed.sh",
+    "recipes/chartqa.sh",
+    "recipes/agent.sh",
+)
 # Programs of others, and why they stand in a page. What they are given is not checked, but for flags (below).
 FOREIGN = {
     "vllm": "serves the model",

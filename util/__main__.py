@@ -19,6 +19,7 @@ COMMANDS = {
     "track": ("util.publish.trackers", "send a run's metrics to TensorBoard, trackio or wandb"),
     "compare": ("util.results.compare", "compare several models' answers in one table"),
     "report": ("util.results.report", "make one page of answers, with their pictures and scores"),
+    "agent": ("util.agent.agent", "let a model act in an environment of yours, by tool calls"),
 }
 
 

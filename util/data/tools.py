@@ -6,11 +6,15 @@ the templates of Qwen2.5 and Qwen-Agent (fncall_prompts/nous_fncall_prompt.py) w
 name is "hermes"): the tools at the end of the system message, `<tool_call>` with JSON in the assistant's turn,
 `<tool_response>` in a user's turn. All of it is plain text to the tokenizer. The assistant's turns are supervised,
 calls included; tools and their results are not.
+
+`calls_of` reads the text of an answer back: for an agent that acts (util/agent) and for the metric `tool_call`.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import groupby
+from typing import NoReturn
 
 from util.data.lines import DataError
 
@@ -31,6 +35,8 @@ For each function call, return a json object with function name and arguments wi
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
+CALL_IN_TEXT = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+CALL_MARK = re.compile(r"</?tool_call>")
 A_TOOL = "'tools' is a list of {'type': 'function', 'function': {'name': ..., 'parameters': ...}}"
 A_CALL = "a tool call is {'type': 'function', 'function': {'name': ..., 'arguments': {...}}}"
 
@@ -178,3 +184,50 @@ def dumps(value: dict, where: str) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
         raise DataError(f"{where}holds a number that JSON does not know (NaN or infinity); write null") from None
+
+
+# ---- text to calls --------------------------------------------------------------------------------------------------
+
+
+class MalformedCall(ValueError):
+    """A tool call in an answer that cannot be read; the message says what is wrong with it."""
+
+
+def calls_of(answer: str) -> tuple[str, list[dict]]:
+    """An answer taken apart: its text without calls, and its calls as {"name": ..., "arguments": {...}}, in order.
+
+    White space at the ends of the text goes, as calls are written on lines of their own. Raises MalformedCall.
+    """
+    calls = [read_call_text(text) for text in CALL_IN_TEXT.findall(answer)]
+    said = CALL_IN_TEXT.sub("", answer)
+    if mark := CALL_MARK.search(said):
+        raise MalformedCall(f"a {mark[0]} without its {'<tool_call>' if '/' in mark[0] else '</tool_call>'}")
+    return said.strip(), calls
+
+
+def read_call_text(text: str) -> dict:
+    """The call that stands between its marks. Raises MalformedCall."""
+    try:
+        call = json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise MalformedCall(f"what stands between <tool_call> and </tool_call> is no JSON ({error})") from None
+    if not isinstance(call, dict) or not is_name(call.get("name")):
+        raise MalformedCall('a call is {"name": ..., "arguments": {...}}')
+    if others := sorted(call.keys() - {"name", "arguments"}):
+        raise MalformedCall(f"a call has the keys name and arguments; {', '.join(others)} stand beside them")
+    if not isinstance(call.get("arguments"), dict):
+        raise MalformedCall(f"the arguments of {call['name']} are no JSON object")
+    return call
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def same_json(one: object, other: object) -> bool:
+    """Whether two values are the same JSON: keys in any order, 1 and 1.0 alike, while true and 1 differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_json(value, other[key]) for key, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_json, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and one == other

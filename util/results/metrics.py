@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from util.data.boxes import CORNERS, Box
+from util.data.tools import MalformedCall, calls_of, same_json
 
 
 def exact_match(answer: str, reference: str) -> float:
@@ -159,6 +160,28 @@ def area(box: Box) -> float:
     return max(0.0, x2 - x1) * max(0.0, y2 - y1)
 
 
+# ---- tool calls -----------------------------------------------------------------------------------------------------
+
+
+def tool_call(answer: str, reference: str) -> float | None:
+    """1 where the answer makes the calls of the reference, in order and no other, else 0; text beside calls is free.
+
+    Names and arguments are compared as JSON: white space and the order of keys do not matter, 1 and 1.0 are alike.
+    None where the reference makes no call.
+    """
+    try:
+        _, wanted = calls_of(reference)
+    except MalformedCall:
+        return None
+    if not wanted:
+        return None
+    try:
+        _, got = calls_of(answer)
+        return float(same_json(got, wanted))
+    except (MalformedCall, RecursionError):  # JSON as deep as no call of the reference is
+        return 0.0
+
+
 # ---- by name --------------------------------------------------------------------------------------------------------
 
 METRICS = {
@@ -168,6 +191,7 @@ METRICS = {
     "relaxed_accuracy": relaxed_accuracy,
     "anls": anls,
     "box_iou": box_iou,
+    "tool_call": tool_call,
 }
 LABELS = {
     "exact_match": "exact match",
@@ -176,6 +200,7 @@ LABELS = {
     "relaxed_accuracy": "relaxed accuracy",
     "anls": "ANLS",
     "box_iou": "box IoU",
+    "tool_call": "tool call",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from util.command_line import setting
 
-Metric = Literal["exact_match", "token_f1", "chrf", "relaxed_accuracy", "anls", "box_iou"]
+Metric = Literal["exact_match", "token_f1", "chrf", "relaxed_accuracy", "anls", "box_iou", "tool_call"]
 
 
 @dataclass

@@ -1,0 +1,168 @@
+"""A toy screen for an agent: coloured buttons at varying places, to be pressed in the order of a goal.
+
+    python recipes/buttons.py train_data/buttons                      training data, made by its own solver
+    python -m util agent RUN --environment recipes/buttons.py --episodes 200
+    ./recipes/agent.sh                                                both, and the training between them
+
+It is an environment file for `python -m util agent` (docs/agent.md): TOOLS, reset, act and goal_reached below are all
+that such a file needs. An episode's number decides where its buttons are and what its goal is.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+CELLS = 3  # the screen has 3 x 3 places
+SIDE = 28  # pixels of a place: one visual token of Qwen2-VL
+COLOURS = {"red": (221, 41, 41), "green": (34, 160, 62), "blue": (38, 82, 224), "yellow": (246, 200, 0)}
+PAPER = (244, 244, 240)
+FIRST_FOR_TRAINING = 1_000_000  # numbers of episodes from here on are the solver's; those below are for tests
+
+THOUSANDTHS = {"type": "integer"}  # of the screen's width and height, as Qwen2-VL writes boxes
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "click",
+            "description": "Click on the screen.",
+            "parameters": {
+                "type": "object",
+                "properties": {"x": THOUSANDTHS, "y": THOUSANDTHS},
+                "required": ["x", "y"],
+            },
+        },
+    }
+]
+
+places: dict[str, tuple[int, int]] = {}  # colour: column and row of its button
+wanted: list[str] = []  # the colours of the goal, in their order
+pressed: list[str] = []  # those that are pressed already
+
+
+def reset(episode: int) -> tuple[Image.Image, str]:
+    """Begin an episode: its first picture and its goal."""
+    global places, wanted
+    dice = random.Random(episode)
+    cells = draw_cells(dice, for_tests=episode < FIRST_FOR_TRAINING)
+    places = {colour: (cell % CELLS, cell // CELLS) for colour, cell in zip(COLOURS, cells, strict=True)}
+    wanted = dice.sample(list(COLOURS), dice.randint(2, len(COLOURS)))
+    pressed.clear()
+    return screen(), f"Press {', then '.join(wanted)}."
+
+
+def draw_cells(dice: random.Random, for_tests: bool) -> list[int]:
+    """A place for each button. A fifth of all layouts is for tests alone: no screen of theirs is trained on."""
+    while True:
+        cells = dice.sample(range(CELLS * CELLS), len(COLOURS))
+        of_tests = sum(weight * cell for weight, cell in enumerate(cells, 1)) % 5 == 0
+        if of_tests == for_tests:
+            return cells
+
+
+def act(name: str, arguments: dict) -> Image.Image:
+    """Click, and give the next picture. A button out of turn starts the goal over; the empty screen does nothing."""
+    place = arguments["x"] * CELLS // 1000, arguments["y"] * CELLS // 1000
+    for colour, own_place in places.items():
+        if place == own_place and colour not in pressed:
+            if colour == wanted[len(pressed)]:
+                pressed.append(colour)
+            else:
+                pressed.clear()
+    return screen()
+
+
+def goal_reached() -> bool:
+    """Whether all buttons of the goal were pressed in their order."""
+    return pressed == wanted
+
+
+def screen() -> Image.Image:
+    """The buttons in their places; a pressed one is hollow."""
+    image = Image.new("RGB", (CELLS * SIDE, CELLS * SIDE), PAPER)
+    draw = ImageDraw.Draw(image)
+    for colour, (column, row) in places.items():
+        left, top = column * SIDE, row * SIDE
+        corners = (left + 3, top + 3, left + SIDE - 4, top + SIDE - 4)
+        draw.rectangle(corners, PAPER if colour in pressed else COLOURS[colour], COLOURS[colour], width=4)
+    return image
+
+
+# ---- the solver -----------------------------------------------------------------------------------------------------
+
+
+def look(episode: int, media: Path) -> dict:
+    """A sample without tools that asks where each button is, for a model that has to learn to see first."""
+    reset(episode)
+    dice = random.Random(-episode)
+    shown = dice.sample(list(COLOURS), dice.randint(1, len(COLOURS)))  # few buttons are easier to begin with
+    for colour in set(COLOURS) - set(shown):
+        del places[colour]
+    picture = screen()
+    messages = []
+    for colour in shown:
+        asked: list[dict] = [{"type": "text", "text": f"Where is {colour}?"}]
+        if not messages:
+            asked.insert(0, {"type": "image", "image": save(picture, media)})
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": json.dumps(middle(colour))})
+    return {"messages": messages}
+
+
+def middle(colour: str) -> dict:
+    """The middle of a button, in thousandths of the screen."""
+    column, row = places[colour]
+    return {"x": (column * 2 + 1) * 500 // CELLS, "y": (row * 2 + 1) * 500 // CELLS}
+
+
+def solve(episode: int, media: Path) -> dict:
+    """One episode as a sample of a data file: what a user sees, and what an assistant does that knows the places."""
+    picture, goal = reset(episode)
+    first = [{"type": "image", "image": save(picture, media)}, {"type": "text", "text": goal}]
+    messages: list[dict] = [{"role": "user", "content": first}]
+    for colour in wanted:
+        arguments = middle(colour)
+        call = {"type": "function", "function": {"name": "click", "arguments": arguments}}
+        messages.append({"role": "assistant", "content": f"Press {colour}.", "tool_calls": [call]})
+        picture = act("click", arguments)
+        messages.append({"role": "tool", "content": [{"type": "image", "image": save(picture, media)}]})
+    messages.append({"role": "assistant", "content": "Done."})
+    return {"tools": TOOLS, "messages": messages}
+
+
+def save(picture: Image.Image, media: Path) -> str:
+    """Write a picture under a name made from its pixels, and return its path below the data file's folder."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    name = hashlib.sha256(buffer.getvalue()).hexdigest()[:16] + ".png"
+    (media / name).write_bytes(buffer.getvalue())
+    return f"{media.name}/{name}"
+
+
+def write(file: Path, make: Callable[[int, Path], dict], numbers: range) -> None:
+    """A data file of the samples with these numbers."""
+    with open(file, "w", encoding="utf-8") as lines:
+        for number in numbers:
+            lines.write(json.dumps(make(number, file.parent / "media")) + "\n")
+    print(f"{file}: {len(numbers)} samples")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where looks.jsonl, episodes.jsonl and their media/ are written")
+    parser.add_argument("--looks", type=int, default=8000, help="samples that ask where buttons are (default: 8000)")
+    parser.add_argument("--episodes", type=int, default=2000, help="episodes of the solver (default: 2000)")
+    given = parser.parse_args()
+    (given.folder / "media").mkdir(parents=True, exist_ok=True)
+    middle_number = FIRST_FOR_TRAINING + given.looks
+    write(given.folder / "looks.jsonl", look, range(FIRST_FOR_TRAINING, middle_number))
+    write(given.folder / "episodes.jsonl", solve, range(middle_number, middle_number + given.episodes))
+
+
+if __name__ == "__main__":
+    main()
