@@ -1,6 +1,7 @@
 """An agent that acts: the loop with answers written by hand, the command with a real `tiny`, the toy environment."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -527,24 +528,24 @@ def test_the_page_shows_the_episode_and_nothing_else(painter, processor, open_pa
     played = Played(painter, processor, *answers).run()
     facts = [("model", HOSTILE)]
     page = write_page(painter.parent / "page.html", facts, [e.sample() for e in played.play.ended], played.log)
-    browser = open_page(page)
+    opened = open_page(page)
     wait = "const done = arguments[0]; Promise.all([...document.images].map(i => i.decode())).then(() => done(null), e => done(String(e)))"
-    assert browser.execute_async_script(wait) is None, "a picture of the page cannot be decoded"
-    assert "taken" not in browser.title
-    sources = browser.execute_script("return [...document.images].map(i => [i.src.slice(0, 16), i.naturalWidth])")
+    assert opened.execute_async_script(wait) is None, "a picture of the page cannot be decoded"
+    assert "taken" not in opened.title
+    sources = opened.execute_script("return [...document.images].map(i => [i.src.slice(0, 16), i.naturalWidth])")
     assert sources == [["data:image/webp;", 56]] * 3, "two first screens, and the one that was painted"
     of = "return [...document.querySelectorAll('details')[arguments[0]].querySelectorAll(arguments[1])].map(e => e.innerText)"
     ended = [episode.number for episode in played.play.ended]
     first, second = ended.index(0), ended.index(1)
-    texts = browser.execute_script(of, first, ".text")
+    texts = opened.execute_script(of, first, ".text")
     assert texts == ["Make it 100 red.", HOSTILE, HOSTILE, answers[0][1], texts[4], HOSTILE]
     assert texts[4].startswith("Error: ")
-    assert browser.execute_script(of, first, "pre") == ['do {"what": "text"}']
-    assert browser.execute_script(of, second, "pre") == ['paint {"red": 100}']
-    assert len(browser.execute_script(of, first, ".failed")) == 1
-    assert "goal reached after 1 step" in browser.execute_script(of, second, "summary")[0]
-    assert "answered after 3 steps, 1 × malformed call" in browser.execute_script(of, first, "summary")[0]
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    assert opened.execute_script(of, first, "pre") == ['do {"what": "text"}']
+    assert opened.execute_script(of, second, "pre") == ['paint {"red": 100}']
+    assert len(opened.execute_script(of, first, ".failed")) == 1
+    assert "goal reached after 1 step" in opened.execute_script(of, second, "summary")[0]
+    assert "answered after 3 steps, 1 × malformed call" in opened.execute_script(of, first, "summary")[0]
+    messages = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     assert [url for url in urls if not url.startswith("data:")] == [page.as_uri()], "nothing else is requested"
 
