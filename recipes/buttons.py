@@ -21,7 +21,6 @@ from PIL import Image, ImageDraw
 CELLS = 3  # the screen has 3 x 3 places
 SIDE = 28  # pixels of a place: one visual token of Qwen2-VL
 COLOURS = {"red": (221, 41, 41), "green": (34, 160, 62), "blue": (38, 82, 224), "yellow": (246, 200, 0)}
-PAPER = (244, 244, 240)
 FIRST_FOR_TRAINING = 1_000_000  # numbers of episodes from here on are the solver's; those below are for tests
 
 THOUSANDTHS = {"type": "integer"}  # of the screen's width and height, as Qwen2-VL writes boxes
@@ -83,14 +82,26 @@ def goal_reached() -> bool:
 
 
 def screen() -> Image.Image:
-    """The buttons in their places; a pressed one is hollow."""
-    image = Image.new("RGB", (CELLS * SIDE, CELLS * SIDE), PAPER)
+    """The buttons in their places, on a wallpaper whose shade differs from place to place; a pressed one is hollow."""
+    image = Image.new("RGB", (CELLS * SIDE, CELLS * SIDE))
     draw = ImageDraw.Draw(image)
+    for cell in range(CELLS * CELLS):
+        draw.rectangle(corners(cell % CELLS, cell // CELLS, 0), shade(cell % CELLS, cell // CELLS))
     for colour, (column, row) in places.items():
-        left, top = column * SIDE, row * SIDE
-        corners = (left + 3, top + 3, left + SIDE - 4, top + SIDE - 4)
-        draw.rectangle(corners, PAPER if colour in pressed else COLOURS[colour], COLOURS[colour], width=4)
+        inside = shade(column, row) if colour in pressed else COLOURS[colour]
+        draw.rectangle(corners(column, row, 5), inside, COLOURS[colour], width=4)
     return image
+
+
+def corners(column: int, row: int, margin: int) -> tuple[int, int, int, int]:
+    """The first and last pixel, across and down, of a place without its margin."""
+    left, top = column * SIDE, row * SIDE
+    return left + margin, top + margin, left + SIDE - 1 - margin, top + SIDE - 1 - margin
+
+
+def shade(column: int, row: int) -> tuple[int, int, int]:
+    """The wallpaper: more red to the right, more green to the bottom."""
+    return 90 + 80 * column, 90 + 80 * row, 170
 
 
 # ---- the solver -----------------------------------------------------------------------------------------------------

@@ -73,8 +73,6 @@ def main(arguments: list[str]) -> None:
     finally:  # also where it is broken off: what was done is shown
         if any(episode.sample() for episode in play.ended):
             conclude(given, play.ended, log)
-        else:
-            log.drop_if_empty()
     require(given, play.ended)
 
 
@@ -114,6 +112,7 @@ def prepare(given: argparse.Namespace, environments: list["Environment"]) -> tup
 
     device = choose_device(given.device)
     path = find_model("tiny", device) if given.run == "tiny" else find_run(given.run)
+    given.run = path  # for the page
     config = load_config(base_of(path))
     processor = load_processor(path)
     log = Log(given.output_dir or ROOT / "test_output" / f"agent_{datetime.now():%Y-%m-%d_%H-%M-%S}")
@@ -160,7 +159,7 @@ def conclude(given: argparse.Namespace, episodes: list["Episode"], log: "Log") -
     for line in dict.fromkeys(told_by(episodes)):
         print(f"{'act':>{width}}  {line}", file=sys.stderr)
     samples = [sample for episode in episodes if (sample := episode.sample())]
-    where = [("environment", relative(given.environment)), ("model", given.run or "the newest run")]
+    where = [("environment", relative(given.environment)), ("model", relative(given.run))]
     page = write_page(log.folder / "episodes.html", [*where, *facts], samples, log)
     print(f"{'page':>{width}}  {relative(page)}")
     print(f"{'data':>{width}}  {relative(log.file)} ({len(samples)} of {len(episodes)} episodes have an answer)")

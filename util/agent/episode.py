@@ -68,7 +68,7 @@ class Episode:
         self.told: list[str] = []  # for the user: what failed, with file and line
         self.seen: Counter[tuple[str, str]] = Counter()  # (observation, answer to it)
         self.steps = 0
-        self.reached: bool | None = None
+        self.reached: bool | None = False if environment.can_judge else None
         self.end = ""
 
     # ---- what the model reads -----------------------------------------------------------------------------------
@@ -203,6 +203,21 @@ class Episode:
         self.end = end
         if end in (ANSWERED, NO_ANSWER):
             self.reached = self.environment.goal_reached()
+
+    def last_step(self) -> str:
+        """The last answer and what came of it, for somebody who watches."""
+        if self.end == FULL:
+            return "the context is full"
+        words = []
+        for message in self.messages[-2:]:
+            content = message["content"]
+            items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            parts = [item.get("text", "(a picture)").strip() for item in items]
+            parts += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]
+            words.append(" ".join(filter(None, parts)))
+        if self.end in (ANSWERED, NO_ANSWER):
+            return f"step {self.steps}: {words[-1] if self.end == ANSWERED else '(no answer)'}"
+        return f"step {self.steps}: {words[0]}\n        {words[1]}"
 
     # ---- what is left of it -------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import shutil
 from pathlib import Path
 
 from PIL import Image
@@ -29,11 +28,10 @@ class Log:
         self.file = folder / "episodes.jsonl"
         if self.file.exists():
             raise UserError(f"--output_dir {folder}: holds {self.file.name} already; name another folder, or remove it")
-        (folder / "media").mkdir(parents=True, exist_ok=True)
-        self.file.touch()
 
     def write(self, entry: dict) -> None:
         """Append one sample."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
@@ -72,10 +70,6 @@ class Log:
         name = f"media/{hashlib.sha256(content).hexdigest()[:24]}{suffix}"
         path = self.folder / name
         if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         return name
-
-    def drop_if_empty(self) -> None:
-        """Remove the folder where nothing was written, so that a command that failed at once leaves nothing."""
-        if not self.file.stat().st_size:
-            shutil.rmtree(self.folder)

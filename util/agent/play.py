@@ -44,6 +44,8 @@ class Play:
                 free = list(self.environments)
                 while self.begin_next(waiting, free) or self.active:
                     self.step()
+                    if len(numbers) == 1:  # somebody watches
+                        tqdm.write(self.active[0].last_step())
                     for episode in [episode for episode in self.active if episode.end]:
                         free.append(episode.environment)
                         self.leave(episode)
