@@ -26,7 +26,7 @@ if [ "$model" = train_output/demonstration ] && [ ! -f "$model/config.json" ]; t
 fi
 act=(--environment recipes/buttons.py --episodes "${EPISODES:-200}" --max_steps 8 --max_new_tokens 96 --batch_size 64)
 
-step "$python" recipes/buttons.py "$data"
+step "$python" recipes/buttons.py "$data" --looks "${LOOKS:-8000}" --episodes "${SOLVED:-2000}"
 step "$python" -m util agent "$model" "${act[@]}" --output_dir "$output/before"
 if [ -f "$run/config.json" ]; then
     echo

@@ -406,17 +406,29 @@ def test_the_command(toy):
     assert (folder / "episodes.html").is_file()
 
 
-def test_the_log_is_checked_and_trained_on(toy, tiny_path, tmp_path):
+def test_the_log_is_checked(toy, tiny_path):
     folder, _ = toy
-    data = folder / "episodes.jsonl"
-    done = warm.run([sys.executable, "-m", "util", "check", str(data), "--model", str(tiny_path), "--device", "cpu"])
+    data = str(folder / "episodes.jsonl")
+    done = warm.run([sys.executable, "-m", "util", "check", data, "--model", str(tiny_path), "--device", "cpu"])
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_rank", "2"]], ids=["whole", "adapter"])
+def test_the_log_is_trained_on_and_the_run_acts(toy, tiny_path, tmp_path, flags):
+    """The road of the recipe in short: episodes, one step of training, and the run directory acts as a model does."""
+    folder, _ = toy
+    run = tmp_path / "run"
     done = warm.run([
-        sys.executable, "finetune.py", "--model", str(tiny_path), "--device", "cpu", "--data", str(data), "--max_steps",
-        "1", "--num_workers", "0", "--output_dir", str(tmp_path / "run"),
+        sys.executable, "finetune.py", "--model", str(tiny_path), "--device", "cpu", "--data",
+        str(folder / "episodes.jsonl"), "--max_steps", "1", "--num_workers", "0", "--max_pixels", "3136",
+        "--output_dir", str(run), *flags,
     ])  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "model.safetensors").exists()
+    done = agent(run, "--environment", "recipes/buttons.py", "--max_steps", 1, "--max_new_tokens", 4,
+                 "--output_dir", tmp_path / "out")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "step 1: " in done.stderr + done.stdout, "who watches one episode sees its steps"
+    assert "goals reached  0 of 1" in done.stdout
 
 
 def test_the_model_answers_as_plain_transformers(tiny_path, toy):
@@ -568,10 +580,10 @@ def test_the_toy_is_solved_by_clicks_in_their_order_alone(buttons):
         for colour in reversed(colours):  # the wrong order
             screen = buttons.act("click", place_of(screen, buttons.COLOURS[colour]))
         assert not buttons.goal_reached()
-        buttons.reset(episode)
+        screen, _ = buttons.reset(episode)
         for number, colour in enumerate(colours):
             assert not buttons.goal_reached(), f"after {number} of {len(colours)}"
-            before, screen = screen, buttons.act("click", place_of(buttons.screen(), buttons.COLOURS[colour]))
+            before, screen = screen, buttons.act("click", place_of(screen, buttons.COLOURS[colour]))
             assert screen.tobytes() != before.tobytes(), "a press is seen"
         assert buttons.goal_reached()
 
@@ -621,7 +633,9 @@ def reached(printed: str) -> list[float]:
 @pytest.mark.slow
 def test_the_recipe(tiny_path, tmp_path):
     """Cut to 2 steps: from the solver's episodes to the rate after."""
-    done = recipe(tmp_path, "--max_steps", "2", EPISODES="8", MODEL=str(tiny_path), AT_LEAST="0")
+    done = recipe(
+        tmp_path, "--max_steps", "2", EPISODES="8", LOOKS="64", SOLVED="32", MODEL=str(tiny_path), AT_LEAST="0"
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert len(reached(done.stdout)) == 2
     for name in ("before", "after"):
