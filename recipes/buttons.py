@@ -121,8 +121,14 @@ def look(episode: int, media: Path) -> dict:
         if not messages:
             asked.insert(0, {"type": "image", "image": save(picture, media)})
         messages.append({"role": "user", "content": asked})
-        messages.append({"role": "assistant", "content": json.dumps(middle(colour))})
+        messages.append({"role": "assistant", "content": where(colour)})
     return {"messages": messages}
+
+
+def where(colour: str) -> str:
+    """The place of a button as on a chess board, counted from the top left: `A1`."""
+    column, row = places[colour]
+    return f"{'ABC'[column]}{row + 1}"
 
 
 def middle(colour: str) -> dict:
@@ -139,7 +145,7 @@ def solve(episode: int, media: Path) -> dict:
     for colour in wanted:
         arguments = middle(colour)
         call = {"type": "function", "function": {"name": "click", "arguments": arguments}}
-        messages.append({"role": "assistant", "content": f"Press {colour}.", "tool_calls": [call]})
+        messages.append({"role": "assistant", "content": f"{colour} {where(colour)}", "tool_calls": [call]})
         picture = act("click", arguments)
         messages.append({"role": "tool", "content": [{"type": "image", "image": save(picture, media)}]})
     messages.append({"role": "assistant", "content": "Done."})
