@@ -10,7 +10,6 @@ that such a file needs. An episode's number decides where its buttons are and wh
 
 import argparse
 import hashlib
-import io
 import json
 import random
 from collections.abc import Callable
@@ -154,10 +153,9 @@ def solve(episode: int, media: Path) -> dict:
 
 def save(picture: Image.Image, media: Path) -> str:
     """Write a picture under a name made from its pixels, and return its path below the data file's folder."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    name = hashlib.sha256(buffer.getvalue()).hexdigest()[:16] + ".png"
-    (media / name).write_bytes(buffer.getvalue())
+    name = hashlib.sha256(picture.tobytes()).hexdigest()[:16] + ".png"
+    if not (media / name).exists():
+        picture.save(media / name)
     return f"{media.name}/{name}"
 
 
