@@ -22,36 +22,30 @@ SIDE = 28  # pixels of a place: one visual token of Qwen2-VL
 COLOURS = {"red": (221, 41, 41), "green": (34, 160, 62), "blue": (38, 82, 224), "yellow": (246, 200, 0)}
 FIRST_FOR_TRAINING = 1_000_000  # numbers of episodes from here on are the solver's; those below are for tests
 
-THOUSANDTHS = {"type": "integer"}  # of the screen's width and height, as Qwen2-VL writes boxes
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "click",
-            "description": "Click on the screen.",
-            "parameters": {
-                "type": "object",
-                "properties": {"x": THOUSANDTHS, "y": THOUSANDTHS},
-                "required": ["x", "y"],
-            },
-        },
-    }
-]
+# The places as on a chess board, counted from the top left, row by row: C1 is the top right one.
+NAMES = [f"{'ABC'[cell % CELLS]}{cell // CELLS + 1}" for cell in range(CELLS * CELLS)]
+PLACE = {"type": "string", "enum": NAMES}
+CLICK = {
+    "name": "click",
+    "description": "Click on a place of the screen.",
+    "parameters": {"type": "object", "properties": {"place": PLACE}, "required": ["place"]},
+}
+TOOLS = [{"type": "function", "function": CLICK}]
 
-places: dict[str, tuple[int, int]] = {}  # colour: column and row of its button
+places: dict[str, int] = {}  # colour: the cell in which its button is
 wanted: list[str] = []  # the colours of the goal, in their order
 pressed: list[str] = []  # those that are pressed already
 
 
 def reset(episode: int) -> tuple[Image.Image, str]:
-    """Begin an episode: its first picture and its goal."""
+    """Begin an episode: its first picture, and its goal with the question that begins it."""
     global places, wanted
     dice = random.Random(episode)
     cells = draw_cells(dice, for_tests=episode < FIRST_FOR_TRAINING)
-    places = {colour: (cell % CELLS, cell // CELLS) for colour, cell in zip(COLOURS, cells, strict=True)}
+    places = dict(zip(COLOURS, cells, strict=True))
     wanted = dice.sample(list(COLOURS), dice.randint(2, len(COLOURS)))
     pressed.clear()
-    return screen(), f"Press {', then '.join(wanted)}."
+    return screen(), f"Press {', then '.join(wanted)}. {question()}"
 
 
 def draw_cells(dice: random.Random, for_tests: bool) -> list[int]:
@@ -63,16 +57,21 @@ def draw_cells(dice: random.Random, for_tests: bool) -> list[int]:
             return cells
 
 
-def act(name: str, arguments: dict) -> Image.Image:
-    """Click, and give the next picture. A button out of turn starts the goal over; the empty screen does nothing."""
-    place = arguments["x"] * CELLS // 1000, arguments["y"] * CELLS // 1000
-    for colour, own_place in places.items():
-        if place == own_place and colour not in pressed:
+def act(name: str, arguments: dict) -> list:
+    """Click, and give the next picture and question. A button out of turn starts the goal over."""
+    cell = NAMES.index(arguments["place"])
+    for colour, own_cell in places.items():
+        if cell == own_cell and colour not in pressed:
             if colour == wanted[len(pressed)]:
                 pressed.append(colour)
             else:
                 pressed.clear()
-    return screen()
+    return [screen(), question()]
+
+
+def question() -> str:
+    """What the screen asks for next."""
+    return "All pressed." if goal_reached() else f"Where is {wanted[len(pressed)]}?"
 
 
 def goal_reached() -> bool:
@@ -85,22 +84,23 @@ def screen() -> Image.Image:
     image = Image.new("RGB", (CELLS * SIDE, CELLS * SIDE))
     draw = ImageDraw.Draw(image)
     for cell in range(CELLS * CELLS):
-        draw.rectangle(corners(cell % CELLS, cell // CELLS, 0), shade(cell % CELLS, cell // CELLS))
-    for colour, (column, row) in places.items():
-        inside = shade(column, row) if colour in pressed else COLOURS[colour]
-        draw.rectangle(corners(column, row, 5), inside, COLOURS[colour], width=4)
+        draw.rectangle(corners(cell, 0), shade(cell))
+    for colour, cell in places.items():
+        draw.rectangle(
+            corners(cell, 5), shade(cell) if colour in pressed else COLOURS[colour], COLOURS[colour], width=4
+        )
     return image
 
 
-def corners(column: int, row: int, margin: int) -> tuple[int, int, int, int]:
+def corners(cell: int, margin: int) -> tuple[int, int, int, int]:
     """The first and last pixel, across and down, of a place without its margin."""
-    left, top = column * SIDE, row * SIDE
+    left, top = cell % CELLS * SIDE, cell // CELLS * SIDE
     return left + margin, top + margin, left + SIDE - 1 - margin, top + SIDE - 1 - margin
 
 
-def shade(column: int, row: int) -> tuple[int, int, int]:
+def shade(cell: int) -> tuple[int, int, int]:
     """The wallpaper: more red to the right, more green to the bottom."""
-    return 90 + 80 * column, 90 + 80 * row, 170
+    return 90 + 80 * (cell % CELLS), 90 + 80 * (cell // CELLS), 170
 
 
 # ---- the solver -----------------------------------------------------------------------------------------------------
@@ -120,20 +120,8 @@ def look(episode: int, media: Path) -> dict:
         if not messages:
             asked.insert(0, {"type": "image", "image": save(picture, media)})
         messages.append({"role": "user", "content": asked})
-        messages.append({"role": "assistant", "content": where(colour)})
+        messages.append({"role": "assistant", "content": NAMES[places[colour]]})
     return {"messages": messages}
-
-
-def where(colour: str) -> str:
-    """The place of a button as on a chess board, counted from the top left: `A1`."""
-    column, row = places[colour]
-    return f"{'ABC'[column]}{row + 1}"
-
-
-def middle(colour: str) -> dict:
-    """The middle of a button, in thousandths of the screen."""
-    column, row = places[colour]
-    return {"x": (column * 2 + 1) * 500 // CELLS, "y": (row * 2 + 1) * 500 // CELLS}
 
 
 def solve(episode: int, media: Path) -> dict:
@@ -142,11 +130,12 @@ def solve(episode: int, media: Path) -> dict:
     first = [{"type": "image", "image": save(picture, media)}, {"type": "text", "text": goal}]
     messages: list[dict] = [{"role": "user", "content": first}]
     for colour in wanted:
-        arguments = middle(colour)
+        arguments = {"place": NAMES[places[colour]]}
         call = {"type": "function", "function": {"name": "click", "arguments": arguments}}
-        messages.append({"role": "assistant", "content": f"{colour} {where(colour)}", "tool_calls": [call]})
-        picture = act("click", arguments)
-        messages.append({"role": "tool", "content": [{"type": "image", "image": save(picture, media)}]})
+        messages.append({"role": "assistant", "content": arguments["place"], "tool_calls": [call]})
+        picture, asked = act("click", arguments)
+        seen = [{"type": "image", "image": save(picture, media)}, {"type": "text", "text": asked}]
+        messages.append({"role": "tool", "content": seen})
     messages.append({"role": "assistant", "content": "Done."})
     return {"tools": TOOLS, "messages": messages}
 
