@@ -120,7 +120,7 @@ def look(episode: int, media: Path) -> dict:
         if not messages:
             asked.insert(0, {"type": "image", "image": save(picture, media)})
         messages.append({"role": "user", "content": asked})
-        messages.append({"role": "assistant", "content": NAMES[places[colour]]})
+        messages.append({"role": "assistant", "content": f"Press {colour} {NAMES[places[colour]]}"})
     return {"messages": messages}
 
 
@@ -132,7 +132,7 @@ def solve(episode: int, media: Path) -> dict:
     for colour in wanted:
         arguments = {"place": NAMES[places[colour]]}
         call = {"type": "function", "function": {"name": "click", "arguments": arguments}}
-        messages.append({"role": "assistant", "content": arguments["place"], "tool_calls": [call]})
+        messages.append({"role": "assistant", "content": f"Press {colour} {arguments['place']}", "tool_calls": [call]})
         picture, asked = act("click", arguments)
         seen = [{"type": "image", "image": save(picture, media)}, {"type": "text", "text": asked}]
         messages.append({"role": "tool", "content": seen})
