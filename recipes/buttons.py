@@ -159,8 +159,8 @@ def write(file: Path, make: Callable[[int, Path], dict], numbers: range) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where looks.jsonl, episodes.jsonl and their media/ are written")
-    parser.add_argument("--looks", type=int, default=8000, help="samples that ask where buttons are (default: 8000)")
-    parser.add_argument("--episodes", type=int, default=2000, help="episodes of the solver (default: 2000)")
+    parser.add_argument("--looks", type=int, default=15000, help="samples that ask where buttons are (default: 15000)")
+    parser.add_argument("--episodes", type=int, default=1000, help="episodes of the solver (default: 1000)")
     given = parser.parse_args()
     (given.folder / "media").mkdir(parents=True, exist_ok=True)
     middle_number = FIRST_FOR_TRAINING + given.looks
