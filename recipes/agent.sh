@@ -26,14 +26,13 @@ if [ "$model" = train_output/demonstration ] && [ ! -f "$model/config.json" ]; t
     step "$python" finetune.py --model tiny --data train_data/demonstration/data.jsonl --min_pixels 3136 --epochs 9 \
         --max_steps 600 --global_batch_size 32 --learning_rate 2e-3 --save_every 200 --output_dir "$model" --resume auto
 fi
-step "$python" recipes/buttons.py "$data" --looks "${LOOKS:-15000}" --episodes "${SOLVED:-1000}"
+step "$python" recipes/buttons.py "$data" --episodes "${SOLVED:-3000}"
 step "$python" -m util agent "$model" "${act[@]}" --output_dir "$output/before"
 if [ -f "$run/config.json" ]; then
     echo
     echo "$run holds a finished run, which is used; RUN=... names another folder to train into"
 else
-    # Of 16 samples 15 are short ones that only ask where a button is: this is what takes long to learn.
-    step "$python" finetune.py --model "$model" --data "$data/looks.jsonl" "$data/episodes.jsonl" --epochs 9 \
-        --max_steps 900 --global_batch_size 32 --learning_rate 2e-3 --output_dir "$run" --save_every 200 --resume auto "$@"
+    step "$python" finetune.py --model "$model" --data "$data/episodes.jsonl" --epochs 9 --max_steps 150 \
+        --global_batch_size 16 --learning_rate 2e-3 --output_dir "$run" --save_every 50 --resume auto "$@"
 fi
 step "$python" -m util agent "$run" "${act[@]}" --output_dir "$output/after" --at_least "${AT_LEAST:-0.8}"

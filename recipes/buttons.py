@@ -51,11 +51,10 @@ def reset(episode: int) -> tuple[Image.Image, str]:
 
 
 def draw_cells(dice: random.Random, for_tests: bool) -> list[int]:
-    """A place for each button. A fifth of all layouts is for tests alone: no screen of theirs is trained on."""
+    """A place for each button. A fifth of all sets of places is for tests alone: no screen of theirs is trained on."""
     while True:
         cells = dice.sample(range(CELLS * CELLS), len(COLOURS))
-        of_tests = sum(weight * cell for weight, cell in enumerate(cells, 1)) % 5 == 0
-        if of_tests == for_tests:
+        if (sum(cells) % 5 == 0) == for_tests:
             return cells
 
 

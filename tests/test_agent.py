@@ -571,48 +571,41 @@ def buttons():
     return Environment(ROOT / "recipes" / "buttons.py").module
 
 
-def test_the_toy_is_solved_by_clicks_in_their_order_alone(buttons):
-    """Where a button is, read from the pixels of the screen and not from the environment's own list."""
+def test_the_toy_is_solved_by_what_is_lit_alone(buttons):
+    """Which button is lit is read from the pixels of the screen, and not from the environment's own list."""
     for episode in range(20):
         screen, goal = buttons.reset(episode)
-        colours = re.match(r"Press (.*)\. Where is (.*)\?$", goal)[1].split(", then ")
-        assert 2 <= len(colours) <= 4
-        for colour in reversed(colours):  # the wrong order
-            screen, _ = buttons.act("click", {"place": place_of(screen, buttons.COLOURS[colour])})
-        assert not buttons.goal_reached()
-        screen, goal = buttons.reset(episode)
-        question = goal.partition(". ")[2]
-        for number, colour in enumerate(colours):
-            assert not buttons.goal_reached(), f"after {number} of {len(colours)}"
-            assert question == f"Where is {colour}?"
-            before = screen.tobytes()
-            screen, question = buttons.act("click", {"place": place_of(screen, buttons.COLOURS[colour])})
-            assert screen.tobytes() != before, "a press is seen"
+        number = int(re.fullmatch(r"Put out (\d) lights\.", goal)[1])
+        assert 2 <= number <= 4
+        for done in range(number):
+            assert not buttons.goal_reached(), f"after {done} of {number}"
+            (lit,) = lit_in(screen, buttons.COLOURS)
+            for other in buttons.COLOURS.keys() - {lit}:
+                assert buttons.act("click", {"button": other}).tobytes() == screen.tobytes(), "only the lit one acts"
+            screen = buttons.act("click", {"button": lit})
         assert buttons.goal_reached()
-        assert question == "All pressed."
+        assert not lit_in(screen, buttons.COLOURS)
 
 
-def place_of(screen: Image.Image, colour: tuple[int, int, int]) -> str:
-    """The name of the place where the pixels of a colour are: A1 is top left, C1 top right, A3 bottom left."""
-    rows, columns = np.nonzero((np.asarray(screen) == colour).all(axis=2))
-    return "ABC"[int(3 * columns.mean() / screen.width)] + "123"[int(3 * rows.mean() / screen.height)]
+def lit_in(screen: Image.Image, colours: dict[str, tuple[int, int, int]]) -> list[str]:
+    """The names of the colours that a screen shows."""
+    pixels = np.asarray(screen)
+    return [name for name, colour in colours.items() if (pixels == colour).all(axis=2).any()]
 
 
 def test_no_screen_of_the_tests_is_trained_on(buttons, tmp_path):
     """Nor is any episode of the solver wrong: each is accepted as data, and its calls reach the goal."""
-    done = subprocess.run(
-        [sys.executable, "recipes/buttons.py", tmp_path, "--looks", "150", "--episodes", "150"], cwd=ROOT, check=False
-    )
+    done = subprocess.run([sys.executable, "recipes/buttons.py", tmp_path, "--episodes", "150"], cwd=ROOT, check=False)
     assert done.returncode == 0
     trained = {Image.open(path).tobytes() for path in (tmp_path / "media").iterdir()}
     assert len(trained) > 300
     tests = {buttons.reset(episode)[0].tobytes() for episode in range(200)}
-    assert len(tests) > 150, "200 episodes of hardly as many screens"
+    assert len(tests) > 100, "200 episodes of hardly as many screens"
     assert not trained & tests
     lines = (tmp_path / "episodes.jsonl").read_text().splitlines()
     assert len(lines) == 150
     for number, line in enumerate(lines[:20]):
-        buttons.reset(buttons.FIRST_FOR_TRAINING + 150 + number)
+        buttons.reset(buttons.FIRST_FOR_TRAINING + number)
         for message in json.loads(line)["messages"]:
             for call in message.get("tool_calls", []):
                 assert not buttons.goal_reached()
@@ -637,9 +630,7 @@ def reached(printed: str) -> list[float]:
 @pytest.mark.slow
 def test_the_recipe(tiny_path, tmp_path):
     """Cut to 2 steps: from the solver's episodes to the rate after."""
-    done = recipe(
-        tmp_path, "--max_steps", "2", EPISODES="8", LOOKS="64", SOLVED="32", MODEL=str(tiny_path), AT_LEAST="0"
-    )
+    done = recipe(tmp_path, "--max_steps", "2", EPISODES="8", SOLVED="32", MODEL=str(tiny_path), AT_LEAST="0")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert len(reached(done.stdout)) == 2
     for name in ("before", "after"):
@@ -647,7 +638,6 @@ def test_the_recipe(tiny_path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="80 % was not reached yet: looks are learned, episodes with their long prompt lag behind")
 def test_the_recipe_learns_to_act(tmp_path):
     """As it is: 200 episodes on screens that were not trained on, under 10 % before and at least 80 % after."""
     done = recipe(tmp_path)

@@ -239,7 +239,21 @@ class Episode:
             "failed_messages": self.failed,
             "seen_last": [message["content"] for message in self.messages[last:]],
         }
-        return {"tools": self.environment.tools, "messages": self.messages[:last], "episode": facts}
+        return {"tools": self.environment.tools, "messages": self.to_learn(last), "episode": facts}
+
+    def to_learn(self, end: int) -> list[dict]:
+        """The messages before `end`, those whose call was not done marked as not to be learned.
+
+        Where none was done, none is marked: a sample of which nothing is learned is refused by training.
+        """
+        failed = set(self.failed)
+        answers = {number for number in range(end) if self.messages[number]["role"] == "assistant"}
+        if answers <= failed:
+            return self.messages[:end]
+        return [
+            {**message, "train": False} if number in failed else message
+            for number, message in enumerate(self.messages[:end])
+        ]
 
 
 def counts_of(episodes: list[Episode]) -> Iterator[tuple[str, int]]:
