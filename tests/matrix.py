@@ -326,7 +326,7 @@ def start(jobs: list[dict], ranks: int, folder: Path) -> tuple[int | str, str]:
 # ---- what each run must leave ---------------------------------------------------------------------------------------
 
 PROCESSOR_FILES = {"tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja",
-                   "preprocessor_config.json", "chat_template.json"}  # fmt: skip
+                   "preprocessor_config.json", "chat_template.json", "vocab.json", "merges.txt"}  # fmt: skip
 WHOLE_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 OWN_FILES = {"training_config.json", "metrics.jsonl", "samples.jsonl", "loss.png", "final_model.json"}

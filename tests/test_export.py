@@ -39,6 +39,7 @@ def test_the_last_checkpoint_is_the_final_model_file_by_file(run, tmp_path):
         "metrics.jsonl",
         "samples.jsonl",
         "loss.png",
+        "final_model.json",
     }
     for name in files:
         assert filecmp.cmp(run / name, tmp_path / "out" / name, shallow=False), name
