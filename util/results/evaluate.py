@@ -30,7 +30,8 @@ from util.results.metrics import several_kinds, summarise
 from util.results.suited import choose, in_words
 
 BATCH_SIZE = 32  # questions answered at a time while training
-MOST_NEW_TOKENS = 64  # longest answer while training
+USUAL_NEW_TOKENS = 64  # longest answer while training, where the references are no longer
+MOST_NEW_TOKENS = 256  # where they are: a tool call that is cut off is no call
 
 
 @torch.no_grad()
@@ -58,7 +59,7 @@ def evaluate_answers(
 ) -> dict[str, float | None]:
     """Scores, by `config.eval_metrics`, of the answers of a model in training, over all and by kind of sample.
 
-    The `config.eval_samples` questions are the same each time, and answers at most `MOST_NEW_TOKENS` long; {} where no
+    The `config.eval_samples` questions are the same each time, and answers at most `room_for` long; {} where no
     questions are asked. Each rank answers its share at its own pace, and all get the scores of all. Raises Stopped, on
     all ranks, where `stop` asked one to leave.
     """
@@ -275,9 +276,16 @@ def answer_share(
     with whole_weights(model):
         answerer = Answerer(model, held_out.processor, device)
         return answer_all(
-            answerer, own, BATCH_SIZE, MOST_NEW_TOKENS, title, config.on_bad_sample, config.num_workers,
-            config.max_tokens, watch,
+            answerer, own, BATCH_SIZE, room_for(chosen, held_out.processor), title, config.on_bad_sample,
+            config.num_workers, config.max_tokens, watch,
         )  # fmt: skip
+
+
+def room_for(questions: list[Example], processor) -> int:
+    """How many tokens an answer to one of these questions may have while training: as many as their references."""
+    references = [text_of(question.messages[-1]["content"]) + conversation.END_OF_TURN for question in questions]
+    encoded = processor.tokenizer(references, add_special_tokens=False)["input_ids"] if references else []
+    return min(MOST_NEW_TOKENS, max(USUAL_NEW_TOKENS, *map(len, encoded), 0))
 
 
 def answer_all(
