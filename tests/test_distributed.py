@@ -202,20 +202,21 @@ def four_ranks(tiny_path, two_ranks, data, tmp_path_factory) -> Path:
     return folder
 
 
-def same(run: Path, reference: Path) -> None:
+def same(run: Path, reference: Path, most: float = 1e-12) -> None:
+    """`most`: by how much weights may differ: AdamW makes as much of a last bit as its learning rate is high."""
     assert metrics(run) == pytest.approx(metrics(reference), abs=1e-10)
     for key in ("samples", "tokens", "visual_tokens", "supervised_tokens", "learning_rate"):
         assert metrics(run, key) == metrics(reference, key), key
     ours, theirs = weights(run), weights(reference)
     assert ours.keys() == theirs.keys()
     gap = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
-    assert gap < 1e-12, f"weights differ by {gap}"
+    assert gap < most, f"weights differ by {gap}"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_equal_one(name, two_ranks, tiny_path, data, tmp_path):
     one = Path(finetune.train(Config(**case(name, tiny_path, data, tmp_path / "one"))))
-    same(two_ranks / name, one)
+    same(two_ranks / name, one, 1e-12 * max(1, CASES[name].get("learning_rate", 1e-3) / 1e-3))
     if name.startswith("the best"):
         assert (read_final(one)["step"], read_final(one)["last_step"]) == (5, 6), metrics(one, "eval_loss")
         assert read_final(two_ranks / name)["step"] == 5
