@@ -178,6 +178,12 @@ def test_the_prompts_are_those_that_training_reads(painter, any_processor):
     answers = [odd, do("text"), "<tool_call>oh</tool_call>", do("both"), do("raise"), paint(4) + paint(5), "Done. "]
     played = Played(painter, any_processor, answers).run()
     assert played.episode.end == "answered"
+    (row,) = [json.loads(line) for line in played.log.file.read_text().splitlines()]
+    marked = [
+        answer for answer in row["messages"] if answer["role"] == "assistant" and answer.pop("train", True) is False
+    ]
+    assert len(marked) == 3, "no JSON, an exception, two calls: their answers are not to be learned"
+    played.log.file.write_text(json.dumps(row) + "\n")
     examples = Examples([str(played.log.file)], any_processor)
     budget = Budget(min_pixels=3136)
     questions = QuestionSamples(questions_of(examples), any_processor, budget)
@@ -511,7 +517,9 @@ def test_interrupting_keeps_what_was_done(tiny_path, tmp_path):
     """Ctrl-C while `act` waits: the episode is in the log and on the page, the exit code is that of an interrupt."""
     slow = PAINTER.replace("def act(", "def act_at_once(") + (
         "\n\ndef act(name, arguments):\n    import time\n    (HERE / 'here').touch()\n    time.sleep(300)\n"
-        "\n\nimport util.results.evaluate as model\nmodel.Answerer.answers = lambda self, prompts, length: ["
+        # whoever runs the tests in the background has Ctrl-C ignored, and so would this process
+        "\n\nimport signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import util.results.evaluate as model\nmodel.Answerer.answers = lambda self, prompts, length: ["
         """'<tool_call>\\n{"name": "paint", "arguments": {"red": 1}}\\n</tool_call>'] * len(prompts)\n"""
     )
     (tmp_path / "slow.py").write_text(slow)
