@@ -384,7 +384,7 @@ def test_what_was_merged_opens_anywhere(kind, name, trained, paths, tmp_path, ne
     run = trained(kind, "adapters", name)
     merge_run(str(run), tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert config["text_config"]["vocab_size"] == (576 if name == "moves" else 704)
+    assert config["vocab_size"] == (576 if name == "moves" else 704)
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     ours = text_logits(load_weights(str(run), torch.float32, CPU), run)
     torch.testing.assert_close(text_logits(merged, tmp_path / "merged"), ours, rtol=1e-5, atol=1e-5)
