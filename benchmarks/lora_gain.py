@@ -48,8 +48,8 @@ def train(name: str, model: str, data: Path, steps: int, folder: Path, flags: li
                   str(data / "val.jsonl"), "--eval_every", "0", "--output_dir", str(folder / name), "--epochs", "999",
                   "--max_steps", str(steps), "--global_batch_size", "16", "--device", "cpu", *BUDGET,
                   *flags)  # fmt: skip
-    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    settings = json.loads((folder / name / "training_config.json").read_text())
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    settings = json.loads((folder / name / "training_config.json").read_text(encoding="utf-8"))
     return {"flags": flags, "learning_rate": settings["learning_rate"], "seconds": round(seconds, 1),
             "loss": round(next(line["eval_loss"] for line in lines if "eval_loss" in line), 4)}  # fmt: skip
 

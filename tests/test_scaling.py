@@ -95,13 +95,13 @@ def test_bytes_are_those_of_real_processes(ranks, uneven_path, tmp_path):
                     assert real["calls"].get(name, 0) == total["calls"], f"{where}: calls of {name}"
                     assert real["bytes"].get(name, 0) == total["input_bytes"], f"{where}: bytes of {name}"
                 assert sum(real["calls"].values()) == real["numbered"], f"{where}: a collective escaped the count"
-                # Around the passes: eleven counts (samples, tokens, visual, supervised, unread, skipped, and that by
-                # its five reasons) and the loss in float64, and, where gradients are shards, the norms of all parameters in one
+                # Around the passes: twelve counts (samples, tokens, visual, supervised, their weight, unread, skipped,
+                # and that by its five reasons) and the loss in float64, and, where gradients are shards, the norms of all parameters in one
                 # vector. Nothing else.
                 assert {key for key in real["calls"] if key.startswith("scalar_")} == {"scalar_all_reduce"}, where
                 norms = sum(sum(unit.trained) for unit in units) * reduce_bytes if group > 1 else 0
                 assert real["calls"]["scalar_all_reduce"] == (3 if group > 1 else 2), where
-                assert real["bytes"]["scalar_all_reduce"] == (11 + 1) * 8 + norms, where
+                assert real["bytes"]["scalar_all_reduce"] == (12 + 1) * 8 + norms, where
 
 
 def test_parameters_of_the_units_are_those_of_the_model():
