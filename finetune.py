@@ -97,6 +97,8 @@ def train(config: Config) -> str:
     if held_out and final.lacks_evaluation(first):  # a signal broke it off, after the step that is gone on from
         loss_there = stop.unless_stopped(evaluate, first, held_out, evaluation)
         final.note(first, loss_there, is_last=first == len(steps))
+        if loss_there is None and first < len(steps):
+            stop.end(first, saver)  # broken off once more, or its data cannot be read
     step = first
     for planned in final.until_settled(steps.after(first)):  # --stop_after may end them early
         step = planned.number

@@ -441,7 +441,8 @@ def key_that_changes_training(shop, sample):
     value = shop.choose.choice([-1, 3.5, float("nan"), float("inf"), "x", [[]], {"a": 1}, "no"])
     where = shop.choose.choice([sample, *sample["messages"]])
     names = ["weight", "loss", "train", "images"] if where is sample else ["weight", "loss", "reasoning", "bbox", "k"]
-    where[shop.choose.choice(names)] = value
+    name = shop.choose.choice(names)
+    where[name] = "heavy" if name == "weight" and value == 3.5 else value  # a weight may be 3.5
     return sample, REFUSED
 
 
@@ -1005,7 +1006,7 @@ def stand_ins(model: str) -> tuple[Callable, Callable]:
     def save(packed, processor, budget, directory: Path, say) -> None:
         (directory / "model.safetensors").touch()
 
-    quick = {(models, "load_config"): lambda path: config, (models, "load_processor"): lambda path: processor,
+    quick = {(models, "load_config"): lambda *_: config, (models, "load_processor"): lambda *_: processor,
              (models, "build_model"): lambda *arguments: OneWeight(), (save_model, "save_model"): save,
              (memory, "count_parameters"): lambda *_: counts, (log, "draw_loss"): lambda directory: None}  # fmt: skip
 

@@ -127,8 +127,10 @@ def test_held_out_data_that_cannot_be_read_lose_no_step(by, break_sample, tiny_p
         finetune.train(Config(**config))
     assert ended.value.code == 2
     assert not runs.metrics(tmp_path / "run", "eval_loss")
+    with pytest.raises(Ended, match=r"gone\nmend that.*\nstopped after step 2, which is saved"):
+        finetune.train(Config(**{**config, "resume": "auto"}))  # the evaluation that is missing comes first
     with pytest.raises(Ended, match="the model is saved, but not evaluated after its last step") as ended:
-        finetune.train(Config(**{**config, "resume": "auto"}))
+        finetune.train(Config(**{**config, "resume": "auto", "eval_every": 0}))
     assert ended.value.code == 2
     assert (tmp_path / "run" / "model.safetensors").exists()
 
