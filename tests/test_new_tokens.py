@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2VLForConditionalGeneration
 
@@ -26,6 +28,8 @@ from util.results import show
 from util.results.evaluate import Answerer, ask
 from util.vision import Budget
 
+# Whether plain transformers opens an adapter with the rows of new tokens (5.17 leaves them out; not tried between)
+OPENS_TIED_ROWS = Version(transformers.__version__) >= Version("5.24")
 CPU = torch.device("cpu")
 MOVES = ["<move_left>", "<move_right>", "<move_up>", "<move_down>"]
 MANY = [f"<place_{number}>" for number in range(100)]  # more than the unused rows of tiny
@@ -374,7 +378,7 @@ def test_plain_peft_opens_the_adapter(kind, name, trained, paths, needs_peft):
     theirs = text_logits(needs_peft.PeftModel.from_pretrained(base, run), run)
     known = 649 if name == "many" else 576  # rows that nobody has, transformers draws at random
     torch.testing.assert_close(ours[..., :known], theirs[..., :known], rtol=1e-5, atol=1e-5)
-    if kind == "tied" and name == "moves":
+    if kind == "tied" and name == "moves" and OPENS_TIED_ROWS:
         plain = AutoModelForImageTextToText.from_pretrained(run, dtype=torch.float32)
         torch.testing.assert_close(text_logits(plain, run), theirs, rtol=1e-5, atol=1e-5)
 
@@ -451,6 +455,8 @@ def test_actions_are_answered_as_tokens(what, tiny_path, files, tmp_path, capsys
     answerer = Answerer.load(str(run), processor, CPU, torch.float32)
     question = [{"role": "user", "content": [{"type": "text", "text": "Go down, then up."}]}]
     assert ask(answerer, question, Budget(), 8) == "<move_down><move_up>"
+    if what == "adapters" and not OPENS_TIED_ROWS:
+        return
     model = AutoModelForImageTextToText.from_pretrained(run, dtype=torch.float32).eval()
     inputs = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=True, return_dict=True,
                                            return_tensors="pt")  # fmt: skip
