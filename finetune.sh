@@ -10,14 +10,7 @@ set -euo pipefail
 export STARTED_IN="$PWD" # for the command that goes on with a run, if it is stopped
 cd "$(dirname "$0")"
 
-# --help is that of finetune.py: it needs no package, so nothing is installed and no GPU is looked for.
-for word in "$@"; do
-    if [ "$word" = -h ] || [ "$word" = --help ]; then
-        python="${PYTHON:-.venv/bin/python}"
-        [ -x "$(command -v "$python")" ] || python=python3
-        exec "$python" finetune.py --help
-    fi
-done
+source util/help.sh finetune.py "$@"
 source util/setup.sh requirements.txt
 source util/gpu.sh
 

@@ -19,7 +19,7 @@ def machine(tmp_path):
     (home / "util").mkdir(parents=True)
     programs.mkdir()
     for name in ("finetune.sh", "finetune_distributed.sh", "run_tests.sh", "requirements.txt", "requirements-dev.txt",
-                 "util/setup.sh", "util/gpu.sh"):  # fmt: skip
+                 "util/help.sh", "util/setup.sh", "util/gpu.sh"):  # fmt: skip
         shutil.copy(ROOT / name, home / name)
 
     def run(*words: str, programs_only: bool = False, **environment: str) -> tuple[int, str]:

@@ -105,9 +105,9 @@ def test_many_rows_of_logits_are_weighed_as_few(tiny_path, processor, reference,
     assert loss == pytest.approx(reference["loss"], abs=1e-5)
 
 
-def test_an_answer_that_is_not_learned_has_no_gradient(tiny_path, processor, tmp_path):
-    """Whatever stands there as a target changes nothing: the gradient is that of the last answer, given the first."""
-    first, _ = WEIGHTED[0]["messages"][:2], None
+def test_an_answer_that_is_not_learned_is_read_and_no_target(tiny_path, processor, tmp_path):
+    """That it adds nothing to any gradient, transformers says above: there it has a weight of 0."""
+    first = WEIGHTED[0]["messages"][:2]
     rows = [entry(*first, user("Again."), assistant("four"))]
     model = build_model(Config(device="cpu", dtype="float32"), str(tiny_path), processor, CPU)
     sample = Samples(Examples([write(tmp_path, rows)], processor), processor, Budget())[0]

@@ -107,7 +107,8 @@ class Examples(Sequence):
         unused: set[str] = set()
         try:
             messages = entries.check_messages(entry, self.forbidden, Path(name).parent, unused)
-            messages = weights.train_on(messages, self.train_on)
+            if self.train_on == "last":
+                messages = weights.last_alone(messages)
         except DataError as error:
             # Most of what breaks a rule at once is in another format: say which, and what converts it.
             hint = advice.advice(entry, name, self.forbidden)

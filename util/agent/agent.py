@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from util.command_line import UserError, command_parser
 from util.config import Config
-from util.results.answer import BUDGET_FLAGS, find_run
+from util.results.answer import BUDGET_FLAGS, find_run, sizes_of_media
 from util.results.metrics import share_with_interval
 from util.run_folder import ROOT, read_settings, relative
 
@@ -127,11 +127,8 @@ def budget_of(given: argparse.Namespace, run: str) -> "Budget":
     """The sizes of pictures: of the command line, else those that the run was trained with."""
     from util.vision import Budget
 
-    trained_with = read_settings(run)
-    sizes = {name: trained_with[name] for name in BUDGET_FLAGS if name in trained_with}
-    sizes |= {name: getattr(given, name) for name in BUDGET_FLAGS if getattr(given, name) is not None}
-    Config(**sizes)  # raises where a value is impossible
-    return Budget(**sizes)
+    flags = {name: getattr(given, name) for name in BUDGET_FLAGS if getattr(given, name) is not None}
+    return Budget(**sizes_of_media(read_settings(run), flags))
 
 
 def begin_episode(

@@ -54,7 +54,7 @@ def check_messages(
         length += len(text_of(items))
     if checked[-1]["role"] != "assistant":
         raise DataError(f": ends with a {checked[-1]['role']} message, so nothing is supervised; add the answer")
-    weights.train_on(checked, "all")  # raises where no answer is learned
+    weights.check_any_learned(checked)
     if length > MOST_TEXT:
         raise DataError(f": {length:,} characters of text, above {MOST_TEXT:,}; make several samples of it", "too long")
     if len(entry) > 1 and kinds.isdisjoint(KINDS):

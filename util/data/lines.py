@@ -55,6 +55,16 @@ def first_of(lines: list[str], count: int | None = None, hint: str = "") -> list
     return first
 
 
+def json_of(sample: dict) -> str:
+    """A sample as one line of JSON. DataError for text that no file can hold."""
+    text = json.dumps(sample, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(": text holds half of a surrogate pair, which is no character; repair the file") from None
+    return text
+
+
 def split_weight(file: str) -> tuple[str, float]:
     """`a.jsonl*2` as file and weight."""
     name, star, weight = file.rpartition("*")

@@ -81,17 +81,17 @@ def check_learning(key: str, value: object, role: object, where: str) -> bool:
     raise DataError(f"{where}{key} {value!r:.40}, but only assistant messages are learned; take the key out")
 
 
-def train_on(messages: list[dict], which: str) -> list[dict]:
-    """Checked messages, each answer with its weight, of which "all" or only the "last" answer is learned.
+def check_any_learned(messages: list[dict], setting: str = "") -> None:
+    """DataError where no answer of checked messages is learned; `setting`: what made it so, for the message."""
+    if not any(message.get("weight", 1.0) for message in messages if message["role"] == "assistant"):
+        raise DataError(f": none of its answers is to be learned{setting}; take the sample out")
 
-    DataError where no answer is.
-    """
+
+def last_alone(messages: list[dict]) -> list[dict]:
+    """Checked messages of which the last answer alone is learned. DataError where that one is not to be."""
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    if which == "last" and len(answers) > 1:
-        messages = list(messages)
-        for place in answers[:-1]:
-            messages[place] = {**messages[place], "weight": 0.0}
-    if not any(messages[place].get("weight", 1.0) for place in answers):
-        of_last = " with --train_on last" if which == "last" else ""
-        raise DataError(f": none of its answers is to be learned{of_last}; take the sample out")
+    messages = list(messages)
+    for place in answers[:-1]:
+        messages[place] = {**messages[place], "weight": 0.0}
+    check_any_learned(messages, " with --train_on last")
     return messages

@@ -15,7 +15,6 @@ written sample by sample, so that it may be of any size.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from util.command_line import MOST_TOLD, UserError, command_parser
 from util.conversation import GROUNDING_PREFIXES, MARK
 from util.data import entries, fetch
-from util.data.lines import DataError, first_of
+from util.data.lines import DataError, first_of, json_of
 from util.formats import rows
 from util.formats.hold_out import HoldOut, held_out_path
 from util.formats.importers import KINDS, import_entry
@@ -58,11 +57,7 @@ class Writer:
 
     def write(self, sample: dict) -> None:
         """Append one sample. Raises DataError for text that no file can hold."""
-        text = json.dumps(sample, ensure_ascii=False)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise DataError(": text holds half of a surrogate pair, which is no character; repair the file") from None
+        text = json_of(sample)
         if self.lines:
             self.handle.write(f"{text}\n")
         else:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from util.data import fetch
 from util.data.entries import text_of
 from util.data.frames import images_in
-from util.data.lines import DataError
+from util.data.lines import DataError, json_of
 
 NAME = "held_out"
 
@@ -53,11 +53,7 @@ class HoldOut:
 
     def write(self, sample: dict) -> None:
         """Append one sample. Raises DataError for text that no file can hold."""
-        text = json.dumps(sample, ensure_ascii=False)
-        try:
-            self.kept.write(f"{text}\n")
-        except UnicodeEncodeError:
-            raise DataError(": text holds half of a surrogate pair, which is no character; repair the file") from None
+        self.kept.write(f"{json_of(sample)}\n")
         number = self.count
         self.group_of.append(number)
         self.count += 1

@@ -100,10 +100,19 @@ def parse_arguments(description: str, trained: bool) -> Settings:
     settings.metrics = settings.metrics or trained_with.get("eval_metrics") or Config().eval_metrics
     for problem in metrics_problems("--metrics", settings.metrics):
         parser.error(problem)
-    known = {name: trained_with[name] for name in BUDGET_FLAGS if name in trained_with}
-    settings.budget = {**known, **given}
-    Config(**settings.budget)  # raises where a value is impossible
+    settings.budget = sizes_of_media(trained_with, given)
     return settings
+
+
+def sizes_of_media(trained_with: dict, given: dict) -> dict:
+    """The fields of a vision.Budget: those `given` on the command line, else those that a run was trained with.
+
+    Raises UserError where a value is impossible.
+    """
+    known = {name: trained_with[name] for name in BUDGET_FLAGS if name in trained_with}
+    sizes = {**known, **given}
+    Config(**sizes)  # raises
+    return sizes
 
 
 def find_run(run: str | None) -> str:
