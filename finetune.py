@@ -77,7 +77,7 @@ def train(config: Config) -> str:
     batches = packed_batches(samples, steps.micro_batches(first), collate, config, device).begin()
 
     model = build_model(config, path, processor, device)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, config, steps.survey.most)
     if resumed:
         load_checkpoint(resumed, model, optimizer)
     stop = StopSignal(run)
@@ -121,7 +121,7 @@ def train(config: Config) -> str:
             loss_sum += batch_loss_sum.detach()  # else it would keep the graphs of all micro-batches
 
         # The norm and the loss are read once all passes are queued: each read waits for the device.
-        grad_norm = clip_gradient(model, config.max_grad_norm).item()
+        grad_norm = clip_gradient(model, optimizer, config.max_grad_norm).item()
         learning_rate = set_learning_rate(optimizer, step - 1, len(steps), config)  # the schedule counts from 0
         loss = loss_sum.item() / supervised_weight
         stopping = stop.requested  # asked once, so that all that follows goes by the same answer

@@ -84,7 +84,7 @@ def train(config: Config) -> str:
     batches = packed_batches(samples, steps.micro_batches(first), collate, config, device).begin()
 
     model = distributed.build_model(config, path, model_config, processor, world)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, config, steps.survey.most)
     if resumed:
         load_checkpoint(resumed, model, optimizer)
     stop = StopSignal(run)
@@ -132,7 +132,7 @@ def train(config: Config) -> str:
 
         distributed.drop_blank_gradients(model, totals["visual_tokens"])
         # The norm and the loss are read once all passes are queued: each read waits for the device.
-        grad_norm = clip_gradient(model, config.max_grad_norm).item()
+        grad_norm = clip_gradient(model, optimizer, config.max_grad_norm).item()
         learning_rate = set_learning_rate(optimizer, step - 1, len(steps), config)  # the schedule counts from 0
         sums = world.sum({"loss": loss_sum.item(), "stop": stop.requested, "due": saver.is_due(step)})
         loss = sums["loss"] / supervised_weight

@@ -217,7 +217,7 @@ def our_loop(work: Work) -> Iterator[float]:
     """The loop of finetune.py, line by line, without its log; yields the loss of each step."""
     config, device, steps = work.config, work.device, work.steps
     model = prepare_model(work.model(), config, work.processor, device)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, config, max(map(len, steps)))
     loader = DataLoader(
         work.samples,
         batch_sampler=[micro for step in steps for micro in step],
@@ -236,7 +236,7 @@ def our_loop(work: Work) -> Iterator[float]:
             (batch_loss_sum / supervised_tokens).backward()
             loss_sum += batch_loss_sum.detach()
 
-        grad_norm = clip_gradient(model, config.max_grad_norm)
+        grad_norm = clip_gradient(model, optimizer, config.max_grad_norm)
         set_learning_rate(optimizer, number - 1, len(steps), config)
         optimizer.step()
         optimizer.zero_grad()

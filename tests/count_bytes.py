@@ -78,7 +78,7 @@ def train_step(model, optimizer, micro_batches: list, config: Config, world) -> 
             loss_sum += batch_loss_sum.detach()
         count.kind = "scalar_"
         distributed.drop_blank_gradients(model, totals["visual_tokens"])
-        norm = clip_gradient(model, config.max_grad_norm)
+        norm = clip_gradient(model, optimizer, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         world.sum({"loss_sum": loss_sum.item()})

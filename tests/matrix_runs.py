@@ -100,15 +100,21 @@ class AdamWOfPlainMemory(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
+        for number, group in enumerate(self.param_groups):
+            for place, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
-                    self.update(parameter, **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, number, place)
+                    self.update_step(group, parameter, number, place)
 
-    def update(self, parameter: nn.Parameter, lr: float, betas: tuple, eps: float, weight_decay: float) -> None:
+    def init_state(self, group: dict, parameter: nn.Parameter, number: int, place: int) -> None:
+        moments = {name: torch.zeros_like(parameter, dtype=torch.float32) for name in ("state1", "state2")}
+        self.state[parameter].update(step=0, **moments)
+
+    @torch.no_grad()
+    def update_step(self, group: dict, parameter: nn.Parameter, number: int, place: int) -> None:
         state = self.state[parameter]
-        if not state:
-            state.update(step=0, state1=torch.zeros_like(parameter), state2=torch.zeros_like(parameter))
+        lr, betas, eps, weight_decay = (group[key] for key in ("lr", "betas", "eps", "weight_decay"))
         for tensor in (parameter, parameter.grad, state["state1"], state["state2"]):
             assert not hasattr(tensor, "to_local"), "bitsandbytes works on plain memory and was given a DTensor"
         state["step"] += 1
@@ -120,11 +126,11 @@ class AdamWOfPlainMemory(torch.optim.Optimizer):
         parameter.addcdiv_(first, scale, value=-lr / (1 - betas[0] ** state["step"]))
 
 
-def build_as_on_a_gpu(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+def build_as_on_a_gpu(model: nn.Module, config: Config, micro_batches: int = 1) -> torch.optim.Optimizer:
     """What `--optimizer adamw_8bit` gives on a GPU, with the stand-in for bitsandbytes' class."""
     import bitsandbytes.optim
 
-    usual = BUILD(model, replace(config, optimizer="adamw"))
+    usual = BUILD(model, replace(config, optimizer="adamw"), micro_batches)
     keys = ("params", "weight_decay", "peak", "lr")
     groups = [{key: group[key] for key in keys} for group in usual.param_groups]
     with patch.object(bitsandbytes.optim, "AdamW8bit", AdamWOfPlainMemory):

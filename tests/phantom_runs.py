@@ -105,7 +105,7 @@ def real_size_step(config_file: str, settings: dict) -> dict:
     load = (4096, grid.patches, sum(text.supervised))
     forecast = memory.forecast(model_config, memory.count_parameters(model_config, config), config, dtype, [load])
     free = memory.free_bytes(device)
-    kept = dtype if config.lora_rank else torch.float32
+    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     with torch.device("meta"):
         bare = Qwen2VLForConditionalGeneration(model_config).to(kept)
     model = prepare_model(bare.to_empty(device=device), config, processor_of_pixels(), device)
@@ -118,7 +118,7 @@ def real_size_step(config_file: str, settings: dict) -> dict:
         loss.backward()
         passes = phantom.stats()
         phantom.reset()
-        read = [optimizer.clip_gradient(model, 1.0).item(), loss.item()]
+        read = [optimizer.clip_gradient(model, trained, 1.0).item(), loss.item()]
         trained.step()
         trained.zero_grad()
         counted.append({"passes": passes, "after": phantom.stats(), "read": len(read)})

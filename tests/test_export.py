@@ -71,7 +71,7 @@ def test_a_run_in_bfloat16_is_exported_in_bfloat16(tiny_path, tmp_path):
 
 
 def test_weights_that_are_read_in_several_parts_are_the_same(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("util.publish.export.MOST_BYTES", 100_000)
+    monkeypatch.setattr("util.checkpoint.MOST_BYTES", 100_000)
     export(step(run, 4), tmp_path / "out")
     assert filecmp.cmp(run / "model.safetensors", tmp_path / "out" / "model.safetensors", shallow=False)
 

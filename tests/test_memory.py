@@ -82,7 +82,7 @@ def test_the_peak_of_a_step_is_forecast_within_15_percent(name, tiny_path, proce
 
     def step() -> None:
         (model(batch) / len(batch.target_ids)).backward()
-        clip_gradient(model, config.max_grad_norm)
+        clip_gradient(model, optimizer, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -53,7 +53,7 @@ class Trained:
     def step(self) -> None:
         for batch in self.batches():
             self.model(batch).backward()
-        clip_gradient(self.model, 1.0)
+        clip_gradient(self.model, self.optimizer, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -16,8 +16,9 @@ import time
 import uuid
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ from util.command_line import MOST_TOLD, Ended, UserError, harmless_settings
 from util.config import Config
 from util.cost import disk
 from util.data.lines import split_weight
-from util.optimizer import own_parameters, source_of
+from util.mixed_adamw import PIECE, exact_pieces, set_exact_value
 from util.run_folder import complete_checkpoints, final_in_words, read_final, step_of
 from util.tensors import run_parameters, trained_parameters
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a process alone is meant
 
+MOST_BYTES = 2**31  # of weights that are read at a time where not all may be in memory at once
 ADMITTED = {
     ("torch", "Size"),
     ("pathlib", "PosixPath"),
@@ -87,7 +89,7 @@ class Saver:
             self.new_tokens = new_tokens.texts_of(config)
             for leftover in self.folder.glob(".*"):  # of a process that was killed while saving
                 shutil.rmtree(leftover, ignore_errors=True)
-        self.stager = make_stager()
+        self.stager = Stager()
         self.copying: futures.Future | None = None
         check_shared(self.folder)
         # The thread's collectives must not mix with those of the training: a group of their own, on the CPU.
@@ -127,10 +129,10 @@ class Saver:
         tensors |= {random_key(kind): read() for kind, (read, _) in random_states().items()}
         state["optimizer"] = scalars
         state["evaluations"] = list(self.evaluations)
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        needed = sum(tensor.nbytes for tensor in tensors.values())
         self.idle.clear()
         if is_spent(self.stager):
-            self.stager = make_stager()
+            self.stager = Stager()
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the stager's stream does not wait for the update that is under way
         saving: Any = dcp.async_save(
@@ -206,11 +208,59 @@ class Saver:
             discard(old)
 
 
-def make_stager() -> DefaultStager:
-    """What copies tensors to the CPU: on a GPU through pinned memory, on a stream of its own. It keeps that memory for
-    the next save."""
-    on_gpu = torch.cuda.is_available()
-    return DefaultStager(StagingOptions(on_gpu, False, True, on_gpu))
+@dataclasses.dataclass
+class WeightInHalves:
+    """Stands in a checkpoint's tensors for a bf16 weight whose fp32 value is saved: see util/mixed_adamw.py."""
+
+    parameter: nn.Parameter
+    dtype = torch.float32
+
+    @property
+    def nbytes(self) -> int:
+        return self.parameter.numel() * self.dtype.itemsize
+
+
+class Stager(DefaultStager):
+    """Copies tensors to the CPU: on a GPU through pinned memory, on a stream of its own. It keeps that memory for the
+    next save.
+
+    A weight in two halves arrives there as the one fp32 that these are. It is put together on its device, piece by
+    piece, so that the device never holds more than a piece of it.
+    """
+
+    def __init__(self) -> None:
+        on_gpu = torch.cuda.is_available()
+        super().__init__(StagingOptions(on_gpu, False, True, on_gpu))
+        self.copier = futures.ThreadPoolExecutor(max_workers=1)
+        self.stream = torch.Stream() if on_gpu else None  # made here, as torch makes its own
+        self.room: dict[str, torch.Tensor] = {}
+
+    def stage(self, state_dict: dict, **unused: Any) -> futures.Future:
+        return self.copier.submit(self.copy, state_dict)
+
+    def copy(self, tensors: dict) -> dict[str, torch.Tensor]:
+        in_halves = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, WeightInHalves)}
+        copied: Any = super().stage({name: tensor for name, tensor in tensors.items() if name not in in_halves})
+        together = dict(copied.result())
+        with self.stream or nullcontext():
+            for name, weight in in_halves.items():
+                together[name] = self.put_together(name, weight.parameter)
+        if self.stream:
+            self.stream.synchronize()
+        return together
+
+    def put_together(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
+        on_gpu = parameter.device.type == "cuda"
+        if name not in self.room:
+            self.room[name] = torch.empty(parameter.shape, dtype=torch.float32, pin_memory=on_gpu)
+        room = self.room[name]
+        for target, piece in zip(room.view(-1).split(PIECE), exact_pieces(parameter), strict=True):
+            target.copy_(piece, non_blocking=on_gpu)
+        return room
+
+    def close(self) -> None:
+        super().close()
+        self.copier.shutdown(wait=False)
 
 
 def is_spent(stager: DefaultStager) -> bool:
@@ -351,17 +401,22 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     state = read_state(path)
     reader = TensorReader(path)
     saved = reader.read_metadata().state_dict_metadata
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in trained_parameters(model).items()}
+    weights = {f"model.{name}": parameter for name, parameter in trained_parameters(model).items()}
+    in_halves = {key: parameter for key, parameter in weights.items() if parameter.dtype == torch.bfloat16}
+    tensors = {key: parameter.detach() for key, parameter in weights.items() if key not in in_halves}
     trained = optimized(model, optimizer)
+    is_fused = optimizer.defaults.get("fused", False)
     for key, entry in saved.items():
         kind, _, rest = key.partition(".")
         if kind == "optimizer" and (name := rest.rpartition(".")[0]) in trained:
-            tensors[key] = empty_state(trained[name], entry)
+            tensors[key] = empty_state(trained[name], entry, is_fused)
         elif kind == "random":
             tensors[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    if missing := sorted(set(tensors) - set(saved)):
+    if missing := sorted({*tensors, *weights} - set(saved)):
         raise UserError(f"{path}: made from another model: it has no {missing[0]}")
     dcp.load(tensors, storage_reader=reader, no_dist=not ranks.are_several())
+    for key, exact in reader.read_in_parts(in_halves):
+        set_exact_value(in_halves[key], exact)
     for name, parameter in trained.items():
         prefix = f"optimizer.{name}."
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -372,13 +427,14 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return state
 
 
-def empty_state(parameter: nn.Parameter, entry) -> torch.Tensor:
+def empty_state(parameter: nn.Parameter, entry, is_fused: bool) -> torch.Tensor:
     """Room for a tensor of the optimizer's state, laid out as the optimizer makes it: like its own parameter where it
-    has that one's shape (sharded if that is), else whole, and always on that one's device (fused AdamW refuses a count
-    of its steps that lies elsewhere)."""
+    has that one's shape (sharded if that is), else whole. All is on that one's device, but for the number of its steps,
+    which fused AdamW alone has there, and whose reading would wait for the device."""
     if entry.size == parameter.shape:
         return torch.empty_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
-    return torch.empty(entry.size, dtype=entry.properties.dtype, device=parameter.device)
+    where = parameter.device if is_fused or entry.size else torch.device("cpu")
+    return torch.empty(entry.size, dtype=entry.properties.dtype, device=where)
 
 
 def random_states() -> dict[str, tuple[Callable, Callable]]:
@@ -395,11 +451,13 @@ def random_key(kind: str) -> str:
     return f"random.{kind}.{rank}" if rank else f"random.{kind}"
 
 
-def tensors_and_scalars(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
-    """Weights and optimizer state as one flat dict of tensors, and what of the optimizer's state is no tensor."""
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in trained_parameters(model).items()}
+def tensors_and_scalars(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, dict]]:
+    """Weights and optimizer state as one flat dict of tensors, and what of the optimizer's state is no tensor. A weight
+    in two halves is a WeightInHalves, which the Stager makes a tensor."""
+    tensors: dict[str, Any] = {}
+    for name, parameter in trained_parameters(model).items():
+        is_in_halves = parameter.dtype == torch.bfloat16
+        tensors[f"model.{name}"] = WeightInHalves(parameter) if is_in_halves else parameter.detach()
     scalars: dict[str, dict] = {}
     for name, parameter in optimized(model, optimizer).items():
         for key, value in optimizer.state[parameter].items():
@@ -411,9 +469,9 @@ def tensors_and_scalars(
 
 
 def optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """What the optimizer trains, by the name of the model's parameter (its own may share that one's memory)."""
-    names = {parameter: name for name, parameter in run_parameters(model).items()}
-    return {names[source_of(parameter)]: parameter for parameter in own_parameters(optimizer)}
+    """What the optimizer trains, by name."""
+    own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    return {name: parameter for name, parameter in run_parameters(model).items() if parameter in own}
 
 
 def resolve_resume(config: Config, latest: Path) -> Path | None:
@@ -542,6 +600,21 @@ def flush_folder(path: Path) -> None:
     os.close(descriptor)
 
 
+def parts_of(sizes: dict[str, int]) -> Iterator[list[str]]:
+    """The keys, as many at a time as have `MOST_BYTES` together, or just more."""
+    part: list[str] = []
+    bytes_of_part = 0
+    for key, size in sizes.items():
+        part.append(key)
+        bytes_of_part += size
+        if bytes_of_part >= MOST_BYTES:
+            yield part
+            part = []
+            bytes_of_part = 0
+    if part:
+        yield part
+
+
 class TensorReader(FileSystemReader):
     """Reads a checkpoint's tensors. DCP unpickles its own `.metadata` freely; this admits only its classes."""
 
@@ -551,6 +624,14 @@ class TensorReader(FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def read_in_parts(self, keys: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole tensors in CPU memory, on however many ranks they were saved; a few at a time are there."""
+        saved = self.read_metadata().state_dict_metadata
+        for names in parts_of({key: saved[key].size.numel() * saved[key].properties.dtype.itemsize for key in keys}):
+            part = {key: torch.empty(saved[key].size, dtype=saved[key].properties.dtype) for key in names}
+            dcp.load(part, storage_reader=self, no_dist=True)
+            yield from part.items()
 
 
 class MetadataUnpickler(pickle.Unpickler):

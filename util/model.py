@@ -1,6 +1,5 @@
 """Load model and processor, choose device and precision, freeze parts, set attention and checkpointing."""
 
-import atexit
 import logging
 import os
 from collections.abc import Collection, Iterable
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
@@ -20,11 +20,12 @@ from transformers import AutoConfig, AutoProcessor, Qwen2VLForConditionalGenerat
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import logging as transformers_logging
 
-from util import attention, vision
+from util import attention, ranks, vision
 from util.adapters import lora, new_tokens
 from util.command_line import UserError
 from util.config import OFFICIAL_MODEL, Config
 from util.loss import PackedLoss
+from util.mixed_adamw import keep_as_halves
 from util.run_folder import complete_checkpoints
 from util.tensors import part_of
 from util.tiny_model import make_tiny_model
@@ -195,31 +196,54 @@ def build_model(config: Config, path: str, processor, device: torch.device) -> P
 
 
 def load_trainable(config: Config, path: str, device: torch.device) -> Qwen2VLForConditionalGeneration:
-    """The weights as training keeps them: what is trained in fp32 (fp64 on request), what lies under adapters in the
-    precision of compute or in 4 bits."""
+    """The weights as training keeps them: what lies under adapters in the precision of compute or in 4 bits, all else
+    in fp32 (fp64 on request). In bf16 on one process an fp32 weight is kept as two halves (util/mixed_adamw.py)."""
     dtype = choose_dtype(config.dtype, device)
+    in_halves = dtype == torch.bfloat16 and not ranks.are_several()
+    found = new_tokens.of(config, path)
     kept = dtype if config.lora_rank else torch.promote_types(dtype, torch.float32)
-    model = load_weights(path, kept, device if config.quantize == "none" else torch.device("cpu"))
-    if found := new_tokens.of(config, path):
+    if in_halves and not found and is_stored_in_bf16(path):
+        kept = dtype  # every remainder is zero; rows of new tokens, which are means of others, have one
+    # What is quantised or cut in two is so before it is moved: a GPU never holds all weights in fp32.
+    model = load_weights(path, kept, torch.device("cpu") if in_halves or config.quantize != "none" else device)
+    if found:
         new_tokens.grow(model, found)
     if config.quantize != "none":
         lora.quantise(model, device)
+    if in_halves and kept == torch.float32:
+        keep_all_as_halves(model)
     return model.to(device)
+
+
+def keep_all_as_halves(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        keep_as_halves(parameter)
+
+
+def is_stored_in_bf16(path: str) -> bool:
+    """Whether the files of a model hold all its weights in bf16; of a name on the hub its config is believed."""
+    files = list(Path(path).glob("*.safetensors"))
+    if not files:
+        return AutoConfig.from_pretrained(path).dtype == torch.bfloat16
+    precisions = set()
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            precisions |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+    return precisions == {"BF16"}
 
 
 def prepare_model(
     model: Qwen2VLForConditionalGeneration, config: Config, processor, device: torch.device
 ) -> PackedLoss:
-    """A loaded model, ready to train.
+    """A loaded model on one process, ready to train.
 
-    Weights, gradients and moments are kept once, in fp32 (fp64 on request). For bfloat16 compute, PyTorch's
-    `fully_shard` on a mesh of this one process makes each layer's bf16 copy while the layer works, then frees it.
-    What lies under adapters is in the precision of compute already and needs none.
+    For bfloat16 compute the weights lie in the model as bf16, and what is trained has the bits beside it that make each
+    an exact fp32. What lies under adapters is in the precision of compute already and needs none.
     """
     dtype = choose_dtype(config.dtype, device)
     packed = PackedLoss(prepare_layers(model, config, device), processor, dtype).to(device)
     if dtype == torch.bfloat16:
-        shard(packed, one_process_mesh(device), dtype, kept_whole=lora.frozen_parameters(packed))
+        keep_all_as_halves(packed)
     return packed.train()
 
 
@@ -325,18 +349,6 @@ def whole_weights(packed: PackedLoss):
             unit.reshard()
             is_root = isinstance(unit, PackedLoss)
             unit.set_reshard_after_forward(packed.reshard_after_forward and not is_root, recurse=False)
-
-
-def one_process_mesh(device: torch.device):
-    """A device mesh of this process alone, without torchrun."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(dist.destroy_process_group)
-    return init_device_mesh(device.type, (1,))
 
 
 def layers(model: Qwen2VLForConditionalGeneration) -> list[nn.Module]:

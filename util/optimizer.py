@@ -1,27 +1,33 @@
-"""AdamW over fp32 weights: parameter groups, learning-rate schedule, clipping."""
+"""AdamW over exact fp32 weights: which one, parameter groups, learning-rate schedule, clipping."""
 
 import math
-from itertools import chain
+import re
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from util.adapters import new_tokens
 from util.command_line import UserError
 from util.config import Config
+from util.mixed_adamw import MixedAdamW, exact_value, set_exact_value
 from util.tensors import PARTS, part_of, run_parameters
 
-SOURCE = "source"  # the attribute of a stand-in that names the parameter it stands for
 
+def build_optimizer(model: nn.Module, config: Config, micro_batches: int = 1) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101), or its twin with moments of 8 bits. Raises UserError where that one cannot work.
 
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101), or its twin with moments of 8 bits. Raises UserError where that one cannot work."""
+    `micro_batches`: the most that a step has. The gradients of one alone may stay in bf16, as they are computed.
+    """
     groups = parameter_groups(model, config)
+    if micro_batches > 1:
+        sum_gradients_in_fp32(model)
     if config.optimizer == "adamw_8bit":
         if next(model.parameters()).device.type == "cpu":
             raise UserError("--optimizer adamw_8bit needs a GPU; use --optimizer adamw")
         return eight_bit_adamw(groups)
+    if all(parameter.dtype == torch.bfloat16 for group in groups for parameter in group["params"]):
+        return MixedAdamW(groups, updated_together(model), betas=(0.9, 0.999))
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
 
@@ -51,65 +57,51 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not new_tokens.is_row(name)
 
 
+def updated_together(model: nn.Module) -> list[list[nn.Parameter]]:
+    """What is trained, layer by layer, then the rest: layers are alike, so one compiled update serves them all."""
+    together: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in run_parameters(model).items():
+        if parameter.requires_grad:
+            layer = re.search(r"\.(blocks|layers)\.\d+\.", name)
+            together.setdefault(layer[0] if layer else "", []).append(parameter)
+    return list(together.values())
+
+
+def sum_gradients_in_fp32(model: nn.Module) -> None:
+    """Let the gradients of several passes be added up in fp32: a sum in bf16 would lose what small ones add to it."""
+    for parameter in run_parameters(model).values():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            parameter.grad_dtype = torch.float32
+
+
 def eight_bit_adamw(groups: list[dict]) -> torch.optim.Optimizer:
     """bitsandbytes' AdamW, whose two moments take 2 bytes per parameter instead of 8.
 
-    Its kernels work on plain memory and refuse fully_shard's parameters. So it trains stand-ins, which share the memory
-    of the model's parameters; their gradients are handed over for the step alone, and clearing them clears the model's.
+    Over bf16 its own update would round away what a small learning rate adds. So one weight at a time is put together
+    in fp32, updated, and cut in two again.
     """
     try:
         from bitsandbytes import optim
     except ImportError:
         raise UserError("--optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes") from None
 
-    class StandInAdamW(optim.AdamW8bit):
-        def zero_grad(self, set_to_none: bool = True) -> None:
-            for parameter in own_parameters(self):
-                source_of(parameter).grad = None
+    class ExactAdamW8bit(optim.AdamW8bit):
+        gradient_factor: torch.Tensor | None = None  # see `clip_gradient`
 
-    for group in groups:
-        group["params"] = [stand_in(parameter) for parameter in group["params"]]
-    optimizer = StandInAdamW(groups, betas=(0.9, 0.999))
-    optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: hand_over_gradients(optimizer))
-    optimizer.register_step_post_hook(lambda optimizer, args, kwargs: take_back_gradients(optimizer))
-    return optimizer
+        @torch.no_grad()
+        def update_step(self, group: dict, parameter: nn.Parameter, *numbers) -> None:
+            if parameter.dtype != torch.bfloat16:
+                super().update_step(group, parameter, *numbers)
+                return
+            exact = nn.Parameter(exact_value(parameter))
+            factor = 1.0 if self.gradient_factor is None else self.gradient_factor
+            exact.grad = parameter.grad.float() * factor  # type: ignore[union-attr]
+            self.state[exact] = self.state[parameter]
+            super().update_step(group, exact, *numbers)
+            del self.state[exact]
+            set_exact_value(parameter, exact)
 
-
-def stand_in(parameter: nn.Parameter) -> nn.Parameter:
-    """The tensor inside a parameter of fully_shard, as a parameter that knows whose memory it shares; a plain parameter
-    stands for itself."""
-    if not isinstance(parameter, DTensor):
-        return parameter
-    plain = nn.Parameter(parameter.to_local().detach())
-    setattr(plain, SOURCE, parameter)
-    return plain
-
-
-def source_of(parameter: nn.Parameter) -> nn.Parameter:
-    """The model's parameter that an optimizer's parameter stands for: itself, except for stand-ins."""
-    return getattr(parameter, SOURCE, parameter)
-
-
-def own_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """What an optimizer trains, by its own count: of stand-ins these, not the model's parameters."""
-    return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
-
-
-def hand_over_gradients(optimizer: torch.optim.Optimizer) -> None:
-    for parameter in own_parameters(optimizer):
-        source = source_of(parameter)
-        if isinstance(source, DTensor) and source is not parameter:
-            # where either was given other memory, the model would no longer be what is trained
-            assert parameter.data_ptr() == source.to_local().data_ptr()
-            gradient = source.grad
-            parameter.grad = gradient.to_local() if isinstance(gradient, DTensor) else None
-
-
-def take_back_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """The stand-ins' hold on the gradients would keep that memory through the next forward pass."""
-    for parameter in own_parameters(optimizer):
-        if source_of(parameter) is not parameter:
-            parameter.grad = None
+    return ExactAdamW8bit(groups, betas=(0.9, 0.999))
 
 
 def learning_rate_factor(step: int, total: int, config: Config) -> float:
@@ -148,8 +140,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total: int, c
     return config.learning_rate * factor
 
 
-def clip_gradient(model: nn.Module, max_norm: float) -> torch.Tensor:
-    """Scale all gradients so that their common norm is at most `max_norm` (0: leave them); return the norm before."""
-    trained = [p for p in run_parameters(model).values() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+def clip_gradient(model: nn.Module, optimizer: Any, max_norm: float) -> torch.Tensor:
+    """Have all gradients scaled so that their norm is at most `max_norm` (0: leave them); return the norm before.
+
+    The gradients of bf16 weights are not scaled here, where they would be rounded once more: the optimizer does so as
+    it reads them. Their norm is added up in fp32.
+    """
+    trained: list[Any] = [p for p in run_parameters(model).values() if p.grad is not None]
+    if not trained or trained[0].dtype != torch.bfloat16:
+        norm = torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norms = torch._foreach_norm([p.grad for p in trained], 2, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    optimizer.gradient_factor = None
+    if max_norm:  # as torch.nn.utils.clip_grad_norm_ has it
+        optimizer.gradient_factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return norm

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed.checkpoint as dcp
 from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
 
 from util.adapters import lora, new_tokens
@@ -30,7 +29,6 @@ from util.vision import Budget
 
 # Before a weight's name in a checkpoint: `model.` of all weights, then the name under which PackedLoss has the model
 PREFIX = "model.model."
-MOST_BYTES = 2**31  # of weights read at a time, in the precision of training; they are kept in that of compute
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -111,18 +109,9 @@ def read_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor
 
     Each is whole, on however many ranks it was saved.
     """
-    reader, weights = TensorReader(checkpoint), {}
-    saved = reader.read_metadata().state_dict_metadata
-    group, size = {}, 0
-    names = [key for key in saved if key.startswith(PREFIX)]
-    for key in names:
-        tensor = torch.empty(saved[key].size, dtype=saved[key].properties.dtype)
-        group, size = {**group, key: tensor}, size + tensor.nbytes
-        if size >= MOST_BYTES or key == names[-1]:
-            dcp.load(group, storage_reader=reader, no_dist=True)
-            weights |= {name.removeprefix(PREFIX): tensor.to(dtype) for name, tensor in group.items()}
-            group, size = {}, 0
-    return weights
+    reader = TensorReader(checkpoint)
+    names = [key for key in reader.read_metadata().state_dict_metadata if key.startswith(PREFIX)]
+    return {key.removeprefix(PREFIX): tensor.to(dtype) for key, tensor in reader.read_in_parts(names)}
 
 
 def exported(path: str) -> str:

@@ -12,6 +12,7 @@ from util import ranks, vision
 from util.adapters import lora
 from util.cost import disk
 from util.loss import PackedLoss
+from util.mixed_adamw import exact_value
 from util.model import set_budget
 from util.publish.published_files import write_as_published
 from util.tensors import trained_parameters
@@ -46,9 +47,10 @@ def gather_weights(packed: PackedLoss) -> dict:
     weights = {}
     for name, tensor in trained_parameters(packed).items():  # a tied head is not named twice
         name = name.removeprefix("model.")  # as transformers and peft know it
+        tensor = exact_value(tensor)
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         dtype = tensor.dtype if lora.has_adapters(packed.model) else packed.dtype
-        weights[name] = tensor.detach().to("cpu", dtype) if ranks.is_first() else None
+        weights[name] = tensor.to("cpu", dtype) if ranks.is_first() else None
     return weights
 
 

@@ -18,7 +18,7 @@ from util.data.lines import DataError, split_weight
 from util.data.media import MediaReader
 from util.dataset import Examples, Samples
 from util.model import build_model, choose_device, load_processor
-from util.optimizer import build_optimizer
+from util.optimizer import build_optimizer, sum_gradients_in_fp32
 from util.run_folder import METRICS, SAMPLES, complete_checkpoints, read_lines, read_metrics, read_settings, step_of
 from util.tensors import run_parameters
 from util.vision import Budget
@@ -94,6 +94,7 @@ class RunStep:
         model = build_model(config, self.model_path, self.processor, device)
         if self.checkpoint:
             load_checkpoint(self.checkpoint, model, build_optimizer(model, config))
+        sum_gradients_in_fp32(model)
         model.eval()
         batches = self.read()
         weight = sum(batch.counts["supervised_weight"] for batch in batches.values())
