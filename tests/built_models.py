@@ -15,6 +15,7 @@ from util.collator import Collator
 from util.config import Config
 from util.conversation import Encoded
 from util.dataset import Sample
+from util.mixed_adamw import exact_value
 from util.model import find_model, load_config, load_processor
 from util.parallel import distributed
 
@@ -25,6 +26,7 @@ def held_by(packed) -> dict[str, torch.Tensor]:
     """A copy of every parameter, whole, and of every buffer, by name. Of several ranks all must call."""
     held = {}
     for name, tensor in [*packed.named_parameters(), *packed.named_buffers()]:
+        tensor = exact_value(tensor)
         held[name] = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return {name: tensor.detach().clone() for name, tensor in held.items()}
 

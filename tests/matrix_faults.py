@@ -13,16 +13,16 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from util import checkpoint, collator, optimizer
+from util import checkpoint, collator, small_adamw
 from util.attention import Segments
 from util.data.bad_samples import Lenient
 from util.data.loader import Loader
 from util.dataset import Examples
 from util.loss import PackedLoss
+from util.mixed_adamw import REMAINDER
 from util.parallel import distributed
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -95,48 +95,38 @@ def backward_without_gradient() -> Iterator[None]:
         yield
 
 
-def eight_bit_adamw(groups: list[dict]) -> torch.optim.Optimizer:
-    """As it was: what it clears are the stand-ins' gradients, and the model's stay."""
-    from bitsandbytes import optim
-
-    def plain(parameter: nn.Parameter) -> nn.Parameter:
-        made = nn.Parameter(parameter.to_local().detach())
-        made.source = parameter
-        return made
-
-    def hand_over(optimizer: torch.optim.Optimizer, *rest) -> None:
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            parameter.grad, parameter.source.grad = parameter.source.grad.to_local(), None
-
-    for group in groups:
-        group["params"] = [plain(parameter) for parameter in group["params"]]
-    made = optim.AdamW8bit(groups, betas=(0.9, 0.999))
-    made.register_step_pre_hook(hand_over)
-    return made
-
-
 @contextmanager
 def gradients_that_stay() -> Iterator[None]:
-    """6: after an update that is left out, adamw_8bit's gradients are added to those of the next step."""
-    with patch.object(optimizer, "eight_bit_adamw", eight_bit_adamw):
+    """6: after an update that is left out, the gradients are added to those of the next step."""
+    build = small_adamw.eight_bit_adamw
+
+    def build_forgetful(groups: list[dict]) -> torch.optim.Optimizer:
+        made = build(groups)
+        clear, steps = made.zero_grad, []
+        made.register_step_post_hook(lambda *unused: steps.append(True))
+        made.zero_grad = lambda: clear() if steps and steps.pop() else None
+        return made
+
+    with (
+        patch.object(small_adamw, "eight_bit_adamw", build_forgetful),
+        patch.dict(small_adamw.BUILD, adamw_8bit=build_forgetful),
+    ):
         yield
 
 
 @contextmanager
-def sharded_moments() -> Iterator[None]:
-    """6: on resume adamw_8bit's moments come as DTensors."""
+def bits_that_are_lost() -> Iterator[None]:
+    """A resumed bf16 run goes on from rounded weights."""
     load = checkpoint.load_checkpoint
 
-    def load_sharded(path, model: nn.Module, made: torch.optim.Optimizer) -> dict:
+    def load_rounded(path, model: nn.Module, made: torch.optim.Optimizer) -> dict:
         state = load(path, model, made)
-        for parameter, values in made.state.items():
-            mesh, placements = parameter.source.device_mesh, parameter.source.placements
-            for key, value in values.items():
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    values[key] = DTensor.from_local(value, mesh, placements)
+        for parameter in model.parameters():
+            if getattr(parameter, REMAINDER, None) is not None:
+                getattr(parameter, REMAINDER).zero_()
         return state
 
-    with patch.object(checkpoint, "load_checkpoint", load_sharded):
+    with patch.object(checkpoint, "load_checkpoint", load_rounded):
         yield
 
 
@@ -197,5 +187,5 @@ def changed_loss(change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Non
 FAULTS = {
     fault.__name__: fault
     for fault in (working_copies, narrow_rotation, workers_that_signals_kill, backward_without_gradient,
-                  gradients_that_stay, sharded_moments, order_that_moves, wrong_rotation, wrong_mask, wrong_scale)
+                  gradients_that_stay, bits_that_are_lost, order_that_moves, wrong_rotation, wrong_mask, wrong_scale)
 }  # fmt: skip

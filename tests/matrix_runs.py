@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests import matrix_faults
-from util import checkpoint, optimizer, ranks
+from util import checkpoint, optimizer, ranks, small_adamw
 from util.command_line import Ended, UserError
 from util.config import Config
 from util.parallel import faults
@@ -134,7 +134,7 @@ def build_as_on_a_gpu(model: nn.Module, config: Config, micro_batches: int = 1) 
     keys = ("params", "weight_decay", "peak", "lr")
     groups = [{key: group[key] for key in keys} for group in usual.param_groups]
     with patch.object(bitsandbytes.optim, "AdamW8bit", AdamWOfPlainMemory):
-        return optimizer.eight_bit_adamw(groups)
+        return small_adamw.eight_bit_adamw(groups)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ SHORT = [
     {"freeze": "vision", "activation_checkpointing": "full", "compile": True, "data": "a bad sample"},
     {**BF16, "ranks": 2, "sharding": "none", "trains": "LoRA", "num_workers": 2},
 ]  # fmt: skip
-# Beside the pairs: an optimizer whose parameters are not the model's, and a sample that breaks while the run is stopped.
+# Beside the pairs: an optimizer of another package, and a sample that breaks while the run is stopped.
 BESIDE = [
     {**BF16, "optimizer": "adamw_8bit", "no_number": True},
     {**BF16, "optimizer": "adamw_8bit", "stopped": "alone"},
@@ -43,16 +43,18 @@ BESIDE = [
 ]
 # A fault of matrix_faults.py, a run that meets it, and the check that sees it.
 FAULTS = {
-    "1": ("working_copies", {**BF16, "evaluation": "loss", "saves": "steps"}, "it_ended"),
-    "1, silently": ("working_copies", {**BF16, "trains": "LoRA and vision", "evaluation": "loss", "data": "images"},
-                    "plain_libraries_know_every_name"),
+    "1": ("working_copies", {**BF16, "ranks": 2, "sharding": "gradients", "evaluation": "answers", "saves": "steps",
+                             "stopped": "alone"}, "it_ended"),
+    "1, silently": ("working_copies", {**BF16, "ranks": 2, "trains": "LoRA and vision", "evaluation": "loss",
+                                       "data": "images"}, "plain_libraries_know_every_name"),
     "2": ("narrow_rotation", {**BF16, "ranks": 2, "trains": "LoRA and vision", "data": "images"},
           "it_follows_one_process"),
     "3": ("workers_that_signals_kill",
           {"trains": "DoRA", "evaluation": "loss", "stopped": "with its workers", "data": "a bad sample", "num_workers": 2}, "it_ended"),
     "5": ("backward_without_gradient", {"freeze": "language_model", "data": "text"}, "it_ended"),
     "6, cleared": ("gradients_that_stay", {**BF16, "optimizer": "adamw_8bit", "no_number": True}, "it_ended"),
-    "6, resumed": ("sharded_moments", {**BF16, "optimizer": "adamw_8bit", "stopped": "alone"}, "it_ended"),
+    "6, resumed": ("bits_that_are_lost", {**BF16, "optimizer": "adamw_8bit", "stopped": "alone"},
+                   "stopping_changed_nothing"),
     "7": ("order_that_moves", {"data": "a bad sample", "stopped": "alone", "breaks": True},
           "a_sample_that_breaks_moves_no_other"),
     "rotation": ("wrong_rotation", {**BF16, "data": "images"}, "it_follows_one_process"),

@@ -1,4 +1,4 @@
-"""An optimizer whose parameters are not the model's: `--optimizer adamw_8bit` trains stand-ins that share its memory.
+"""`--optimizer adamw_8bit`: moments in 8 bits over weights that stay exact.
 
 bitsandbytes' class is for GPUs. `EightBit` behaves as it does, on the CPU: names, dtypes and shapes of its states are
 those of bitsandbytes 0.50.2 (optim/optimizer.py, Optimizer2State), and so is what it refuses.
@@ -14,11 +14,13 @@ import torch
 import finetune
 from tests import runs
 from tests.runs import metrics, same_run
-from util import checkpoint, optimizer
+from util import checkpoint, optimizer, small_adamw
 from util.command_line import UserError
 from util.config import Config
+from util.mixed_adamw import exact_value
 from util.model import build_model
 
+BUILD = optimizer.build_optimizer
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK, LEAST = 256, 4096  # elements that share a scale; a smaller tensor keeps its moments in float32
@@ -33,12 +35,16 @@ class EightBit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        for group in self.param_groups:
-            for parameter in group["params"]:
+        for number, group in enumerate(self.param_groups):
+            for place, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
-                    self.update(parameter, self.state[parameter], group)
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, number, place)
+                    self.update_step(group, parameter, number, place)
 
-    def begin(self, parameter: torch.Tensor, state: dict) -> None:
+    @torch.no_grad()
+    def init_state(self, group: dict, parameter: torch.Tensor, number: int, place: int) -> None:
+        state = self.state[parameter]
         small = parameter.numel() < LEAST
         state["step"] = 0
         for number in "12":
@@ -47,9 +53,9 @@ class EightBit(torch.optim.Optimizer):
                 state[f"qmap{number}"] = LEVELS.clone()
                 state[f"absmax{number}"] = torch.zeros(-(-parameter.numel() // BLOCK))
 
-    def update(self, parameter: torch.Tensor, state: dict, group: dict) -> None:
-        if not state:
-            self.begin(parameter, state)
+    @torch.no_grad()
+    def update_step(self, group: dict, parameter: torch.Tensor, number: int, place: int) -> None:
+        state = self.state[parameter]
         tensors = [parameter, parameter.grad, *(x for x in state.values() if isinstance(x, torch.Tensor))]
         for tensor in tensors:  # the kernel takes addresses
             assert type(tensor) in (torch.Tensor, torch.nn.Parameter), f"got mixed torch.Tensor and {type(tensor)}"
@@ -102,8 +108,10 @@ def eight_bit(request, monkeypatch):
     found = EightBit if request.param == "stand-in" else real_class()
     monkeypatch.setattr("bitsandbytes.optim.AdamW8bit", found)
 
-    def build(model, config):  # without the refusal of a CPU
-        return optimizer.eight_bit_adamw(optimizer.parameter_groups(model, config))
+    def build(model, config, micro_batches=1):  # without the refusal of a CPU
+        if micro_batches > 1:
+            optimizer.sum_gradients_in_fp32(model)
+        return small_adamw.eight_bit_adamw(optimizer.parameter_groups(model, config))
 
     monkeypatch.setattr(optimizer, "build_optimizer", build)
     return found
@@ -111,7 +119,7 @@ def eight_bit(request, monkeypatch):
 
 @pytest.fixture
 def train(tiny_path, tmp_path, monkeypatch):
-    """Train tiny in bf16, where fully_shard holds the parameters; return the run directory."""
+    """Train tiny in bf16; return the run directory."""
     monkeypatch.chdir(ROOT)
 
     def run(name: str, **changes) -> Path:
@@ -147,35 +155,35 @@ def test_a_step_left_out_leaves_no_gradient_behind(train, eight_bit, adapters, m
     assert all(torch.isfinite(tensor).all() for tensor in runs.weights(run).values())
 
 
-def test_stand_ins_train_the_model_and_nothing_is_held_between_steps(tiny_path, processor, eight_bit):
+def test_bf16_weights_are_updated_as_fp32_ones_are(tiny_path, processor, eight_bit):
+    """Bit for bit, from gradients in bf16 that are clipped on the way; no fp32 copy is held afterwards."""
     config = Config(device="cpu", dtype="bfloat16", freeze=["merger"])
     model = build_model(config, str(tiny_path), processor, CPU)
     groups = optimizer.parameter_groups(model, config)
     plain = [{**group, "params": [plain_copy(p) for p in group["params"]]} for group in groups]
     ours, alone = optimizer.build_optimizer(model, config), eight_bit(plain, betas=(0.9, 0.999))
+    pairs = []
+    for group, copies in zip(ours.param_groups, plain, strict=True):
+        pairs += zip(group["params"], copies["params"], strict=True)
     for seed in range(3):
         torch.manual_seed(seed)
-        names = {p: n for n, p in model.named_parameters()}
-        for group, copies in zip(ours.param_groups, plain, strict=True):
-            for parameter, twin in zip(group["params"], copies["params"], strict=True):
-                gradient = torch.randn(twin.shape)
-                twin.grad, source = gradient, optimizer.source_of(parameter)
-                assert source is not parameter
-                assert source in names
-                source.grad = source.detach().clone()
-                source.grad.to_local().copy_(gradient)
+        for parameter, twin in pairs:
+            parameter.grad = torch.randn(twin.shape, dtype=torch.bfloat16)
+            twin.grad = parameter.grad.float()
+        norm = optimizer.clip_gradient(model, ours, 1.0)
+        twins = [twin for _, twin in pairs]
+        torch.testing.assert_close(norm, torch.nn.utils.get_total_norm([twin.grad for twin in twins]))
+        torch.nn.utils.clip_grads_with_norm_(twins, 1.0, norm)
         ours.step()
         alone.step()
-        assert all(p.grad is None for p in optimizer.own_parameters(ours)), "gradients would be kept twice"
         ours.zero_grad()
         assert all(p.grad is None for p in model.parameters())
-    twins = [twin for group in plain for twin in group["params"]]
-    for parameter, twin in zip(optimizer.own_parameters(ours), twins, strict=True):
-        assert torch.equal(optimizer.source_of(parameter).to_local(), twin)
+    assert {*ours.state} == {parameter for parameter, _ in pairs}
+    assert all(torch.equal(exact_value(parameter), twin) for parameter, twin in pairs)
 
 
 def plain_copy(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    return torch.nn.Parameter(parameter.full_tensor().detach().clone())
+    return torch.nn.Parameter(exact_value(parameter).clone())
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
@@ -188,7 +196,7 @@ def test_states_are_loaded_as_the_optimizer_made_them(kind, dtype, tiny_path, pr
         model = build_model(config, str(tiny_path), processor, CPU)
         if kind == "adamw_8bit":
             return model, optimizer.build_optimizer(model, config)
-        return model, torch.optim.AdamW(optimizer.parameter_groups(model, config), fused=True)
+        return model, BUILD(model, config)
 
     model, before = build()
     for parameter in model.parameters():

@@ -14,6 +14,7 @@ from tests import runs
 from tests.runs import metrics, weights
 from util.command_line import UserError
 from util.config import Config
+from util.mixed_adamw import exact_value
 from util.tensors import part_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,11 +157,10 @@ def test_activation_checkpointing_changes_nothing(train):
 
 def plain(model) -> dict[str, torch.Tensor]:
     """A copy of all weights, in float32."""
-    whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.named_parameters()}
-    return {n: w.detach().float().clone() for n, w in whole.items()}
+    return {n: exact_value(p).float().clone() for n, p in model.named_parameters()}
 
 
-def test_bfloat16_compute_keeps_float32_weights_that_move(tiny_path, processor):
+def test_bfloat16_compute_keeps_exact_weights_that_move(tiny_path, processor):
     """200 steps at learning rate 1e-6: the weights follow an all-float32 run; pure bfloat16 weights stay where they are."""
     from util.collator import Collator
     from util.dataset import Samples, load_examples
@@ -175,17 +175,18 @@ def test_bfloat16_compute_keeps_float32_weights_that_move(tiny_path, processor):
     for name, dtype in (("float32", "float32"), ("mixed", "bfloat16"), ("pure", "float32")):
         config = Config(device="cpu", dtype=dtype, learning_rate=1e-6, weight_decay=0.0)
         model = build_model(config, str(tiny_path), processor, torch.device("cpu"))
+        optimizer = build_optimizer(model, config)
         if name == "pure":
             model.to(torch.bfloat16)
             model.dtype = torch.bfloat16
+            optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
         begin = plain(model)
-        optimizer = build_optimizer(model, config)
         for _ in range(200):
             (model(batch) / len(batch.target_ids)).backward()
             optimizer.step()
             optimizer.zero_grad()
         ends = plain(model)
-        assert all(p.dtype == (torch.bfloat16 if name == "pure" else torch.float32) for p in model.parameters())
+        assert all(p.dtype == (torch.float32 if name == "float32" else torch.bfloat16) for p in model.parameters())
         moved[name] = torch.cat([(ends[n] - begin[n]).flatten() for n in sorted(ends) if ends[n].ndim >= 2])
     likeness = torch.cosine_similarity(moved["float32"], moved["mixed"], dim=0).item()
     assert moved["float32"].norm() > 0

@@ -420,7 +420,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for name, parameter in trained.items():
         prefix = f"optimizer.{name}."
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        optimizer.state[parameter] = {**own, **state["optimizer"].get(name, {})}
+        take_state(optimizer, parameter, {**own, **state["optimizer"].get(name, {})})
     for kind, (_, write) in random_states().items():
         if random_key(kind) in tensors:  # a rank that was not there before goes on from its seed
             write(tensors[random_key(kind)])
@@ -460,12 +460,25 @@ def tensors_and_scalars(model: nn.Module, optimizer: torch.optim.Optimizer) -> t
         tensors[f"model.{name}"] = WeightInHalves(parameter) if is_in_halves else parameter.detach()
     scalars: dict[str, dict] = {}
     for name, parameter in optimized(model, optimizer).items():
-        for key, value in optimizer.state[parameter].items():
+        for key, value in kept_state(optimizer, parameter).items():
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer.{name}.{key}"] = value
             else:
                 scalars.setdefault(name, {})[key] = value
     return tensors, scalars
+
+
+def kept_state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any]:
+    """The state of a parameter, as tensors and numbers; one that keeps others says what they are."""
+    has_others = hasattr(optimizer, "kept_state")
+    return optimizer.kept_state(parameter) if has_others else optimizer.state[parameter]
+
+
+def take_state(optimizer: Any, parameter: nn.Parameter, kept: dict[str, Any]) -> None:
+    if hasattr(optimizer, "take_state"):
+        optimizer.take_state(parameter, kept)
+    else:
+        optimizer.state[parameter] = kept
 
 
 def optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:

@@ -134,8 +134,10 @@ class Config(
         0.0, "the learning rate falls to this share of its peak, that of each part", group="optimizer", least=0, below=1
     )
     max_grad_norm: float = setting(1.0, "clip the gradient to this norm; 0 does not clip", group="optimizer", least=0)
-    optimizer: Literal["adamw", "adamw_8bit"] = setting(
-        "adamw", "adamw_8bit: moments in 8 bits (needs a GPU and bitsandbytes)", group="optimizer"
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_flash"] = setting(
+        "adamw",
+        "adamw_8bit: moments in 8 bits (needs a GPU and bitsandbytes); adamw_flash: weights in 24 bits, too (flashoptim)",
+        group="optimizer",
     )
 
     micro_batch_size: int | None = setting(
@@ -253,8 +255,8 @@ class Config(
         on_cpu = self.device == "cpu"
         if self.attention in ("varlen", "flash_attn") and (on_cpu or self.dtype in ("float32", "float64")):
             found.append(f"--attention {self.attention} needs a GPU and --dtype bfloat16; use --attention sdpa")
-        if self.optimizer == "adamw_8bit" and on_cpu:
-            found.append("--optimizer adamw_8bit needs a GPU; use --optimizer adamw")
+        if self.optimizer != "adamw" and on_cpu:
+            found.append(f"--optimizer {self.optimizer} needs a GPU; use --optimizer adamw")
         return found
 
     def invalid_schedule(self) -> list[str]:

@@ -7,25 +7,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from util import small_adamw
 from util.adapters import new_tokens
 from util.command_line import UserError
 from util.config import Config
-from util.mixed_adamw import MixedAdamW, exact_value, set_exact_value
+from util.mixed_adamw import MixedAdamW
 from util.tensors import PARTS, part_of, run_parameters
 
 
 def build_optimizer(model: nn.Module, config: Config, micro_batches: int = 1) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101), or its twin with moments of 8 bits. Raises UserError where that one cannot work.
+    """AdamW (arXiv 1711.05101), or one of its small twins. Raises UserError where that one cannot work.
 
     `micro_batches`: the most that a step has. The gradients of one alone may stay in bf16, as they are computed.
     """
     groups = parameter_groups(model, config)
     if micro_batches > 1:
         sum_gradients_in_fp32(model)
-    if config.optimizer == "adamw_8bit":
+    if config.optimizer != "adamw":
         if next(model.parameters()).device.type == "cpu":
-            raise UserError("--optimizer adamw_8bit needs a GPU; use --optimizer adamw")
-        return eight_bit_adamw(groups)
+            raise UserError(f"--optimizer {config.optimizer} needs a GPU; use --optimizer adamw")
+        return small_adamw.BUILD[config.optimizer](groups)
     if all(parameter.dtype == torch.bfloat16 for group in groups for parameter in group["params"]):
         return MixedAdamW(groups, updated_together(model), betas=(0.9, 0.999))
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
@@ -72,36 +73,6 @@ def sum_gradients_in_fp32(model: nn.Module) -> None:
     for parameter in run_parameters(model).values():
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
             parameter.grad_dtype = torch.float32
-
-
-def eight_bit_adamw(groups: list[dict]) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW, whose two moments take 2 bytes per parameter instead of 8.
-
-    Over bf16 its own update would round away what a small learning rate adds. So one weight at a time is put together
-    in fp32, updated, and cut in two again.
-    """
-    try:
-        from bitsandbytes import optim
-    except ImportError:
-        raise UserError("--optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes") from None
-
-    class ExactAdamW8bit(optim.AdamW8bit):
-        gradient_factor: torch.Tensor | None = None  # see `clip_gradient`
-
-        @torch.no_grad()
-        def update_step(self, group: dict, parameter: nn.Parameter, *numbers) -> None:
-            if parameter.dtype != torch.bfloat16:
-                super().update_step(group, parameter, *numbers)
-                return
-            exact = nn.Parameter(exact_value(parameter))
-            factor = 1.0 if self.gradient_factor is None else self.gradient_factor
-            exact.grad = parameter.grad.float() * factor  # type: ignore[union-attr]
-            self.state[exact] = self.state[parameter]
-            super().update_step(group, exact, *numbers)
-            del self.state[exact]
-            set_exact_value(parameter, exact)
-
-    return ExactAdamW8bit(groups, betas=(0.9, 0.999))
 
 
 def learning_rate_factor(step: int, total: int, config: Config) -> float:

@@ -49,7 +49,8 @@ def checkpoint_bytes(counts: dict, config: Config, dtype: torch.dtype) -> int:
     else:
         saved = parameters_of(counts)
         trained = sum(counts[part] for part in PARTS if part not in config.freeze)
-    moments = 2 if config.optimizer == "adamw_8bit" else 2 * wide_bytes(dtype)
+    # adamw_flash keeps 8 more bits of each weight among its states
+    moments = {"adamw": 2 * wide_bytes(dtype), "adamw_8bit": 2, "adamw_flash": 3}[config.optimizer]
     return saved * wide_bytes(dtype) + trained * moments
 
 

@@ -82,10 +82,11 @@ def join_group(config: Config, timeout: float) -> World:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout + 30), **alone)
         atexit.register(dist.destroy_process_group)
     world = World(dist.get_rank(), dist.get_world_size(), device)
-    if config.optimizer == "adamw_8bit" and world.size > 1:
+    if config.optimizer != "adamw" and world.size > 1:
         raise UserError(
-            "--optimizer adamw_8bit: its moments are quantised in blocks, which cannot be handed to another number "
-            f"of processes; with {world.size} processes use --optimizer adamw, whose moments are sharded among them"
+            f"--optimizer {config.optimizer}: its moments are quantised in blocks, which cannot be handed to another "
+            f"number of processes; with {world.size} processes use --optimizer adamw, whose moments are sharded among "
+            "them"
         )
     return world
 
