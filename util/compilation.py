@@ -11,6 +11,8 @@ where anything that it looked at has changed, and gives up after 8 graphs of a f
 """
 
 import logging
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +23,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from tqdm import tqdm
 
 from util.packed_layers import Kind
@@ -39,6 +42,23 @@ def is_on(choice: str, device: torch.device) -> bool:
     return choice == "on"
 
 
+def in_words(choice: str, device: torch.device) -> str:
+    """What `--compile` came to, for the plan."""
+    if not is_on(choice, device):
+        return "off (no NVIDIA GPU)" if choice == "auto" else "off"
+    return f"the layers and the loss, during the first step; later runs find them in {cache_folder()}"
+
+
+def cache_folder() -> str:
+    """Where torch keeps compiled graphs for later runs."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        try:
+            return default_cache_dir()
+        except (KeyError, OSError):  # torch 2.11, in a container whose user has no name
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
+    return os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+
 def compiled_kind(kind: Kind) -> Kind:
     """A kind of layer whose parts around attention are compiled when they are first called."""
     return replace(kind, before=Compiled(kind.before, inputs=1), after=Compiled(kind.after, inputs=2))
@@ -47,6 +67,16 @@ def compiled_kind(kind: Kind) -> Kind:
 def compile_loss(packed: Any) -> None:
     """Compile `token_losses` of a PackedLoss, so that logits, as wide as the vocabulary, are read and written less."""
     packed.token_losses = partial(Compiled(type(packed).token_losses, inputs=1), packed)
+
+
+def keep_less(less: bool) -> None:
+    """Whether graphs that are made from now on keep matrix products' outputs alone, and no activation of them.
+
+    Torch decides what a graph keeps for its backward pass, and makes anew what costs nothing there. By default that
+    leaves out what a matrix product of the backward pass reads (the MLP's activation, the output of a norm), since it
+    must then be written once more.
+    """
+    torch._functorch.config.ban_recompute_materialized_backward = not less
 
 
 class Compiled:
@@ -76,9 +106,7 @@ class Compiled:
 
     def as_inputs(self, tensors: tuple[torch.Tensor, ...], learns: bool) -> tuple[torch.Tensor, ...]:
         """The tensors, those that have no gradient now as they are in training: with one where the module learns."""
-        rows = [
-            rows if rows.requires_grad else rows.detach().requires_grad_(learns) for rows in tensors[: self.inputs]
-        ]
+        rows = [rows if rows.requires_grad else rows.detach().requires_grad_(learns) for rows in tensors[: self.inputs]]
         return *rows, *tensors[self.inputs :]
 
     def run(self, module: nn.Module, tensors: tuple[torch.Tensor, ...]) -> Any:
@@ -110,14 +138,29 @@ def reason_of(error: BaseException) -> str:
 # ---- what compiling costs -------------------------------------------------------------------------------------------
 
 
+def graphs_made() -> int:
+    """How many graphs this process has, forward and backward pass together as one."""
+    return counters["stats"]["unique_graphs"]
+
+
+def graphs_found() -> int:
+    """How many of them were compiled in an earlier run and lay in the cache (TORCHINDUCTOR_CACHE_DIR)."""
+    return counters["aot_autograd"]["autograd_cache_hit"]
+
+
 class Clock:
-    """How long this process compiled, and what came of it."""
+    """How long this process compiled, and what came of it, since a run was opened."""
 
     def __init__(self) -> None:
+        self.began = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """A run begins: what another one in this process compiled is not its own."""
         self.seconds = 0.0
         self.taken = 0.0  # of these, what `take` has given out
         self.told = 0.0  # of these, what `news` has told of
-        self.began = 0.0
+        self.before = (graphs_made(), graphs_found())
 
     def start(self, *unused: Any) -> None:
         self.began = time.perf_counter()
@@ -137,7 +180,8 @@ class Clock:
         self.told = self.seconds
         if not seconds or Compiled.cannot:
             return ""
-        graphs, kept = graphs_made(), graphs_found()
+        graphs = graphs_made() - self.before[0]
+        kept = graphs_found() - self.before[1]
         text = f"compiling: {seconds:.0f} s, {graphs} graphs so far"
         if kept:
             text += f", {kept} of them from the cache of an earlier run"
@@ -147,18 +191,9 @@ class Clock:
 CLOCK = Clock()
 
 
-def graphs_made() -> int:
-    """How many graphs this process has, forward and backward pass together as one."""
-    return counters["stats"]["unique_graphs"]
-
-
-def graphs_found() -> int:
-    """How many of them were compiled in an earlier run and lay in the cache (TORCHINDUCTOR_CACHE_DIR)."""
-    return counters["aot_autograd"]["autograd_cache_hit"]
-
-
 def listen() -> None:
     """Let CLOCK run while dynamo compiles, and the limit of graphs be told in one line. Once in a process."""
+    cache_folder()
     handler = torch._dynamo.callback.callback_handler
     if CLOCK.start not in handler.start_callbacks:
         handler.register_start_callback(CLOCK.start)

@@ -240,6 +240,8 @@ def pack_layers(model: Qwen2VLForConditionalGeneration, is_compiled: bool = Fals
     """
     use_fused_norms(model)
     run = recompute.running(recomputing, is_compiled)
+    if is_compiled:
+        compilation.keep_less(recomputing == "selective")
     for kind, repeated in ((BLOCK, model.model.visual.blocks), (LAYER, model.model.language_model.layers)):
         if is_compiled:
             kind = compilation.compiled_kind(kind)

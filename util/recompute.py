@@ -17,8 +17,8 @@ PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.
 def running(how: str, is_compiled: bool) -> Callable[..., torch.Tensor]:
     """The function that runs a layer on a packed row, for a value of `--activation_checkpointing`.
 
-    A compiled layer keeps no more than `selective` as it is: what is cheap to make anew is made anew inside of its
-    graphs. Torch's selective contexts look at one operation after the other, which a compiled graph does not show.
+    Torch's selective contexts look at one operation after the other, which a compiled graph does not show. There
+    `selective` is a word to whoever divides the graph into its passes: compilation.keep_less.
     """
     if how == "full":
         return recomputed
