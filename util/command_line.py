@@ -234,7 +234,7 @@ def add_flag(parser: "CollectingParser", section, item: dataclasses.Field) -> No
             return parser.note(item.name, f"--{item.name} {text}: must be {what}")
 
     metavar = "{" + ",".join(choices) + "}" if choices else item.name.rsplit("_", 1)[-1].upper()
-    is_switch = bool(choices) and {"on", "off"} <= set(choices)
+    is_switch = {"on", "off"} <= set(choices or ())
     given = {"type": convert, "default": default, "metavar": metavar, "help": help_text}
     if is_switch:  # `--compile` and `--no-compile` say on and off, too
         section.add_argument(f"--{item.name}", nargs="?", const="on", **given)

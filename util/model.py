@@ -244,7 +244,7 @@ def pack_layers(model: Qwen2VLForConditionalGeneration, is_compiled: bool = Fals
         compilation.keep_less(recomputing == "selective")
     for kind, repeated in ((BLOCK, model.model.visual.blocks), (LAYER, model.model.language_model.layers)):
         if is_compiled:
-            kind = compilation.compiled_kind(kind)
+            kind = compilation.compiled_kind(kind, is_recomputed=recomputing == "full")
         for layer in repeated:
             pack(layer, kind, run)
 

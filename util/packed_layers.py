@@ -29,6 +29,7 @@ class Kind:
 
     before: Callable[..., Heads]  # (layer, hidden (T, D), cos (T, W), sin (T, W))
     after: Callable[..., torch.Tensor]  # (layer, hidden (T, D), mixed (T, D)) -> hidden (T, D)
+    until_last: Callable[..., tuple]  # the same, up to the last product: (hidden (T, D), what that product reads)
     attention: str  # the name of the attention in a layer
     last_product: str  # the name of the layer's last matrix product
 
@@ -61,8 +62,13 @@ def before_block_attention(block: Any, hidden: torch.Tensor, cos: torch.Tensor, 
 
 
 def after_block_attention(block: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    hidden, inner = until_last_of_block(block, hidden, mixed)
+    return hidden + block.mlp.fc2(inner)
+
+
+def until_last_of_block(block: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = hidden + block.attn.proj(mixed)
-    return hidden + block.mlp(block.norm2(hidden))
+    return hidden, block.mlp.act(block.mlp.fc1(block.norm2(hidden)))
 
 
 def rotate_patches(
@@ -95,8 +101,14 @@ def before_layer_attention(layer: Any, hidden: torch.Tensor, cos: torch.Tensor, 
 
 
 def after_layer_attention(layer: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    hidden, inner = until_last_of_layer(layer, hidden, mixed)
+    return hidden + layer.mlp.down_proj(inner)
+
+
+def until_last_of_layer(layer: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = hidden + layer.self_attn.o_proj(mixed)
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    normed = layer.post_attention_layernorm(hidden)
+    return hidden, layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -106,8 +118,8 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return heads * cos + turned * sin
 
 
-BLOCK = Kind(before_block_attention, after_block_attention, attention="attn", last_product="mlp.fc2")
-LAYER = Kind(before_layer_attention, after_layer_attention, attention="self_attn", last_product="mlp.down_proj")
+BLOCK = Kind(before_block_attention, after_block_attention, until_last_of_block, "attn", "mlp.fc2")
+LAYER = Kind(before_layer_attention, after_layer_attention, until_last_of_layer, "self_attn", "mlp.down_proj")
 
 
 # ---- in a model -----------------------------------------------------------------------------------------------------
