@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import finetune_distributed
-from util import dataset, run_folder
+from util import dataset, packed_layers, run_folder
 from util.command_line import run_training
 from util.config import Config
 from util.data.lines import DataError
@@ -70,15 +70,13 @@ if os.environ["RANK"] == "1":
             once(lambda: os.kill(os.getpid(), 9), 5) or forward(*args, **kwargs)
         )
     elif fault == "slow":
-        from transformers.models.qwen2_vl import modeling_qwen2_vl as modeling
+        attend = packed_layers.attend
 
-        layer_forward = modeling.Qwen2VLDecoderLayer.forward
+        def slow_attend(attention, *args):
+            time.sleep(0.1 if attention.is_causal else 0)  # in each layer of the language model
+            return attend(attention, *args)
 
-        def slow_forward(*args, **kwargs):
-            time.sleep(0.1)
-            return layer_forward(*args, **kwargs)
-
-        modeling.Qwen2VLDecoderLayer.forward = slow_forward
+        packed_layers.attend = slow_attend
     elif fault == "slow data":
         dataset.Samples.__getitem__ = lambda *args: time.sleep(0.1) or load(*args)
 run_training(finetune_distributed.train, Config(**settings))

@@ -2,12 +2,14 @@
 
     run tests/phantom_runs.py runs.json      [[script, settings, step at which to resume or null], ...]
     run tests/phantom_runs.py step model_config.json '{"lora_rank": 8}'     one real-size step
+    run tests/phantom_runs.py graphs model_config.json '{}'                 compiled: batches of many shapes
 
 Prints one JSON line for each: what was counted in its steps. Every number that the device holds is meaningless there, so
 what would be decided by one is decided here: answers end after a few tokens, and each is generated.
 """
 
 import json
+import random
 import resource
 import shutil
 import sys
@@ -18,7 +20,7 @@ import phantom
 import torch
 from transformers import GenerationMixin, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from util import log, optimizer
+from util import compilation, log, optimizer
 from util.collator import Collator
 from util.config import Config
 from util.conversation import Encoded
@@ -126,6 +128,42 @@ def real_size_step(config_file: str, settings: dict) -> dict:
     return {"counted": counted, "forecast": sum(forecast.values()), "free": free, **peak}
 
 
+def graphs_of_many_shapes(config_file: str, settings: dict) -> dict:
+    """Two layers of each kind at a published size, compiled for a GPU: 50 batches of other shapes, and evaluation."""
+    device, config = choose_device("cuda"), Config(compile="on", **settings)
+    model_config = Qwen2VLConfig.from_pretrained(Path(config_file).parent)
+    model_config.text_config.num_hidden_layers = model_config.vision_config.depth = 2
+    model_config.text_config.layer_types = model_config.text_config.layer_types[:2]
+    kept = choose_dtype(config.dtype, device) if config.lora_rank else torch.float32
+    with torch.device("meta"):
+        bare = Qwen2VLForConditionalGeneration(model_config).to(kept)
+    model = prepare_model(bare.to_empty(device=device), config, processor_of_pixels(), device)
+    chance = random.Random(0)
+    shapes = set()
+    for number in range(50):
+        batch = Collator()([any_sample(chance) for _ in range(chance.randint(1, 6))])
+        shapes.add((len(batch.input_ids), len(batch.image_patches), len(batch.video_patches), len(batch.target_ids)))
+        if number % 5 == 4:
+            with torch.no_grad():
+                model.eval().score(batch.to(device))
+        else:
+            model.train()(batch.to(device)).backward()
+            model.zero_grad()
+    return {"shapes": len(shapes), "graphs": compilation.graphs_made(), "cannot": compilation.Compiled.cannot}
+
+
+def any_sample(chance: random.Random) -> Sample:
+    """Text alone, an image, or a video, of any size."""
+    tokens, kind = chance.randint(2, 900), chance.choice(["text", "image", "video"])
+    encoded = Encoded([5] * tokens, [0.0] * (tokens - tokens // 2) + [1.0] * (tokens // 2), [0][: kind != "text"])
+    if kind == "text":
+        return Sample(encoded, [], "text")
+    grid = Grid(1 if kind == "image" else chance.randint(1, 4), 2 * chance.randint(1, 16), 2 * chance.randint(1, 16))
+    values = 588 if kind == "image" else 1176
+    patches = torch.zeros(grid.patches, values, dtype=torch.uint8)
+    return Sample(encoded, [Medium(patches, grid)], kind)
+
+
 def processor_of_pixels():
     class Processor:
         class image_processor:
@@ -140,8 +178,9 @@ def tell(found: dict) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "step":
-        tell(real_size_step(sys.argv[2], json.loads(sys.argv[3])))
+    kinds = {"step": real_size_step, "graphs": graphs_of_many_shapes}
+    if sys.argv[1] in kinds:
+        tell(kinds[sys.argv[1]](sys.argv[2], json.loads(sys.argv[3])))
     else:
         bound_generation()
         count_in_steps()

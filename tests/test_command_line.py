@@ -177,13 +177,29 @@ def test_defaults_survive_the_command_line():
 def test_every_flag_reaches_its_setting():
     config = parse_arguments("test", ["--freeze", "vision", "merger", "--epochs", "7", "--compile", "--no-check_memory",
                                       "--learning_rate", "3e-4", "--data", "a.json", "b.jsonl", "--model", "tiny"])  # fmt: skip
-    assert config == Config(freeze=["vision", "merger"], epochs=7, compile=True, check_memory=False, learning_rate=3e-4,
+    assert config == Config(freeze=["vision", "merger"], epochs=7, compile="on", check_memory=False, learning_rate=3e-4,
                             data=["a.json", "b.jsonl"], model="tiny")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("typed", "choice"),
+    [("", "auto"), ("--compile", "on"), ("--no-compile", "off"), ("--compile on", "on"), ("--compile off", "off"),
+     ("--compile auto", "auto"), ("--compile --epochs 2", "on"), ("--compile=off", "off")],
+)  # fmt: skip
+def test_compile_is_a_choice_and_a_switch(typed, choice):
+    assert parse_arguments("test", typed.split()).compile == choice
+
+
+@pytest.mark.parametrize(("kept", "choice"), [(True, "on"), (False, "off"), ("auto", "auto")])
+def test_a_run_that_knew_no_auto_is_gone_on_with(kept, choice):
+    """The settings of a checkpoint from before `--compile auto` hold true or false."""
+    assert Config(compile=kept).compile == choice
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ("--compile perhaps", ["--compile perhaps: must be one of auto, on, off"]),
         ("--learning-rate 1", ["unknown flag --learning-rate"]),
         ("--epoch 3", ["unknown flag --epoch"]),
         ("--epochs three", ["--epochs three: must be a whole number"]),

@@ -1,11 +1,18 @@
 """`--compile`: few graphs serve batches of every shape, in training and evaluation, and who runs out of them is told."""
 
+import os
 import random
-from dataclasses import replace
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import finetune
+from tests import runs
+from util import compilation
 from util.collator import Collator
 from util.config import Config
 from util.dataset import Samples, load_examples
@@ -13,22 +20,22 @@ from util.model import build_model
 from util.vision import Budget
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 SHOWCASE = "train_data/data.json"
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Graphs that were made since: the layers are compiled by a backend that keeps them and runs them as they are."""
+    """Graphs that were made since: everything is compiled by a backend that keeps them and runs them as they are."""
     torch._dynamo.reset()
-    made, compile_module = [], torch.nn.Module.compile
+    made = []
 
     def keep(graph: torch.fx.GraphModule, inputs: list) -> object:
         made.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **changes: compile_module(self, backend=keep, **changes)
-    )
+    monkeypatch.setattr(compilation, "BACKEND", keep)
+    monkeypatch.setattr(compilation.Compiled, "cannot", "")
     yield made
     torch._dynamo.reset()
 
@@ -40,33 +47,16 @@ def samples(processor) -> Samples:
 
 
 def draw(samples: Samples, count: int) -> list:
-    """Batches: a video, an image, text alone, several of all, then as chance has it."""
+    """Batches: a video, an image, text alone, no sample at all (a row of one token), then as chance has it."""
     kinds = {kind: [] for kind in ("video", "image", "text")}
     for index in range(len(samples)):
         media = samples.example(index).media
         kinds[media[0]["type"] if media else "text"].append(index)
     chance = random.Random(0)
     drawn = [kinds["video"][:1], kinds["image"][:1], kinds["text"][:2], kinds["image"][:3] + kinds["text"][:1]]
-    drawn += [chance.sample(range(len(samples)), chance.randint(1, 8)) for _ in range(count - len(drawn))]
-    return [Collator()([samples[index] for index in batch]) for batch in drawn]
-
-
-def draw_texts(samples: Samples, count: int) -> list:
-    """Batches without the tower, which is most of what is traced: texts of other lengths, from one sample on."""
-    text = next(samples[index] for index in range(len(samples)) if not samples.example(index).media)
-    rows = [[grown(text, number + copy) for copy in range(1 + number % 3)] for number in range(count)]
-    return [Collator()(row) for row in rows]
-
-
-def grown(sample, tokens: int):
-    """The sample with so many tokens more in front."""
-    encoded = sample.encoded
-    longer = replace(
-        encoded,
-        input_ids=encoded.input_ids[:1] * tokens + encoded.input_ids,
-        weights=[0.0] * tokens + encoded.weights,
-    )
-    return replace(sample, encoded=longer)
+    drawn += [kinds["image"][3:6], kinds["text"][2:5], kinds["video"][1:3]]
+    drawn += [chance.sample(range(len(samples)), chance.randint(1, 3)) for _ in range(count - len(drawn) - 1)]
+    return [Collator()([samples[index] for index in batch]) for batch in [*drawn, []]]
 
 
 def train_and_evaluate(model, batches: list) -> tuple[list[float], list[torch.Tensor]]:
@@ -79,37 +69,168 @@ def train_and_evaluate(model, batches: list) -> tuple[list[float], list[torch.Te
                 losses.append(model.eval().score(batch)[0].sum().item())
         else:
             loss = model.train()(batch)
-            loss.backward()
+            if loss.requires_grad:  # a text has no gradient where the language model is frozen
+                loss.backward()
             losses.append(loss.item())
     return losses, [parameter.grad for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("kinds", ["text alone", pytest.param("all", marks=pytest.mark.slow)])
+TRAINED = {
+    "everything": {},
+    "frozen tower": {"freeze": ["vision"]},
+    "frozen language model": {"freeze": ["language_model"]},
+    "adapters": {"lora_rank": 4, "lora_vision": True},
+    "adapters over 4 bits": {"lora_rank": 4, "quantize": "nf4"},
+    "recomputed": {"activation_checkpointing": "full"},
+    "float64": {"dtype": "float64"},
+}
+QUICK = ("everything", "adapters")
+MOST_GRAPHS = 8
+
+
+@pytest.mark.parametrize(
+    "trained", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TRAINED]
+)
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
-def test_graphs_do_not_grow_with_the_batches(kinds, tiny_path, processor, samples, graphs):
-    """Batches of all lengths: the graphs of the first four serve the rest, and no limit is met."""
-    count = 20
-    batches = draw(samples, count) if kinds == "all" else draw_texts(samples, count)
-    assert len({tuple(batch.segments.lengths) for batch in batches}) == count
-    compiled = build_model(Config(device="cpu", dtype="float32", compile=True), str(tiny_path), processor, CPU)
-    train_and_evaluate(compiled, batches[:4])
-    warm = len(graphs)
-    # of the tower and the language model, with gradients and without, what stands before attention and after it
-    assert 0 < warm <= 20
+def test_few_graphs_serve_batches_of_every_shape(trained, tiny_path, processor, samples, graphs):
+    """50 batches of other lengths, a quarter of them in evaluation; losses and gradients are those without compiling."""
+    if "lora_rank" in TRAINED[trained]:
+        pytest.importorskip("peft", reason="adapters need peft (pip install peft)")
+    if "quantize" in TRAINED[trained]:
+        pytest.importorskip("bitsandbytes", reason="4 bits need bitsandbytes (pip install bitsandbytes)")
+    count = 50 if trained == "everything" else 12
+    batches = draw(samples, count)
+    settings = {"device": "cpu", "dtype": "float32", **TRAINED[trained]}
+    torch.manual_seed(0)
+    compiled = build_model(Config(compile="on", **settings), str(tiny_path), processor, CPU)
     losses, gradients = train_and_evaluate(compiled, batches)
-    assert len(graphs) == warm, f"{warm} graphs after 4 batches, {len(graphs)} after {count}"
-    plain = build_model(Config(device="cpu", dtype="float32"), str(tiny_path), processor, CPU)
+    assert 0 < len(graphs) <= MOST_GRAPHS, f"{len(graphs)} graphs"
+    torch.manual_seed(0)
+    plain = build_model(Config(compile="off", **settings), str(tiny_path), processor, CPU)
     expected, wanted = train_and_evaluate(plain, batches)
     assert losses == pytest.approx(expected, abs=1e-5, rel=1e-5)
     for found, right in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
+        assert (found is None) == (right is None)
+        if right is not None:
+            torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
+
+
+def test_evaluation_keeps_nothing_and_makes_no_graph(tiny_path, processor, samples, graphs):
+    batch = draw(samples, 9)[3]
+    model = build_model(Config(device="cpu", dtype="float32", compile="on"), str(tiny_path), processor, CPU)
+    loss = model(batch)
+    made = len(graphs)
+    with torch.no_grad():
+        losses, _ = model.eval().score(batch)
+        visual = model.visual_tokens(batch)
+    assert len(graphs) == made
+    assert losses.grad_fn is None
+    assert not losses.requires_grad
+    assert visual.grad_fn is None
+    assert not visual.requires_grad
+    assert losses.sum().item() == pytest.approx(loss.item(), rel=1e-6)
 
 
 @torch._dynamo.config.patch(recompile_limit=1)
 def test_who_reaches_the_limit_is_told_once(tiny_path, processor, samples, graphs, capsys):
-    (batch,) = draw_texts(samples, 1)
-    model = build_model(Config(device="cpu", dtype="float32", compile=True), str(tiny_path), processor, CPU)
-    train_and_evaluate(model, [batch] * 8)
+    """Two precisions in one process are two graphs of each function."""
+    batch = draw(samples, 9)[2]
+    for dtype in ("float32", "float64"):
+        model = build_model(Config(device="cpu", dtype=dtype, compile="on"), str(tiny_path), processor, CPU)
+        for _ in range(3):
+            model(batch).backward()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--compile: ")]
-    assert [line for line in lines if "1 graphs of 'decoder_layer'" in line], lines
+    assert [line for line in lines if "1 graphs of 'before_layer_attention'" in line], lines
     assert len(lines) == len({line.split(" were made")[0] for line in lines}), "told again and again"
+
+
+def test_who_has_no_compiler_trains_without(tiny_path, processor, samples, monkeypatch, capsys):
+    def no_compiler(graph: torch.fx.GraphModule, inputs: list) -> object:
+        raise RuntimeError("No working C++ compiler found\nand more lines")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compilation, "BACKEND", no_compiler)
+    monkeypatch.setattr(compilation.Compiled, "cannot", "")
+    batches = draw(samples, 9)
+    compiled = build_model(Config(device="cpu", dtype="float32", compile="on"), str(tiny_path), processor, CPU)
+    plain = build_model(Config(device="cpu", dtype="float32"), str(tiny_path), processor, CPU)
+    assert train_and_evaluate(compiled, batches)[0] == train_and_evaluate(plain, batches)[0]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--compile: ")]
+    assert "trains without it" in line
+    assert "RuntimeError: No working C++ compiler found)" in line
+    torch._dynamo.reset()
+
+
+def test_out_of_memory_while_compiled_code_runs_is_not_taken_for_a_missing_compiler(
+    tiny_path, processor, samples, graphs, monkeypatch
+):
+    batch = draw(samples, 9)[2]
+    model = build_model(Config(device="cpu", dtype="float32", compile="on"), str(tiny_path), processor, CPU)
+
+    def no_memory(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    for layer in model.model.model.language_model.layers:
+        monkeypatch.setattr(layer.forward.args[2].before, "compiled", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(batch)
+    assert not compilation.Compiled.cannot
+
+
+def test_compiling_is_told_and_is_no_part_of_the_speed(tiny_path, tmp_path, graphs, capsys):
+    config = runs.settings(tiny_path, tmp_path / "run", compile="on", max_steps=3)
+    finetune.train(Config(**config))
+    said = capsys.readouterr().out
+    (plan,) = re.findall(r"^ *compile  (.*)$", said, re.MULTILINE)
+    assert plan.startswith("the layers and the loss")
+    news = [line for line in said.splitlines() if "compiling: " in line]
+    assert news, said
+    assert news[0].startswith("step 1: compiling: ")
+    assert re.search(r"^done: 3 steps .* of them compiling; peak", said, re.MULTILINE)
+    first = runs.log(tmp_path / "run")[0]
+    assert 0 < first["compile_seconds"] < first["step_seconds"]
+    at_work = first["step_seconds"] - first["compile_seconds"]
+    assert first["tokens_per_second"] == pytest.approx(first["tokens"] / at_work, rel=0.02)
+
+
+def test_auto_compiles_on_an_nvidia_gpu_alone(monkeypatch):
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert [compilation.is_on(choice, gpu) for choice in ("auto", "on", "off")] == [True, True, False]
+    assert [compilation.is_on(choice, CPU) for choice in ("auto", "on", "off")] == [False, True, False]
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    assert not compilation.is_on("auto", gpu)
+
+
+@pytest.mark.slow  # a C++ compiler builds every graph, which takes a minute
+def test_a_second_process_finds_the_graphs_of_the_first(tiny_path, tmp_path):
+    """By the command line with torch's own compiler; then without any compiler, from which the run must not suffer."""
+    words = [
+        sys.executable,
+        "finetune.py",
+        "--model",
+        str(tiny_path),
+        "--device",
+        "cpu",
+        "--compile",
+        "--max_steps",
+        "2",
+    ]
+
+    def run(name: str, **environment: str) -> tuple[str, list[float]]:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / name), **environment}
+        folder = tmp_path / f"run_{len(list(tmp_path.glob('run_*')))}"
+        told = subprocess.run(
+            [*words, "--output_dir", str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert told.returncode == 0, told.stderr[-3000:]
+        assert "Traceback" not in told.stdout + told.stderr
+        return told.stdout + told.stderr, runs.metrics(folder)
+
+    first, losses = run("cache")
+    assert "from the cache" not in first
+    (found,) = re.findall(r"(\d+) graphs so far, (\d+) of them from the cache of an earlier run", run("cache")[0])[-1:]
+    assert int(found[0]) == int(found[1]) >= 5
+    without, eager_losses = run("empty", CXX=str(tmp_path / "no_compiler"))
+    assert without.count("--compile: not possible here") == 1
+    assert eager_losses == pytest.approx(losses, rel=1e-5)

@@ -13,6 +13,7 @@ from util.config import Config
 from util.cost.measure import measure
 from util.dataset import Samples, load_examples
 from util.model import build_model
+from util.packed_layers import rms_norm, rotate_patches
 from util.tensors import PARTS, part_of
 from util.vision import Budget
 
@@ -129,7 +130,7 @@ def worst(ours: dict, theirs: dict) -> tuple[float, str]:
 
 
 @pytest.mark.parametrize("groups", [[[0, 1, 2, 3, 4]], [[0], [1], [2], [3], [4]], [[4, 0], [3, 1, 2]]])
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_loss_and_every_gradient_equal_transformers(groups, checkpointing, samples, tiny_path, processor, reference):
     config = Config(device="cpu", dtype="float32", activation_checkpointing=checkpointing)
     model = build_model(config, str(tiny_path), processor, CPU)
@@ -197,8 +198,6 @@ def test_our_rotation_is_that_of_transformers(dtype):
     import importlib
 
     from transformers.models.qwen2_vl import modeling_qwen2_vl
-
-    from util.model import rotate_patches
 
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(24, 4, 16, generator=generator).to(dtype) for _ in range(2))
@@ -308,3 +307,36 @@ def test_bfloat16_loss_on_the_gpu_is_close_to_float32(samples, tiny_path, proces
         (loss / reference["tokens"]).backward()
         assert loss.item() / reference["tokens"] == pytest.approx(reference["loss"], rel=tolerance)
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_our_norm_is_that_of_transformers(dtype, bound):
+    """In bf16 to a last bit, in which it is nearer to the exact norm: it rounds once where transformers' rounds twice."""
+    from transformers.models.qwen2_vl import modeling_qwen2_vl
+
+    generator = torch.Generator().manual_seed(0)
+    names = [name for name in vars(modeling_qwen2_vl) if name.endswith("RMSNorm")]
+    norm = vars(modeling_qwen2_vl)[names[0]](1536, eps=1e-6)  # the name of the class changed between versions
+    norm.weight.data = 1 + 0.3 * torch.randn(1536, generator=generator)
+    hidden = 5 * torch.randn(64, 1536, generator=generator)
+    norm, hidden = norm.to(dtype), hidden.to(dtype)
+    exact = hidden.double() / (hidden.double().square().mean(1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
+    theirs, ours = norm(hidden), rms_norm(norm, hidden)
+    assert ours.dtype == dtype
+    assert ((ours - theirs).abs() <= bound * theirs.abs() + 1e-7).all()
+    assert (ours - exact).abs().mean() <= (theirs - exact).abs().mean() * 1.01
+
+
+def test_the_gradients_of_our_norm_are_those_of_transformers():
+    from transformers.models.qwen2_vl import modeling_qwen2_vl
+
+    name = next(name for name in vars(modeling_qwen2_vl) if name.endswith("RMSNorm"))
+    norm = vars(modeling_qwen2_vl)[name](64, eps=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    norm.weight.data = 1 + 0.3 * torch.randn(64, generator=generator)
+    hidden, pull = (torch.randn(32, 64, generator=generator) for _ in range(2))
+    hidden.requires_grad_()
+    ours = torch.autograd.grad((rms_norm(norm, hidden) * pull).sum(), [hidden, norm.weight])
+    theirs = torch.autograd.grad((norm(hidden) * pull).sum(), [hidden, norm.weight])
+    for found, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)

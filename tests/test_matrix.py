@@ -31,8 +31,9 @@ SHORT = [
     {"trains": "DoRA", "evaluation": "loss", "stopped": "with its workers", "data": "a bad sample", "num_workers": 2},
     {**BF16, "ranks": 2, "trains": "QLoRA", "evaluation": "answers", "saves": "minutes", "data": "text"},
     {"freeze": "language_model", "data": "text"},
-    {**BF16, "ranks": 2, "sharding": "optimizer", "freeze": "language_model", "data": "images"},
-    {"freeze": "vision", "activation_checkpointing": "full", "compile": True, "data": "a bad sample"},
+    {**BF16, "ranks": 2, "sharding": "optimizer", "freeze": "language_model", "data": "images",
+     "activation_checkpointing": "selective"},
+    {"freeze": "vision", "activation_checkpointing": "full", "compile": "on", "data": "a bad sample"},
     {**BF16, "ranks": 2, "sharding": "none", "trains": "LoRA", "num_workers": 2},
 ]  # fmt: skip
 # Beside the pairs: an optimizer of another package, and a sample that breaks while the run is stopped.

@@ -158,3 +158,16 @@ def test_a_real_size_step_asks_the_device_for_nothing(name, phantom, request):
     print(told)
     assert found["peak"] < 1.05 * found["forecast"] < 1.5 * found["peak"], told
     assert found["resident_gib"] < MOST_RESIDENT
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) for name in ("full", "lora", "recomputed")]
+)
+def test_few_graphs_are_compiled_for_a_gpu(name, phantom, request):
+    """Inductor adds conditions of its own to those of dynamo, which tests/test_compile.py counts."""
+    request.getfixturevalue("official_processor")
+    folder = Path(os.environ.get("QWEN2_VL_REFERENCE", ROOT.parent / "shared" / "qwen2_vl_reference"))
+    (found,) = phantom(["tests/phantom_runs.py", "graphs", str(folder / "config.json"), json.dumps(STEPS[name])])
+    assert not found["cannot"]
+    assert found["shapes"] == 50
+    assert 0 < found["graphs"] <= 8, f"{found['graphs']} graphs"

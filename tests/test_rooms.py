@@ -19,12 +19,12 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def floors() -> dict[str, list[str]]:
-    """The groups of files at the top of util/, as its docstring names them."""
+    """The groups of files at the top of util/, as its docstring names them, in one line or several."""
     found = {}
     for line in util.__doc__.splitlines():
         name, colon, rest = line.partition(": ")
         if colon and name in ("ground", "walk", "loop"):
-            found[name] = [word.strip() for word in rest.split(":")[0].split(",")]
+            found.setdefault(name, []).extend(word.strip() for word in rest.split(":")[0].split(","))
     return found
 
 

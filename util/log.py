@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
-from util import run_folder
+from util import compilation, run_folder
 from util.command_line import UserError
 from util.config import Config
 from util.cost import flops, memory
@@ -83,6 +83,7 @@ class Run:
         self.bar = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
         self.beside = trackers.start_trackers(self.config, self.directory, first_step, self.say)
         self.beside += hub.start(self.config, self.directory, self.say)
+        compilation.CLOCK.restart()
         self.last = time.perf_counter()
 
     def open_lines(self, name: str, first_step: int) -> IO:
@@ -99,6 +100,8 @@ class Run:
     def log_step(self, step: Step, values: dict, step_flops: float) -> None:
         """One optimizer step: a line in metrics.jsonl, its samples in samples.jsonl, and the bar."""
         seconds = time.perf_counter() - self.last
+        compile_seconds = compilation.CLOCK.take()
+        at_work = max(seconds - compile_seconds, 1e-9)  # compiling is not the speed of what is compiled
         values = self.tally.take(values)
         self.trained_seconds += seconds
         line = {
@@ -106,11 +109,13 @@ class Run:
             "epoch": step.epoch,
             **values,
             "step_seconds": round(seconds, 4),
-            "tokens_per_second": round(values["tokens"] / seconds, 1),
+            "tokens_per_second": round(values["tokens"] / at_work, 1),
             "peak_memory_gib": round(memory.peak_bytes(self.device) / GIB, 3),
         }
+        if compile_seconds:
+            line["compile_seconds"] = round(compile_seconds, 4)
         if self.peak_flops:
-            line["mfu"] = round(step_flops / seconds / self.peak_flops, 4)
+            line["mfu"] = round(step_flops / at_work / self.peak_flops, 4)
         self.write(self.metrics, line)
         self.write(self.samples, {"step": step.number, "samples": step.samples})
         beside = {
@@ -120,6 +125,8 @@ class Run:
         }
         self.bar.set_postfix(beside, refresh=False)
         self.bar.update()
+        if news := compilation.CLOCK.news():
+            self.say(f"step {step.number}: {news}")
         self.restart_clock()
 
     def log_evaluation(self, step: int, totals: dict[str, float], scores: dict[str, float | None]) -> float:
@@ -164,6 +171,7 @@ class Run:
     def restart_clock(self) -> None:
         """Begin the next step's time now; what lies between (evaluation, saving) is nobody's step."""
         self.last = time.perf_counter()
+        compilation.CLOCK.take()
 
     def close(self) -> None:
         """Close the files and the bar, and end what runs beside the training."""
@@ -186,8 +194,10 @@ class Run:
         except (OSError, ValueError) as error:  # a full disk, or half a line that one left: the model is there
             print(f"loss.png is not drawn ({error})")
         total = time.perf_counter() - self.began
+        compiling = f", {clock(compilation.CLOCK.seconds)} of them compiling" if compilation.CLOCK.seconds else ""
         print(
-            f"\ndone: {steps} steps in {clock(self.trained_seconds)} of training, {clock(total)} altogether; "
+            f"\ndone: {steps} steps in {clock(self.trained_seconds)} of training, "
+            f"{clock(total)} altogether{compiling}; "
             f"peak memory {memory.peak_bytes(self.device) / GIB:.2f} GiB\n"
             f"  {relative(self.directory)}: model, processor, metrics.jsonl, loss.png\n"
             f"final model: {model}\n"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from util import compilation
 from util.adapters import new_tokens
 from util.adapters.settings import ADAPTER_LEARNING_RATE
 from util.config import Config
@@ -69,6 +70,7 @@ def of_the_model(config: Config, path: str, device: torch.device, dtype: torch.d
         "device": f"{device_in_words(device)}, {free_bytes(device) / GIB:.1f} GiB free",
         "precision": f"{precision_in_words(config, device, dtype)}; "
         f"attention {choose_attention(config.attention, device, dtype)}",
+        "compile": compilation.in_words(config.compile, device),
     }
 
 
