@@ -1,0 +1,383 @@
+"""The kernels that attention over packed pieces can run on, each with a forward and a backward pass of its own, and one
+operator of torch over them all.
+
+The operator is what compiled layers see: one opaque call whose output can be kept by name (`OPERATOR`), in whose graph
+no length of any piece is written. Which kernel it runs, it may decide anew in each call (util/attention_rule.py).
+
+Letters: T tokens in the packed row, H query heads, G key-value heads (H is a multiple of G), D width of a head, and
+n neighbouring pieces of L tokens each. q (T, H, D), k and v (T, G, D) -> (T, H, D).
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from util.command_line import UserError
+
+aten = torch.ops.aten
+OPERATOR = "qwen2_vl::packed_attention"  # torch.ops.qwen2_vl.packed_attention.default
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Where the pieces of one row begin and end, for the device and for Python."""
+
+    starts: Tensor  # (B + 1,) int32 on the device, the last entry is T
+    longest: int
+    runs: tuple[tuple[int, int], ...]  # (n, L), in the order of the row
+
+    @property
+    def rows(self) -> list[int]:
+        """Tokens of each run."""
+        return [count * length for count, length in self.runs]
+
+
+@lru_cache(256)
+def runs_of(starts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(0, 3, 6, 7) -> ((2, 3), (1, 1)): neighbouring pieces of the same length together, empty ones left out."""
+    lengths = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
+    return tuple((len(list(pieces)), length) for length, pieces in groupby(lengths) if length)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute attention within each piece.
+
+    forward(q, k, v, pieces, causal, scale) -> the output (T, H, D) and the logarithm of each row's sum of exponentials,
+    H x T numbers in the kernel's own order; backward(gradient, q, k, v, output, sums, pieces, causal, scale) -> the
+    gradients of q, k and v.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+# ---- one call for pieces of any length -------------------------------------------------------------------------------
+
+
+def variable_length(forward: Callable, backward: Callable) -> Kernel:
+    """A kernel with the signature of torch's own FlashAttention-2, which FlashAttention-3 and 4 have there, too."""
+
+    def run_forward(q, k, v, pieces, causal, scale):
+        starts, longest = pieces.starts, pieces.longest
+        window = {"window_size_left": -1, "window_size_right": 0 if causal else -1}
+        out, sums, *_ = forward(
+            q, k, v, starts, starts, longest, longest, 0.0, causal, return_debug_mask=False, scale=scale, **window
+        )
+        return out, sums
+
+    def run_backward(gradient, q, k, v, out, sums, pieces, causal, scale):
+        starts, longest = pieces.starts, pieces.longest
+        window = {"window_size_left": -1, "window_size_right": 0 if causal else -1}
+        random_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # nothing is dropped, so it is not read
+        unused = torch.empty(0, device=q.device)
+        return backward(
+            gradient, q, k, v, out, sums, starts, starts, longest, longest, 0.0, causal, random_state, unused,
+            scale=scale, **window,
+        )  # fmt: skip
+
+    return Kernel(run_forward, run_backward)
+
+
+def flash_3() -> Kernel:
+    from torch.nn.attention import _fa3
+
+    _fa3._fa3_import_module("flash_attn_interface")
+    return variable_length(_fa3._fa3_flash_attention_forward_impl_default, _fa3._fa3_flash_attention_backward_impl)
+
+
+def flash_4() -> Kernel:
+    from torch.nn.attention import _fa4
+
+    _fa4._FA4_MODULE_PATH = "flash_attn.cute.interface"
+    _fa4._fa4_import_module(_fa4._FA4_MODULE_PATH)
+    return without_window(_fa4._fa4_flash_attention_forward_impl, _fa4._fa4_flash_attention_backward_impl)
+
+
+def without_window(forward: Callable, backward: Callable) -> Kernel:
+    """FlashAttention-4: `causal` says all, and torch 2.11 refuses any window in its backward pass."""
+
+    def strip(function: Callable) -> Callable:
+        def run(*args, window_size_left, window_size_right, **kwargs):
+            return function(*args, **kwargs)
+
+        return run
+
+    return variable_length(strip(forward), strip(backward))
+
+
+def cudnn_forward(q, k, v, pieces, causal, scale):
+    starts, longest = pieces.starts, pieces.longest
+    out, sums, *_ = aten._cudnn_attention_forward(
+        q, k, v, None, starts, starts, longest, longest, True, 0.0, causal, False, scale=scale
+    )
+    return out, sums
+
+
+def cudnn_backward(gradient, q, k, v, out, sums, pieces, causal, scale):
+    starts, longest = pieces.starts, pieces.longest
+    random_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # nothing is dropped, so it is not read
+    return aten._cudnn_attention_backward(
+        gradient, q, k, v, out, sums, random_state, random_state, None, starts, starts, longest, longest, 0.0, causal,
+        scale=scale,
+    )  # fmt: skip
+
+
+# ---- pieces of the same length as a batch ----------------------------------------------------------------------------
+
+
+def stacked(x: Tensor, run: tuple[int, int]) -> Tensor:
+    """(n L, heads, D) -> (n, heads, L, D), the same memory."""
+    return x.unflatten(0, run).transpose(1, 2)
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """(n, heads, L, D) -> (n L, heads, D), in the way of `stacked`'s input."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def stack_by_stack(forward: Callable, backward: Callable) -> Kernel:
+    """A kernel of same-length pieces, called once for each run of neighbours that have one length.
+
+    forward(q, k, v, causal, scale) on (n, heads, L, D) -> output, sums of n x H x L numbers;
+    backward(gradient, q, k, v, output, sums, causal, scale) -> gradients of q, k and v.
+    """
+
+    def run_forward(q, k, v, pieces, causal, scale):
+        outs, all_sums = [], []
+        for *tensors, run in zip(*(x.split(pieces.rows) for x in (q, k, v)), pieces.runs, strict=True):
+            out, sums = forward(*(stacked(x, run) for x in tensors), causal, scale)
+            outs.append(laid_out(out))
+            all_sums.append(sums.reshape(-1))
+        return joined(outs), joined(all_sums)
+
+    def run_backward(gradient, q, k, v, out, sums, pieces, causal, scale):
+        heads = q.shape[1]
+        found = []
+        parts = zip(*(x.split(pieces.rows) for x in (gradient, q, k, v, out)), pieces.runs, strict=True)
+        all_sums = sums.reshape(-1).split([heads * rows for rows in pieces.rows])
+        for (*tensors, run), sums_of_run in zip(parts, all_sums, strict=True):
+            count, length = run
+            shaped = sums_of_run.view(count, heads, length)
+            gradients = backward(*(stacked(x, run) for x in tensors), shaped, causal, scale)
+            found.append([laid_out(x) for x in gradients])
+        return tuple(joined(list(gradients)) for gradients in zip(*found, strict=True))
+
+    return Kernel(run_forward, run_backward)
+
+
+def dense_cudnn_forward(q, k, v, causal, scale):
+    out, sums, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return out, sums
+
+
+def dense_cudnn_backward(gradient, q, k, v, out, sums, causal, scale):
+    random_state = torch.zeros((), dtype=torch.int64, device=q.device)  # nothing is dropped, so it is not read
+    length = q.shape[2]
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        gradient, q, k, v, out, sums[..., None], random_state, random_state, None, None, None, length, length, 0.0,
+        causal, scale=scale,
+    )  # fmt: skip
+
+
+def dense_flash_forward(q, k, v, causal, scale):
+    """torch's FlashAttention-2 takes (n, L, heads, D) and any number of key-value heads when it is called like this."""
+    tensors = [x.transpose(1, 2) for x in (q, k, v)]
+    length = q.shape[2]
+    out, sums, *_ = aten._flash_attention_forward(
+        *tensors, None, None, length, length, 0.0, causal, return_debug_mask=False, scale=scale
+    )
+    return out.transpose(1, 2), sums
+
+
+def dense_flash_backward(gradient, q, k, v, out, sums, causal, scale):
+    tensors = [x.transpose(1, 2) for x in (gradient, q, k, v, out)]
+    length = q.shape[2]
+    random_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty(0, device=q.device)
+    gradients = aten._flash_attention_backward(
+        *tensors, sums, None, None, length, length, 0.0, causal, random_state, unused, scale=scale
+    )
+    return tuple(x.transpose(1, 2) for x in gradients)
+
+
+def plain_forward(q, k, v, causal, scale):
+    """By its formula, anywhere and in any precision: memory grows with the square of L."""
+    scores = plain_scores(q, k, causal, scale)
+    sums = scores.logsumexp(-1)
+    weights = (scores - sums[..., None]).exp().to(v.dtype)
+    return weights @ repeated(v, q), sums
+
+
+def plain_backward(gradient, q, k, v, out, sums, causal, scale):
+    """The gradients of the formula (FlashAttention, arXiv 2205.14135, appendix B.2), in the precision of the sums."""
+    wide = sums.dtype
+    gradient, out = gradient.to(wide), out.to(wide)
+    keys, values = (repeated(x, q).to(wide) for x in (k, v))
+    weights = (plain_scores(q, k, causal, scale) - sums[..., None]).exp()
+    of_weights = gradient @ values.transpose(-1, -2)
+    of_scores = weights * (of_weights - (gradient * out).sum(-1, keepdim=True)) * scale
+    of_q = of_scores @ keys
+    of_k = gathered(of_scores.transpose(-1, -2) @ q.to(wide), k)
+    of_v = gathered(weights.transpose(-1, -2) @ gradient, v)
+    return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype)
+
+
+def plain_scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    """(n, H, L, L) in fp32 at least."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ repeated(k, q).to(wide).transpose(-1, -2) * scale
+    if causal:
+        length = q.shape[2]
+        later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    return scores
+
+
+def repeated(x: Tensor, q: Tensor) -> Tensor:
+    """(n, G, L, D) -> (n, H, L, D): each key-value head for all the query heads that share it."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def gathered(gradient: Tensor, x: Tensor) -> Tensor:
+    """(n, H, L, D) -> (n, G, L, D): the gradients of `repeated` heads, added up."""
+    return gradient.unflatten(1, (x.shape[1], -1)).sum(2)
+
+
+# ---- which kernels there are -----------------------------------------------------------------------------------------
+
+VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+# Each is made when it is first asked for: what a package must be imported for is imported then. The words of the table
+# are for messages and pages.
+KERNELS: dict[str, tuple[str, Callable[[], Kernel]]] = {
+    "varlen": (
+        "torch's FlashAttention-2 over pieces of any length",
+        lambda: variable_length(aten._flash_attention_forward, aten._flash_attention_backward),
+    ),
+    "cudnn": ("cuDNN over pieces of any length", lambda: Kernel(cudnn_forward, cudnn_backward)),
+    "dense": (
+        "cuDNN over stacks of same-length pieces",
+        lambda: stack_by_stack(dense_cudnn_forward, dense_cudnn_backward),
+    ),
+    "dense_flash": (
+        "torch's FlashAttention-2 over stacks of same-length pieces",
+        lambda: stack_by_stack(dense_flash_forward, dense_flash_backward),
+    ),
+    "flash_3": ("FlashAttention-3", flash_3),
+    "flash_4": ("FlashAttention-4", flash_4),
+    "plain": ("the formula", lambda: stack_by_stack(plain_forward, plain_backward)),
+}
+
+
+@lru_cache(None)
+def kernel(name: str) -> Kernel:
+    return KERNELS[name][1]()
+
+
+def why_absent(name: str) -> str:
+    """Why a kernel cannot be used with this installation and what helps, as the end of a message; "" where it can."""
+    if name == "varlen" and VERSION < (2, 10):
+        return "needs torch 2.10 or newer; update torch or use --attention sdpa"
+    if name in ("dense", "cudnn") and not (torch.backends.cudnn.enabled and torch.backends.cuda.cudnn_sdp_enabled()):
+        return "cuDNN's attention is switched off here; use --attention varlen"
+    if name == "cudnn" and VERSION < (2, 14):
+        # The backward pass of older versions takes the width of a head for the longest piece and writes past its
+        # buffers (pytorch#186142).
+        return "needs torch 2.14 or newer; update torch or use --attention varlen"
+    modules = {"flash_3": "flash_attn_interface", "flash_4": "flash_attn.cute", "flash_attn": "flash_attn"}
+    if name in modules and not is_importable(modules[name]):
+        return INSTALL[name]
+    return ""
+
+
+INSTALL = {
+    "flash_attn": "the flash-attn package is not installed; `pip install flash-attn --no-build-isolation` (needs a "
+    "compiler), or use --attention varlen",
+    "flash_3": "FlashAttention-3 (the module flash_attn_interface) is not installed; build it from the folder hopper/ "
+    "of the flash-attention repository, or use --attention varlen",
+    "flash_4": "FlashAttention-4 is not installed; `pip install flash-attn-4`, or use --attention varlen",
+}
+
+
+def is_importable(module: str) -> bool:
+    """Whether a module can be found; what stands above it is imported for that, and may fail in its own ways."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except Exception:
+        return False
+
+
+def check_kernel(name: str) -> None:
+    """Raise UserError with the remedy where a chosen kernel is not installed."""
+    if reason := why_absent(name):
+        raise UserError(f"--attention {name}: {reason}")
+
+
+# ---- the operator ----------------------------------------------------------------------------------------------------
+
+
+def resolve(name: str, q: Tensor, k: Tensor, pieces: Pieces, causal: bool) -> Kernel:
+    return kernel(name)
+
+
+@torch.library.custom_op(OPERATOR, mutates_args=())
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, host_starts: Tensor, longest: int, causal: bool, scale: float,
+    name: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of each piece within itself, on the kernel of that name: the output, and what its backward pass needs.
+
+    starts and host_starts (B + 1,): the same numbers on the device and on the CPU, where Python reads them for nothing.
+    """
+    pieces = Pieces(starts, longest, runs_of(tuple(host_starts.tolist())))
+    out, sums = resolve(name, q, k, pieces, causal).forward(q, k, v, pieces, causal, scale)
+    return out.contiguous(), sums.contiguous().view(q.shape[1], q.shape[0])
+
+
+@packed_attention.register_fake
+def _(q, k, v, starts, host_starts, longest, causal, scale, name):
+    sums = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), sums
+
+
+@torch.library.custom_op(OPERATOR + "_backward", mutates_args=())
+def packed_attention_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, starts: Tensor, host_starts: Tensor,
+    longest: int, causal: bool, scale: float, name: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    pieces = Pieces(starts, longest, runs_of(tuple(host_starts.tolist())))
+    run = resolve(name, q, k, pieces, causal).backward
+    of_q, of_k, of_v = run(gradient.contiguous(), q, k, v, out, sums, pieces, causal, scale)
+    return of_q.contiguous(), of_k.contiguous(), of_v.contiguous()
+
+
+@packed_attention_backward.register_fake
+def _(gradient, q, k, v, out, sums, starts, host_starts, longest, causal, scale, name):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def keep_for_backward(ctx, inputs, output) -> None:
+    q, k, v, starts, host_starts, longest, causal, scale, name = inputs
+    ctx.save_for_backward(q, k, v, *output, starts, host_starts)
+    ctx.rest = (longest, causal, scale, name)
+    ctx.set_materialize_grads(False)  # the sums have no gradient, and zeros of their size are not made
+
+
+def backward(ctx, gradient, of_sums):
+    q, k, v, out, sums, starts, host_starts = ctx.saved_tensors
+    of_inputs = packed_attention_backward(gradient, q, k, v, out, sums, starts, host_starts, *ctx.rest)
+    return (*of_inputs, *[None] * 6)
+
+
+packed_attention.register_autograd(backward, setup_context=keep_for_backward)
