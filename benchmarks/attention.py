@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import origin, write_result
-from util import attention, attention_kernels
+from util import attention
 from util.attention import Segments
 from util.command_line import UserError
 
@@ -88,17 +88,10 @@ def work(smoke: bool) -> list[tuple[Shape, str, list[int]]]:
 
 def attend_by(name: str) -> Callable:
     """attend(q, k, v, segments, causal, scale) of one name. UserError where it is not installed."""
-    if name in attention.BACKENDS and name != "varlen":
-        attention.check_backend(name)
-        return attention.BACKENDS[name]
-    attention_kernels.check_kernel(name)
-
-    def attend(q, k, v, segments, causal, scale):
-        starts, host = segments.cu_seqlens, torch.tensor([0, *segments.lengths]).cumsum(0).int()
-        longest = segments.max_seqlen
-        return attention_kernels.packed_attention(q, k, v, starts, host, longest, causal, scale, name)[0]
-
-    return attend
+    if name == "plain":
+        return attention.by_operator(name)
+    attention.check_backend(name)
+    return attention.BACKENDS[name]
 
 
 def inputs_of(shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:

@@ -2,24 +2,22 @@
 operator of torch over them all.
 
 The operator is what compiled layers see: one opaque call whose output can be kept by name (`OPERATOR`), in whose graph
-no length of any piece is written. Which kernel it runs, it may decide anew in each call (util/attention_rule.py).
+no length of any piece is written. Which kernel it runs, it may decide anew in each call (rule.py).
 
 Letters: T tokens in the packed row, H query heads, G key-value heads (H is a multiple of G), D width of a head, and
 n neighbouring pieces of L tokens each. q (T, H, D), k and v (T, G, D) -> (T, H, D).
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from util.command_line import UserError
+from util.kernels import rule
 
 aten = torch.ops.aten
 OPERATOR = "qwen2_vl::packed_attention"  # torch.ops.qwen2_vl.packed_attention.default
@@ -42,7 +40,7 @@ class Pieces:
 @lru_cache(256)
 def runs_of(starts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """(0, 3, 6, 7) -> ((2, 3), (1, 1)): neighbouring pieces of the same length together, empty ones left out."""
-    lengths = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
+    lengths = [end - begin for begin, end in pairwise(starts)]
     return tuple((len(list(pieces)), length) for length, pieces in groupby(lengths) if length)
 
 
@@ -255,98 +253,116 @@ def gathered(gradient: Tensor, x: Tensor) -> Tensor:
     return gradient.unflatten(1, (x.shape[1], -1)).sum(2)
 
 
-# ---- which kernels there are -----------------------------------------------------------------------------------------
+# ---- all of them ----------------------------------------------------------------------------------------------------
 
-VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
-# Each is made when it is first asked for: what a package must be imported for is imported then. The words of the table
-# are for messages and pages.
-KERNELS: dict[str, tuple[str, Callable[[], Kernel]]] = {
-    "varlen": (
-        "torch's FlashAttention-2 over pieces of any length",
-        lambda: variable_length(aten._flash_attention_forward, aten._flash_attention_backward),
-    ),
-    "cudnn": ("cuDNN over pieces of any length", lambda: Kernel(cudnn_forward, cudnn_backward)),
-    "dense": (
-        "cuDNN over stacks of same-length pieces",
-        lambda: stack_by_stack(dense_cudnn_forward, dense_cudnn_backward),
-    ),
-    "dense_flash": (
-        "torch's FlashAttention-2 over stacks of same-length pieces",
-        lambda: stack_by_stack(dense_flash_forward, dense_flash_backward),
-    ),
-    "flash_3": ("FlashAttention-3", flash_3),
-    "flash_4": ("FlashAttention-4", flash_4),
-    "plain": ("the formula", lambda: stack_by_stack(plain_forward, plain_backward)),
+# Each is made when it is first asked for: what a package must be imported for is imported then.
+KERNELS: dict[str, Callable[[], Kernel]] = {
+    "varlen": lambda: variable_length(aten._flash_attention_forward, aten._flash_attention_backward),
+    "cudnn": lambda: Kernel(cudnn_forward, cudnn_backward),
+    "dense": lambda: stack_by_stack(dense_cudnn_forward, dense_cudnn_backward),
+    "dense_flash": lambda: stack_by_stack(dense_flash_forward, dense_flash_backward),
+    "flash_3": flash_3,
+    "flash_4": flash_4,
+    "plain": lambda: stack_by_stack(plain_forward, plain_backward),
 }
 
 
 @lru_cache(None)
 def kernel(name: str) -> Kernel:
-    return KERNELS[name][1]()
-
-
-def why_absent(name: str) -> str:
-    """Why a kernel cannot be used with this installation and what helps, as the end of a message; "" where it can."""
-    if name == "varlen" and VERSION < (2, 10):
-        return "needs torch 2.10 or newer; update torch or use --attention sdpa"
-    if name in ("dense", "cudnn") and not (torch.backends.cudnn.enabled and torch.backends.cuda.cudnn_sdp_enabled()):
-        return "cuDNN's attention is switched off here; use --attention varlen"
-    if name == "cudnn" and VERSION < (2, 14):
-        # The backward pass of older versions takes the width of a head for the longest piece and writes past its
-        # buffers (pytorch#186142).
-        return "needs torch 2.14 or newer; update torch or use --attention varlen"
-    modules = {"flash_3": "flash_attn_interface", "flash_4": "flash_attn.cute", "flash_attn": "flash_attn"}
-    if name in modules and not is_importable(modules[name]):
-        return INSTALL[name]
-    return ""
-
-
-INSTALL = {
-    "flash_attn": "the flash-attn package is not installed; `pip install flash-attn --no-build-isolation` (needs a "
-    "compiler), or use --attention varlen",
-    "flash_3": "FlashAttention-3 (the module flash_attn_interface) is not installed; build it from the folder hopper/ "
-    "of the flash-attention repository, or use --attention varlen",
-    "flash_4": "FlashAttention-4 is not installed; `pip install flash-attn-4`, or use --attention varlen",
-}
-
-
-def is_importable(module: str) -> bool:
-    """Whether a module can be found; what stands above it is imported for that, and may fail in its own ways."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except Exception:
-        return False
-
-
-def check_kernel(name: str) -> None:
-    """Raise UserError with the remedy where a chosen kernel is not installed."""
-    if reason := why_absent(name):
-        raise UserError(f"--attention {name}: {reason}")
+    return KERNELS[name]()
 
 
 # ---- the operator ----------------------------------------------------------------------------------------------------
 
 
-def resolve(name: str, q: Tensor, k: Tensor, pieces: Pieces, causal: bool) -> Kernel:
-    return kernel(name)
+@lru_cache(16)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of an NVIDIA GPU; (0, 0) of anything else."""
+    is_nvidia = device.type == "cuda" and not torch.version.hip
+    return torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
+
+
+def call_of(q: Tensor, k: Tensor, pieces: Pieces, causal: bool) -> rule.Call:
+    """What the rule may know of a call."""
+    return rule.Call(
+        capability(q.device), q.dtype, q.shape[1], k.shape[1], q.shape[2], causal,
+        pieces=sum(count for count, _ in pieces.runs), longest=pieces.longest, tokens=len(q), runs=len(pieces.runs),
+    )  # fmt: skip
+
+
+def name_of(asked: str, call: rule.Call) -> str:
+    """The kernel that a call runs on. Forward and backward pass both ask, and nothing that the answer depends on may
+    change between them: what a forward pass learns, it learns of its own call."""
+    if asked == rule.AUTO:
+        return rule.chosen(call)
+    return asked if asked == "plain" or rule.serves(asked, call) else rule.DEFAULT
 
 
 @torch.library.custom_op(OPERATOR, mutates_args=())
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, host_starts: Tensor, longest: int, causal: bool, scale: float,
-    name: str,
+    asked: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of each piece within itself, on the kernel of that name: the output, and what its backward pass needs.
+    """Attention of each piece within itself: the output, and what the backward pass of the same kernel needs.
 
     starts and host_starts (B + 1,): the same numbers on the device and on the CPU, where Python reads them for nothing.
+    `asked`: a kernel's name, which the default stands in for in calls that it does not serve; or `auto`.
     """
     pieces = Pieces(starts, longest, runs_of(tuple(host_starts.tolist())))
-    out, sums = resolve(name, q, k, pieces, causal).forward(q, k, v, pieces, causal, scale)
+    call = call_of(q, k, pieces, causal)
+    name = name_of(asked, call)
+    given = (q, k, v, pieces, causal, scale)
+    if asked == rule.AUTO and name != rule.DEFAULT:
+        out, sums = carefully(name, call, given)
+    else:
+        out, sums = kernel(name).forward(*given)
     return out.contiguous(), sums.contiguous().view(q.shape[1], q.shape[0])
 
 
+def carefully(name: str, call: rule.Call, given: tuple) -> tuple[Tensor, Tensor]:
+    """The forward pass of a kernel that nobody asked for by name, or of the default where that one cannot do it.
+
+    In the first call of its kind it must compute what the default computes. Nobody should lose a run, or learn from
+    wrong gradients, because a library was in the way of the rule.
+    """
+    proof = rule.proof_of(name, call)
+    known = rule.known
+    try:
+        if proof not in known.proved:
+            gap = difference(name, given)
+            known.proved[proof] = gap < LARGEST_GAP
+            if not known.proved[proof]:
+                raise RuntimeError(f"it differs from varlen by {gap:.1e} of the norm")
+        if known.proved[proof]:
+            return kernel(name).forward(*given)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any library
+        known.refused.add((name, call))
+        known.proved.setdefault(proof, False)
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        tqdm.write(f"--attention auto: {rule.WORDS[name]} is not used for {call.bucket}: {told[0]}")
+    return kernel(rule.chosen(call)).forward(*given)
+
+
+LARGEST_GAP = 2e-2  # between two kernels in bf16, of the norm; two right ones differ by 3e-3
+
+
+def difference(name: str, given: tuple) -> float:
+    """How far output and gradients of a kernel are from the default's: the largest share of the norm."""
+    q, k, v, *rest = given
+    # Random numbers of its own: those of the run go on as if nothing had been tried.
+    gradient = torch.randn(q.shape, generator=torch.Generator(q.device).manual_seed(0), device=q.device).to(q.dtype)
+    found = []
+    for one in (rule.DEFAULT, name):
+        out, sums = kernel(one).forward(q, k, v, *rest)
+        found.append([out, *kernel(one).backward(gradient, q, k, v, out, sums, *rest)])
+    gaps = [((mine.float() - other.float()).norm() / other.float().norm()) for other, mine in zip(*found, strict=True)]
+    return torch.stack(gaps).nan_to_num(torch.inf).max().item()
+
+
 @packed_attention.register_fake
-def _(q, k, v, starts, host_starts, longest, causal, scale, name):
+def _(q, k, v, starts, host_starts, longest, causal, scale, asked):
     sums = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), sums
 
@@ -354,23 +370,23 @@ def _(q, k, v, starts, host_starts, longest, causal, scale, name):
 @torch.library.custom_op(OPERATOR + "_backward", mutates_args=())
 def packed_attention_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, starts: Tensor, host_starts: Tensor,
-    longest: int, causal: bool, scale: float, name: str,
+    longest: int, causal: bool, scale: float, asked: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     pieces = Pieces(starts, longest, runs_of(tuple(host_starts.tolist())))
-    run = resolve(name, q, k, pieces, causal).backward
+    run = kernel(name_of(asked, call_of(q, k, pieces, causal))).backward
     of_q, of_k, of_v = run(gradient.contiguous(), q, k, v, out, sums, pieces, causal, scale)
     return of_q.contiguous(), of_k.contiguous(), of_v.contiguous()
 
 
 @packed_attention_backward.register_fake
-def _(gradient, q, k, v, out, sums, starts, host_starts, longest, causal, scale, name):
+def _(gradient, q, k, v, out, sums, starts, host_starts, longest, causal, scale, asked):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
 
 def keep_for_backward(ctx, inputs, output) -> None:
-    q, k, v, starts, host_starts, longest, causal, scale, name = inputs
+    q, k, v, starts, host_starts, longest, causal, scale, asked = inputs
     ctx.save_for_backward(q, k, v, *output, starts, host_starts)
-    ctx.rest = (longest, causal, scale, name)
+    ctx.rest = (longest, causal, scale, asked)
     ctx.set_materialize_grads(False)  # the sums have no gradient, and zeros of their size are not made
 
 
