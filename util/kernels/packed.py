@@ -40,8 +40,8 @@ class Pieces:
 @lru_cache(256)
 def runs_of(starts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """(0, 3, 6, 7) -> ((2, 3), (1, 1)): neighbouring pieces of the same length together, empty ones left out."""
-    lengths = [end - begin for begin, end in pairwise(starts)]
-    return tuple((len(list(pieces)), length) for length, pieces in groupby(lengths) if length)
+    lengths = [end - begin for begin, end in pairwise(starts) if end > begin]
+    return tuple((len(list(pieces)), length) for length, pieces in groupby(lengths))
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,7 @@ class Known:
     fastest: dict[str, str] = field(default_factory=dict)  # bucket -> kernel
     proved: dict[tuple, bool] = field(default_factory=dict)  # (kernel, heads ...) -> whether it computes what it should
     refused: set[tuple[str, Call]] = field(default_factory=set)  # calls that a kernel raised an error for
+    words: str = ""  # for the plan: what a run uses
 
 
 known = Known()
