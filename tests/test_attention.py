@@ -532,3 +532,35 @@ def test_the_lengths_are_those_of_samples_and_of_frames():
 def test_a_cpu_is_not_measured():
     assert not fastest.tells_work_apart(CPU)
     assert packed.capability(CPU) == (0, 0)
+
+
+# ---- the benchmark --------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_reports_every_kernel_and_outlives_one_that_raises(tmp_path, monkeypatch, capsys):
+    from benchmarks import attention as benchmark
+
+    def raises(q, k, v, segments, causal, scale):
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr(rule, "is_importable", lambda module: False)
+    monkeypatch.setitem(BACKENDS, "raises", raises)
+    monkeypatch.setattr(benchmark.attention, "check_backend", lambda name: name == "raises" or check_backend(name))
+    monkeypatch.setattr(benchmark, "REPEATS", 1)
+    monkeypatch.setattr(benchmark, "WARM_UP", 0)
+    out = tmp_path / "attention.json"
+    names = ["plain", "raises", "flash_3"]
+    monkeypatch.setattr("sys.argv", ["attention.py", "--smoke", "--kernels", *names, "--out", str(out)])
+    benchmark.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 3 * 11, "three shapes of the tower and four of each language model"
+    for row in rows:
+        if row["kernel"] == "raises":
+            assert row["failed"] == "RuntimeError: no kernel image"
+        elif row["kernel"] == "flash_3":
+            assert "not installed" in row["absent"]
+        else:
+            assert row["difference"] < 1e-5
+            assert row["difference_of_gradients"] < 1e-5
+            assert min(row[name] for name in ("first_ms", "forward_ms", "both_ms", "tflops")) > 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows) + 1
