@@ -215,14 +215,14 @@ def measure(kind: Kind, device: torch.device) -> dict[str, list[float]]:
     pieces = packed.Pieces(torch.tensor(starts, dtype=torch.int32, device=device), call.longest, packed.runs_of(starts))
     given = (q, k, v, pieces, part.causal, part.width**-0.5)
 
-    def both(kernel: packed.Kernel) -> None:
-        out, sums = kernel.forward(*given)
-        kernel.backward(gradient, q, k, v, out, sums, *given[3:])
+    def both(name: str) -> None:
+        out, sums = packed.forward_by(name, given)
+        packed.kernel(name).backward(gradient, q, k, v, out, sums, *given[3:])
 
     times = {}
     for name in candidates(call):
         try:
-            run = partial(both, packed.kernel(name))
+            run = partial(both, name)
             first = milliseconds(run)
             is_right = name == rule.DEFAULT or packed.difference(name, given) < packed.LARGEST_GAP
             later = statistics.median(milliseconds(run) for _ in range(REPEATS))

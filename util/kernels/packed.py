@@ -116,11 +116,18 @@ def cudnn_forward(q, k, v, pieces, causal, scale):
     out, sums, *_ = aten._cudnn_attention_forward(
         q, k, v, None, starts, starts, longest, longest, True, 0.0, causal, False, scale=scale
     )
+    # (T, H, 1) or (H, T), by the version; the backward pass wants what the forward pass gave.
+    TOKENS_FIRST[q.device] = sums.shape[0] == len(q)
     return out, sums
+
+
+TOKENS_FIRST: dict[torch.device, bool] = {}
 
 
 def cudnn_backward(gradient, q, k, v, out, sums, pieces, causal, scale):
     starts, longest = pieces.starts, pieces.longest
+    if TOKENS_FIRST[q.device]:
+        sums = sums.view(q.shape[0], q.shape[1], 1)
     random_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # nothing is dropped, so it is not read
     return aten._cudnn_attention_backward(
         gradient, q, k, v, out, sums, random_state, random_state, None, starts, starts, longest, longest, 0.0, causal,
@@ -312,19 +319,24 @@ def packed_attention(
     call = call_of(q, k, pieces, causal)
     name = name_of(asked, call)
     given = (q, k, v, pieces, causal, scale)
-    if asked == rule.AUTO and name != rule.DEFAULT:
-        out, sums = carefully(name, call, given)
-    else:
-        out, sums = kernel(name).forward(*given)
+    return carefully(name, call, given) if asked == rule.AUTO else forward_by(name, given)
+
+
+def forward_by(name: str, given: tuple) -> tuple[Tensor, Tensor]:
+    """Output (T, H, D), and the sums as (H, T) numbers in the kernel's own order. RuntimeError for others."""
+    q = given[0]
+    out, sums = kernel(name).forward(*given)
     return out.contiguous(), sums.contiguous().view(q.shape[1], q.shape[0])
 
 
 def carefully(name: str, call: rule.Call, given: tuple) -> tuple[Tensor, Tensor]:
-    """The forward pass of a kernel that nobody asked for by name, or of the default where that one cannot do it.
+    """The forward pass of a kernel that nobody asked for by name, or of another one where that one cannot do it.
 
     In the first call of its kind it must compute what the default computes. Nobody should lose a run, or learn from
     wrong gradients, because a library was in the way of the rule.
     """
+    if name == rule.DEFAULT:
+        return forward_by(name, given)
     proof = rule.proof_of(name, call)
     known = rule.known
     try:
@@ -333,8 +345,7 @@ def carefully(name: str, call: rule.Call, given: tuple) -> tuple[Tensor, Tensor]
             known.proved[proof] = gap < LARGEST_GAP
             if not known.proved[proof]:
                 raise RuntimeError(f"it differs from varlen by {gap:.1e} of the norm")
-        if known.proved[proof]:
-            return kernel(name).forward(*given)
+        return forward_by(name, given)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any library
@@ -342,7 +353,7 @@ def carefully(name: str, call: rule.Call, given: tuple) -> tuple[Tensor, Tensor]
         known.proved.setdefault(proof, False)
         told = str(error).strip().splitlines() or [type(error).__name__]
         tqdm.write(f"--attention auto: {rule.WORDS[name]} is not used for {call.bucket}: {told[0]}")
-    return kernel(rule.chosen(call)).forward(*given)
+    return carefully(rule.chosen(call), call, given)  # each refusal leaves fewer
 
 
 LARGEST_GAP = 2e-2  # between two kernels in bf16, of the norm; two right ones differ by 3e-3
@@ -355,7 +366,7 @@ def difference(name: str, given: tuple) -> float:
     gradient = torch.randn(q.shape, generator=torch.Generator(q.device).manual_seed(0), device=q.device).to(q.dtype)
     found = []
     for one in (rule.DEFAULT, name):
-        out, sums = kernel(one).forward(q, k, v, *rest)
+        out, sums = forward_by(one, given)
         found.append([out, *kernel(one).backward(gradient, q, k, v, out, sums, *rest)])
     gaps = [((mine.float() - other.float()).norm() / other.float().norm()) for other, mine in zip(*found, strict=True)]
     return torch.stack(gaps).nan_to_num(torch.inf).max().item()
