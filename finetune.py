@@ -20,7 +20,7 @@ def train(config: Config) -> str:
 
     from util.checkpoint import Saver, compare_plan, load_checkpoint, read_state, resolve_resume
     from util.collator import Collator, total_counts
-    from util.cost import disk, flops, memory
+    from util.cost import disk, fastest, flops, memory
     from util.cost.measure import measure_all
     from util.data.loader import packed_batches
     from util.data.media import MediaReader
@@ -65,6 +65,7 @@ def train(config: Config) -> str:
 
     # ---- the plan, before anything is loaded or written
     run = Run(config, device, resumed)
+    fastest.choose_kernels(config, model_config, device, dtype, sizes, steps)
     counts = memory.count_parameters(model_config, config)
     needs = memory.forecast(model_config, counts, config, dtype, steps.survey.heaviest)
     print_plan(config, run, path, dtype, counts, needs, samples, sizes, steps, held_out, evaluation)

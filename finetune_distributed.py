@@ -20,7 +20,7 @@ def train(config: Config) -> str:
 
     from util.checkpoint import Saver, compare_plan, load_checkpoint, read_state, resolve_resume
     from util.collator import total_counts
-    from util.cost import disk, flops, memory
+    from util.cost import disk, fastest, flops, memory
     from util.cost.measure import measure_all
     from util.data.loader import packed_batches
     from util.data.media import MediaReader
@@ -70,6 +70,7 @@ def train(config: Config) -> str:
 
     # ---- the plan, before anything is loaded or written
     run = distributed.open_run(config, resumed, world)
+    fastest.choose_kernels(config, model_config, device, dtype, sizes, steps)
     counts = memory.count_parameters(model_config, config)
     shards = distributed.shard_group(config, world)
     needs = memory.forecast(model_config, counts, config, dtype, steps.survey.heaviest, shards)

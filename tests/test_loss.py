@@ -7,7 +7,6 @@ from PIL import Image
 from torch import nn
 from transformers import Qwen2VLForConditionalGeneration
 
-from util.attention import Segments, stacked_sdpa
 from util.collator import Collator
 from util.config import Config
 from util.cost.measure import measure
@@ -236,65 +235,7 @@ def sorted_grids(batch, sample) -> list[tuple[int, ...]]:
     return [tuple(by_kind[medium.is_video].pop(0)) for medium in sample.media]
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [3, 7, 3, 1, 7]])
-def test_packed_attention_is_attention_within_each_segment(causal, lengths):
-    generator = torch.Generator().manual_seed(0)
-    total, heads, shared, width = sum(lengths), 4, 2, 8
-    q = torch.randn(total, heads, width, generator=generator, dtype=torch.float64, requires_grad=True)
-    k, v = (
-        torch.randn(total, shared, width, generator=generator, dtype=torch.float64, requires_grad=True) for _ in "kv"
-    )
-    ours = stacked_sdpa(q, k, v, Segments.of(lengths), causal, scale=0.3)
-
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    allowed = owner[:, None] == owner
-    if causal:
-        allowed &= torch.ones(total, total).tril().bool()
-    keys, values = (x.repeat_interleave(heads // shared, dim=1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, keys) * 0.3
-    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-    theirs = torch.einsum("hqk,khd->qhd", weights, values)
-    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
-    for mine, other in zip(
-        torch.autograd.grad(ours.sin().sum(), (q, k, v)),
-        torch.autograd.grad(theirs.sin().sum(), (q, k, v)),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, other, atol=1e-12, rtol=0)
-
-
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@needs_gpu
-@pytest.mark.parametrize("backend", ["varlen", "flash_attn"])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("heads", "shared", "width"), [(12, 2, 128), (16, 16, 80)])
-def test_packed_attention_on_the_gpu_equals_float32(backend, causal, heads, shared, width):
-    from util import attention
-    from util.command_line import UserError
-
-    try:
-        attention.check_backend(backend)
-    except UserError as error:
-        pytest.skip(str(error))
-    lengths = [300, 17, 300, 1, 1024]
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    shapes = [(sum(lengths), count, width) for count in (heads, shared, shared)]
-    exact = [torch.randn(s, generator=generator, device="cuda").bfloat16().float().requires_grad_() for s in shapes]
-    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
-    segments = Segments.of(lengths).to(torch.device("cuda"))
-    weight = torch.randn(shapes[0], generator=generator, device="cuda")
-    theirs = stacked_sdpa(*exact, segments, causal, scale=width**-0.5)
-    ours = attention.BACKENDS[backend](*rounded, segments, causal, scale=width**-0.5)
-    torch.testing.assert_close(ours.float(), theirs, atol=2e-2, rtol=2e-2)
-    for mine, other in zip(
-        torch.autograd.grad((ours.float() * weight).sum(), rounded),
-        torch.autograd.grad((theirs * weight).sum(), exact),
-        strict=True,
-    ):
-        assert (mine.float() - other).norm() < 1e-2 * other.norm()
 
 
 @needs_gpu

@@ -1,19 +1,20 @@
 """Attention over packed sequences: many samples in one row, each seeing only itself.
 
-`Segments` says where each begins and ends. On a GPU that is `cu_seqlens` for a variable-length kernel; on a CPU
-neighbouring segments of the same length are stacked and go through torch's scaled_dot_product_attention together.
+`Segments` says where each begins and ends. On a GPU a kernel is chosen for each call (util/kernels); on a CPU, and in
+fp32, neighbouring segments of the same length are stacked and go through torch's scaled_dot_product_attention together.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from util.command_line import UserError
+from util.kernels import rule
+from util.kernels.packed import packed_attention
 
 # transformers hands the vision tower's whole row to an attention function in one call only where its name contains
 # "flash"; under any other name it splits the row in a Python loop.
@@ -27,11 +28,13 @@ class Segments:
     cu_seqlens: torch.Tensor  # (B + 1,) int32, where each piece begins; the last entry is the row's length
     max_seqlen: int
     runs: list[tuple[int, int]]  # (n, L): n neighbouring pieces of length L, in the order of the row
+    host_starts: torch.Tensor  # cu_seqlens on the CPU, where a kernel is chosen without asking the device
 
     @classmethod
     def of(cls, lengths: list[int]) -> "Segments":
         runs = [(len(list(pieces)), length) for length, pieces in groupby(lengths)]
-        return cls(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths, default=0), runs)
+        starts = torch.tensor([0, *lengths]).cumsum(0).int()
+        return cls(starts, max(lengths, default=0), runs, starts)
 
     @property
     def lengths(self) -> list[int]:
@@ -39,10 +42,10 @@ class Segments:
         return [*chain.from_iterable([length] * count for count, length in self.runs)]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Segments":
-        return Segments(self.cu_seqlens.to(device, non_blocking=non_blocking), self.max_seqlen, self.runs)
+        return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Segments":
-        return Segments(self.cu_seqlens.pin_memory(), self.max_seqlen, self.runs)
+        return replace(self, cu_seqlens=self.cu_seqlens.pin_memory())
 
 
 def stacked_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, causal: bool, scale: float):
@@ -63,17 +66,6 @@ def stacked_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Se
     return torch.cat([attend(*part) for part in parts])
 
 
-def torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, causal: bool, scale: float):
-    """torch's own variable-length FlashAttention (2.10 and newer), on a GPU in 16 bits. Shapes as `stacked_sdpa`."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    window = (-1, 0) if causal else (-1, -1)
-    # torch 2.12 and newer ask before sharing key-value heads between query heads; 2.11 shares them unasked.
-    grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] and VARLEN_ASKS else {}
-    starts, longest = segments.cu_seqlens, segments.max_seqlen
-    return varlen_attn(q, k, v, starts, starts, longest, longest, window_size=window, scale=scale, **grouped)
-
-
 def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, causal: bool, scale: float):
     """The flash-attn package, where it is installed. Shapes as `stacked_sdpa`."""
     from flash_attn import flash_attn_varlen_func
@@ -82,8 +74,19 @@ def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segm
     return flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, causal=causal, softmax_scale=scale)
 
 
-VARLEN_ASKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
-BACKENDS = {"sdpa": stacked_sdpa, "varlen": torch_varlen, "flash_attn": flash_attn}
+def by_operator(name: str) -> Callable:
+    """Attention on one of the kernels of util/kernels, or on one that is chosen in each call. Shapes as `stacked_sdpa`,
+    on a GPU in 16 bits."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, causal: bool, scale: float):
+        starts, host_starts, longest = segments.cu_seqlens, segments.host_starts, segments.max_seqlen
+        return packed_attention(q, k, v, starts, host_starts, longest, causal, scale, name)[0]
+
+    return attend
+
+
+BACKENDS: dict[str, Callable] = {"sdpa": stacked_sdpa, "flash_attn": flash_attn}
+BACKENDS |= {name: by_operator(name) for name in (rule.AUTO, *rule.WORDS)}
 
 
 def register(backend: str) -> str:
@@ -110,18 +113,5 @@ def register(backend: str) -> str:
 
 def check_backend(backend: str) -> None:
     """Raise UserError with the remedy where a chosen backend is not installed."""
-    if backend == "flash_attn":
-        try:
-            import flash_attn  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "--attention flash_attn: the flash-attn package is not installed; "
-                "`pip install flash-attn --no-build-isolation` (needs a compiler), or use --attention varlen"
-            ) from None
-    if backend == "varlen":
-        try:
-            import torch.nn.attention.varlen  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "--attention varlen needs torch 2.10 or newer; update torch or use --attention sdpa"
-            ) from None
+    if backend not in ("sdpa", rule.AUTO):
+        rule.check(backend)

@@ -100,8 +100,13 @@ class Config(
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = setting(
         "auto", "precision of compute; auto: bfloat16 on a GPU that has it, else float32", group="model"
     )
-    attention: Literal["auto", "varlen", "sdpa", "flash_attn"] = setting(
-        "auto", "packed attention; auto: varlen on an NVIDIA GPU, else sdpa", group="model", harmless=True
+    attention: Literal[
+        "auto", "varlen", "sdpa", "flash_attn", "dense", "dense_flash", "cudnn", "flash_3", "flash_4"
+    ] = setting(
+        "auto",
+        "packed attention; auto: the quickest kernel for each call on an NVIDIA GPU, else sdpa",
+        group="model",
+        harmless=True,
     )
     device: str = setting("auto", "cuda, cuda:1, cpu; auto: the GPU where there is one", group="model", harmless=True)
 
@@ -262,7 +267,7 @@ class Config(
         if self.eval_samples and not self.eval_data:
             found.append(f"--eval_samples {self.eval_samples} needs --eval_data")
         on_cpu = self.device == "cpu"
-        if self.attention in ("varlen", "flash_attn") and (on_cpu or self.dtype in ("float32", "float64")):
+        if self.attention not in ("auto", "sdpa") and (on_cpu or self.dtype in ("float32", "float64")):
             found.append(f"--attention {self.attention} needs a GPU and --dtype bfloat16; use --attention sdpa")
         if self.optimizer != "adamw" and on_cpu:
             found.append(f"--optimizer {self.optimizer} needs a GPU; use --optimizer adamw")

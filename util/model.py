@@ -64,11 +64,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The packed attention backend: `auto` is varlen on an NVIDIA GPU in 16 bits, else sdpa. Raises UserError."""
+    """The packed attention backend: `auto`, a kernel for each call, on an NVIDIA GPU in 16 bits, else sdpa.
+
+    Raises UserError.
+    """
     fits = device.type == "cuda" and dtype == torch.bfloat16
     if name == "auto":
-        # sdpa is exact everywhere; what varlen gives on AMD's GPUs was never compared with it
-        name = "varlen" if fits and not torch.version.hip else "sdpa"
+        # sdpa is exact everywhere; what the kernels give on AMD's GPUs was never compared with it
+        name = "auto" if fits and not torch.version.hip else "sdpa"
     elif name != "sdpa" and not fits:
         raise UserError(f"--attention {name} needs a GPU and --dtype bfloat16; use --attention sdpa")
     attention.check_backend(name)

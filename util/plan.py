@@ -17,8 +17,8 @@ from util.data import bad_samples
 from util.data.entries import text_of
 from util.data.loader import worker_count
 from util.dataset import Samples
+from util.kernels import rule
 from util.log import Run
-from util.model import choose_attention
 from util.results import show
 from util.results.evaluate import scoring_in_words
 from util.run_folder import relative
@@ -68,8 +68,8 @@ def of_the_model(config: Config, path: str, device: torch.device, dtype: torch.d
         "model": f"{relative(Path(path)) if Path(path).exists() else path}, {total / 1e6:,.2f} M parameters",
         "parts": ", ".join(part_in_words(part, config, counts) for part in PARTS),
         "device": f"{device_in_words(device)}, {free_bytes(device) / GIB:.1f} GiB free",
-        "precision": f"{precision_in_words(config, device, dtype)}; "
-        f"attention {choose_attention(config.attention, device, dtype)}",
+        "precision": precision_in_words(config, device, dtype),
+        "attention": rule.known.words,
         "compile": compilation.in_words(config.compile, device),
     }
 

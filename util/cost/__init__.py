@@ -1,7 +1,8 @@
-"""What is known before training: the size of every sample, memory, work, and room on the disk.
+"""What is known before training: the size of every sample, memory, work, room on the disk, and the
+fastest attention kernel.
 
 Enters: samples, read from file headers alone, and the model's config. Leaves: `Sizes`, FLOPs, a forecast in bytes, and
 UserError where it cannot fit.
 
-May import: ground, walk, loop, data, adapters.
+May import: ground, walk, loop, data, adapters, kernels.
 """

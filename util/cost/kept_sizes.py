@@ -33,12 +33,12 @@ CODE = ("conversation", "dataset", "vision", "cost/kept_sizes", "cost/measure", 
 NO_FILE = (-2, -2)  # in place of size and time
 
 
-def folder_of(config) -> Path:
-    """Where the sizes that a run finds are kept: in `--cache_dir`, else beside the run."""
+def folder_of(config, kind: str = FOLDER) -> Path:
+    """Where what a run finds before training is kept for the next one: in `--cache_dir`, else beside the run."""
     if config.cache_dir:
-        return Path(config.cache_dir).expanduser() / FOLDER
+        return Path(config.cache_dir).expanduser() / kind
     runs = Path(config.output_dir).parent if config.output_dir else run_folder.RUNS
-    return runs / f".{FOLDER}"
+    return runs / f".{kind}"
 
 
 # ---- the media files of a sample and their state --------------------------------------------------------------------
