@@ -44,7 +44,7 @@ def profiled(step: Callable[[], object], device: torch.device) -> dict:
         of_device = event.device_type == torch.autograd.DeviceType.CUDA
         if of_device != on_gpu or event.is_user_annotation or event.name.startswith("Optimizer.step"):
             continue  # of a range that someone named, the kernels within count
-        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        microseconds = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
         kernels.setdefault(event.name, []).append(microseconds / 1000)
         begins.append(event.time_range.start)
         ends.append(event.time_range.end)

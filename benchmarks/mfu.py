@@ -4,9 +4,9 @@
     python benchmarks/mfu.py --size 2b --cases load_20480_40960:1 --fresh --rows memory.jsonl --lora_rank 16
     python benchmarks/mfu.py --size tiny --cases text:2 mixed:1 --device cpu
 
-A case is KIND:MICRO_BATCHES or KIND:MICRO_BATCHES:MAX_TOKENS; kinds are those of drawn.py. Weights are random, made on the
-device, and prepared by the functions that finetune.py calls; batches are drawn and pinned before the clock starts. Every
-flag of finetune.py works too (--attention, --activation_checkpointing, --optimizer, --lora_rank, --freeze ...).
+A case is KIND:MICRO_BATCHES or KIND:MICRO_BATCHES:MAX_TOKENS; kinds are those of drawn.py. Weights are random, made on
+the device, and prepared by the functions that finetune.py calls; batches are drawn and pinned before the clock starts.
+Every flag of finetune.py works too (--attention, --activation_checkpointing, --optimizer, --lora_rank, --freeze ...).
 FLOPs are those of cost/flops.py: the vision tower counts, what is computed twice does not. Each case is a row of JSON,
 written as soon as it is measured; one that fails is a row that says why, and the next one goes on with a new model.
 """
@@ -38,7 +38,7 @@ from benchmarks.report import origin
 from benchmarks.rows import write_row
 from benchmarks.train_step import SCALES, describe_model, random_model, release, training_step
 from util.adapters.settings import untrained_parts
-from util.command_line import UserError, run_command
+from util.command_line import run_command
 from util.config import Config, parse_arguments
 from util.cost import flops, memory
 from util.log import versions
@@ -134,7 +134,7 @@ class Clock:
         return found
 
 
-# By the mark at which an interval ends: what the device has done in it. Looking up words and their gradient count to the
+# By the mark at which an interval ends: what the device has done in it. Looking up words, and its gradient, count to the
 # tower, as both stand between the same marks.
 INTERVALS = {
     "embedded": "tower",

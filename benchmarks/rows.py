@@ -4,6 +4,8 @@ python benchmarks/rows.py OUT/rows.jsonl                    the rows of a sessio
 python benchmarks/rows.py OUT/rows.jsonl --tests tests.xml  first adds a row with what pytest found
 """
 
+# ruff: noqa: E402
+
 import argparse
 import json
 import sys
