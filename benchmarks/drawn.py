@@ -34,7 +34,10 @@ class Drawn:
 
 
 class Drawer:
-    """Draws samples of a kind, ids uniform in the vocabulary. `shrink` divides lengths of texts and sides of images, for models that are tiny."""
+    """Draws samples of a kind, ids uniform in the vocabulary.
+
+    `shrink` divides lengths of texts and sides of images, for models that are tiny.
+    """
 
     def __init__(self, kind: str, seed: int, vocabulary: int, shrink: int = 1) -> None:
         self.kind = kind

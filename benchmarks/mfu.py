@@ -1,6 +1,6 @@
 """How near does a training step come to what the device can do? Speed, model FLOPs utilisation (MFU) and peak memory.
 
-    python benchmarks/mfu.py --size 2b --cases text:4 images_448:4 --compiled yes --rows mfu.jsonl --profile profile.json
+    python benchmarks/mfu.py --size 2b --cases text:4 images_448:4 --compiled yes --rows rows.jsonl --profile time.json
     python benchmarks/mfu.py --size 2b --cases load_20480_40960:1 --fresh --rows memory.jsonl --lora_rank 16
     python benchmarks/mfu.py --size tiny --cases text:2 mixed:1 --device cpu
 
@@ -32,18 +32,25 @@ import json
 
 import torch
 
-import util.model
 from benchmarks import drawn, kernels
 from benchmarks.report import origin
 from benchmarks.rows import write_row
-from benchmarks.train_step import SCALES, describe_model, random_model, release, training_step
+from benchmarks.train_step import (
+    SCALES,
+    describe_model,
+    kept_dtype,
+    new_optimizer,
+    random_model,
+    release,
+    training_step,
+)
+from util.adapters import lora
 from util.adapters.settings import untrained_parts
 from util.command_line import run_command
 from util.config import Config, parse_arguments
 from util.cost import flops, memory
 from util.log import versions
-from util.model import build_model, choose_device, choose_dtype
-from util.optimizer import build_optimizer
+from util.model import choose_device, choose_dtype, prepare_model
 
 GIB = memory.GIB
 SHRINK = {"tiny": 16}  # of texts and images, for models that are not of a published size
@@ -134,8 +141,8 @@ class Clock:
         return found
 
 
-# By the mark at which an interval ends: what the device has done in it. Looking up words, and its gradient, count to the
-# tower, as both stand between the same marks.
+# By the mark at which an interval ends: what the device has done in it. Looking up words, and its gradient, count to
+# the tower, as both stand between the same marks.
 INTERVALS = {
     "embedded": "tower",
     "rows ready": "language_model",
@@ -178,22 +185,16 @@ def seconds_of_parts(clock: Clock, steps: int) -> dict[str, float]:
 
 
 class Trained:
-    """A model with random weights and its optimizer, made by the functions of finetune.py."""
+    """A model with random weights, made on the device, and its optimizer, prepared by the functions of finetune.py."""
 
-    def __init__(self, own: argparse.Namespace, config: Config, described: tuple, device: torch.device) -> None:
+    def __init__(self, config: Config, described: tuple, device: torch.device, micro_batches: int) -> None:
         model_config, processor = described
-
-        def load_random(path: str, dtype: torch.dtype, where: torch.device):
-            # made on the GPU even where the weights are wanted on the CPU, since there it would take a minute
-            return random_model(model_config, config.seed, device, dtype).to(where)
-
-        load_weights = util.model.load_weights
-        util.model.load_weights = load_random
-        try:
-            self.model = build_model(config, "random weights", processor, device)
-        finally:
-            util.model.load_weights = load_weights
-        self.optimizer = build_optimizer(self.model, config)
+        model = random_model(model_config, config.seed, device, kept_dtype(config, device))
+        if config.quantize != "none":
+            lora.quantise(model.to("cpu"), device)
+        self.model = prepare_model(model.to(device), config, processor, device)
+        self.optimizer = new_optimizer(self.model, config, micro_batches)
+        self.has_several = micro_batches > 1
         self.clock = Clock(device)
         watch_parts(self.model, lambda name: self.clock.mark(name))
         self.done = 0
@@ -319,11 +320,12 @@ def main(arguments: list[str]) -> None:
         if own.seconds and time.monotonic() - STARTED > own.seconds:
             write_row(own.rows, {**row, "error": "not measured: no time was left", **common})
             continue
-        if own.fresh:
+        # gradients of several micro-batches are added up in another precision than those of one
+        if trained and (own.fresh or trained.has_several != (case.micro_batches > 1)):
             trained = None
             forget(device)
         try:
-            trained = trained or Trained(own, config, described, device)
+            trained = trained or Trained(config, described, device, case.micro_batches)
             row |= measure(trained, case, own, config, described[0], device, row)
         except Exception as error:  # whatever it is, the rows after it are worth having
             row["error"] = f"{type(error).__name__}: {error}"[:2000]
