@@ -9,8 +9,8 @@
 #
 # Flags after OUT go to each measurement, so that all of it can be rehearsed: --size tiny --device cpu
 # From the environment: QWEN2_VL_REFERENCE (config and tokenizer files of the official models), WHEELS (a folder of
-# wheels that this machine lacks), GIT_COMMIT (where there is no git), LIMIT (seconds of a call), PYTHON, and RUNNER
-# (what starts a script in place of python).
+# wheels that this machine lacks), GIT_COMMIT (where there is no git), LIMIT (seconds of a call), PYTHON, RUNNER (what
+# starts a script in place of python) and NO_PROFILE (any word: no step is profiled).
 # OUT/rows.jsonl grows by a line as each row is measured; a row that fails says why, and the next one goes on.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -61,16 +61,22 @@ tests_call() {
     run "tests" -m pytest "${files[@]}" --gpu -v -p no:cacheprovider --junitxml "$out/tests.xml"
     "$python" benchmarks/rows.py "$rows" --tests "$out/tests.xml"
     if [ -f benchmarks/attention.py ]; then
-        run "attention" benchmarks/attention.py --out "$out/attention.json"
+        run "attention" benchmarks/attention.py --out "$out/attention.json" ${extra[@]+--smoke}
     fi
 }
 
 mfu_call() {
     local kinds=(text images_448 images_896 mixed)
-    mfu "compiled" --size 2b --compiled yes --cases "${kinds[@]/%/:4}" --profile "$out/profile_compiled.json"
-    mfu "eager" --size 2b --compiled no --cases "${kinds[@]/%/:4}" --profile "$out/profile_eager.json"
-    mfu "compiled, 1 micro-batch" --size 2b --compiled yes --cases "${kinds[@]/%/:1}" text:1:32768 text:4:8192
-    mfu "eager, 1 micro-batch" --size 2b --compiled no --cases "${kinds[@]/%/:1}"
+    local compiled=(--size 2b --compiled yes) eager=(--size 2b --compiled no)
+    local profiled_compiled=(--profile "$out/profile_compiled.json") profiled_eager=(--profile "$out/profile_eager.json")
+    if [ -n "${NO_PROFILE:-}" ]; then # a GPU that torch's profiler cannot ask
+        profiled_compiled=()
+        profiled_eager=()
+    fi
+    mfu "compiled" "${compiled[@]}" --cases "${kinds[@]/%/:4}" ${profiled_compiled[@]+"${profiled_compiled[@]}"}
+    mfu "eager" "${eager[@]}" --cases "${kinds[@]/%/:4}" ${profiled_eager[@]+"${profiled_eager[@]}"}
+    mfu "compiled, 1 micro-batch" "${compiled[@]}" --cases "${kinds[@]/%/:1}" text:1:32768 text:4:8192
+    mfu "eager, 1 micro-batch" "${eager[@]}" --cases "${kinds[@]/%/:1}"
 }
 
 memory_call() {
@@ -100,11 +106,12 @@ seven_call() {
 }
 
 peers_call() {
-    local common=(--size 2b --data mixed --global_batch_size 16 --num_workers 8)
-    run "plain loop" benchmarks/train_step.py "${common[@]}" --compare --blocks 2 --steps 4 --warmup 2 \
-        --micro_batch_size 4 --rows "$rows" --out "$out/step_2b_mixed.json" ${extra[@]+"${extra[@]}"}
+    local common=(--size 2b --data mixed --num_workers 8 --blocks 2 --warmup 2 --out "$out/peers.json")
     if [ -f benchmarks/peers.py ]; then
-        run "peers" benchmarks/peers.py "${common[@]}" --out "$out/peers_2b_mixed.json" ${extra[@]+"${extra[@]}"}
+        run "peers" benchmarks/peers.py "${common[@]}" --samples 64 ${extra[@]+"${extra[@]}"}
+    else
+        run "peers" benchmarks/train_step.py "${common[@]}" --steps 4 --compare --rows "$rows" \
+            ${extra[@]+"${extra[@]}"}
     fi
 }
 
