@@ -35,7 +35,7 @@ from util.model import choose_device
 from util.run_folder import read_metrics
 from util.tiny_model import make_tiny_model
 
-PROCESSOR_FILES = "chat_template.json generation_config.json preprocessor_config.json tokenizer.json".split()
+PROCESSOR_FILES = ["chat_template.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"]
 PROCESSOR_FILES += ["tokenizer_config.json"]
 BATCH = 8
 STOPPED_AND_SAVED = 3  # the exit code of such a run
