@@ -214,9 +214,7 @@ def measure(trained: Trained, case: Case, own, config: Config, model_config, dev
     drawer = drawn.Drawer(case.kind, config.seed, model_config.text_config.vocab_size, SHRINK.get(own.size, 1))
     tokens = case.max_tokens or config.max_tokens
     steps = [drawer.step(case.micro_batches, tokens, on_gpu) for _ in range(max(1, min(3, own.steps)))]
-    begin["data"] = {
-        "tokens": steps[0].loads, "samples": len(steps[0].sizes), "batches": "tokens, patches, supervised of each"
-    }  # fmt: skip
+    begin["data"] = {"loads": steps[0].loads, "samples": len(steps[0].sizes)}  # tokens, patches, supervised of each
     begin["forecast_gib"] = round(forecast_gib(model_config, config, device, steps), 3)
     began = time.perf_counter()
     warm = []
