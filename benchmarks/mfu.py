@@ -15,6 +15,7 @@ written as soon as it is measured; one that fails is a row that says why, and th
 import argparse
 import dataclasses
 import gc
+import inspect
 import statistics
 import sys
 import time
@@ -288,7 +289,10 @@ def forecast_gib(model_config, config: Config, device: torch.device, steps: list
     dtype = choose_dtype(config.dtype, device)
     counts = memory.count_parameters(model_config, config)
     loads = [load for step in steps for load in step.loads]
-    return sum(memory.forecast(model_config, counts, config, dtype, loads).values()) / GIB
+    known = inspect.signature(memory.forecast).parameters
+    told = {"passes": len(steps[0].loads), "device": device}
+    told = {name: value for name, value in told.items() if name in known}
+    return sum(memory.forecast(model_config, counts, config, dtype, loads, **told).values()) / GIB
 
 
 def changed_settings(config: Config) -> dict:
