@@ -10,7 +10,8 @@
 # Flags after OUT go to each measurement, so that all of it can be rehearsed: --size tiny --device cpu
 # From the environment: QWEN2_VL_REFERENCE (config and tokenizer files of the official models), WHEELS (a folder of
 # wheels that this machine lacks), GIT_COMMIT (where there is no git), LIMIT (seconds of a call), PYTHON, RUNNER (what
-# starts a script in place of python) and NO_PROFILE (any word: no step is profiled).
+# starts a script in place of python) and UNREAL (any word: a GPU whose numbers mean nothing; no step is profiled there
+# and no losses are compared).
 # OUT/rows.jsonl grows by a line as each row is measured; a row that fails says why, and the next one goes on.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -69,7 +70,7 @@ mfu_call() {
     local kinds=(text images_448 images_896 mixed)
     local compiled=(--size 2b --compiled yes) eager=(--size 2b --compiled no)
     local profiled_compiled=(--profile "$out/profile_compiled.json") profiled_eager=(--profile "$out/profile_eager.json")
-    if [ -n "${NO_PROFILE:-}" ]; then # a GPU that torch's profiler cannot ask
+    if [ -n "${UNREAL:-}" ]; then
         profiled_compiled=()
         profiled_eager=()
     fi
@@ -84,7 +85,8 @@ memory_call() {
     local once=(--size 2b --fresh --warmup 2 --steps 2)
     mfu "memory" "${once[@]}" --cases "${loads[@]}"
     mfu "memory, checkpointing" "${once[@]}" --cases "${loads[@]}" --activation_checkpointing full
-    run "real run" benchmarks/real_run.py --size 2b --rows "$rows" ${extra[@]+"${extra[@]}"}
+    run "real run" benchmarks/real_run.py --size 2b --rows "$rows" ${UNREAL:+--no_comparison} \
+        ${extra[@]+"${extra[@]}"}
     mfu "memory, LoRA" "${once[@]}" --cases "${loads[@]}" --lora_rank 16
     mfu "memory, frozen tower" "${once[@]}" --cases "${loads[@]}" --freeze vision
     mfu "memory, QLoRA" "${once[@]}" --cases "${loads[@]}" --lora_rank 16 --quantize nf4

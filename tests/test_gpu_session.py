@@ -245,9 +245,7 @@ def test_a_call_runs_to_its_end_on_a_gpu_that_is_not_there(call, phantom, reques
     request.getfixturevalue("official_processor")  # its folder holds the published config
     folder = Path(os.environ.get("PHANTOM_GPU", ROOT.parent / "shared" / "phantom_gpu"))
     flags = ["--layers", "2", "--steps", "4" if call == "memory" else "1"]
-    if call == "memory":
-        flags.append("--no_comparison")
-    environment = {"RUNNER": str(folder / "run"), "PHANTOM_GIB": "139", "NO_PROFILE": "yes", "LIMIT": "3000"}
+    environment = {"RUNNER": str(folder / "run"), "PHANTOM_GIB": "139", "UNREAL": "yes", "LIMIT": "3000"}
     done = session(call, tmp_path, *flags, PYTHONPATH=str(ROOT), **environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     failed = [row for row in read(tmp_path) if "error" in row]
