@@ -303,6 +303,7 @@ def changed_settings(config: Config) -> dict:
 
 def main(arguments: list[str]) -> None:
     own, config = parse(arguments)
+    getattr(memory, "use_expandable_segments", lambda: None)()  # as a training does
     device = choose_device(config.device)
     described = describe_model(own)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
