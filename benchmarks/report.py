@@ -22,14 +22,14 @@ def origin(
 
     In the command, a file of the user's own (`private`), or anything with a whole path, is FILE.
     `device`: what the figures are of, where it is not this machine's CPU.
-    `checkout`: whose commit it is, where it is not that of this script.
+    `checkout`: whose commit it is, where it is not that of this script. GIT_COMMIT says it where there is no git.
     """
     private = {str(path) for path in private}
     shown = ["FILE" if argument in private or os.path.isabs(argument) else argument for argument in arguments]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=False)
     return {
         "command": shlex.join(["python", f"benchmarks/{script}", *shown]),
-        "commit": commit.stdout.strip() or None,
+        "commit": os.environ.get("GIT_COMMIT") or commit.stdout.strip() or None,
         "device": device or processor_name(),
     }
 

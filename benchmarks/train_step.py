@@ -15,6 +15,7 @@ import argparse
 import copy
 import dataclasses
 import gc
+import inspect
 import json
 import math
 import os
@@ -38,7 +39,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from benchmarks import plain_loop
 from benchmarks.report import origin, write_result
-from util.collator import Collator
+from benchmarks.rows import write_row
+from util.collator import Batch, Collator
 from util.command_line import UserError, run_command
 from util.config import Config, parse_arguments
 from util.cost import flops
@@ -95,12 +97,20 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     )
     parser.add_argument("--layers", type=int, help="only this many layers in the tower and in the language model")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
+    parser.add_argument(
+        "--rows", type=Path, help="append a line of JSON for each block here, as soon as it is measured"
+    )
     own, others = parser.parse_known_args(arguments)
     # Both loops load their data in the same process unless told otherwise, and keep one learning rate.
     defaults = ["--num_workers", "0", "--schedule", "constant", "--warmup_ratio", "0"]
     if own.size == "tiny":
         defaults += ["--min_pixels", "3136"]
     return own, parse_arguments(summary, defaults + others)
+
+
+def paths_of(own: argparse.Namespace) -> dict[str, str | None]:
+    """The paths among the arguments as text, which JSON knows."""
+    return {name: str(path) if path else None for name, path in vars(own).items() if name in ("out", "rows")}
 
 
 # ---- model and data --------------------------------------------------------------------------------------------------
@@ -136,12 +146,14 @@ def cut(model_config: Qwen2VLConfig, layers: int | None) -> Qwen2VLConfig:
     return model_config
 
 
-def random_model(model_config: Qwen2VLConfig, seed: int, device: torch.device) -> Qwen2VLForConditionalGeneration:
-    """The model in fp32, made on the device: the same weights for the same seed."""
+def random_model(
+    model_config: Qwen2VLConfig, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Qwen2VLForConditionalGeneration:
+    """The model in `dtype`, made on the device: the same weights for the same seed."""
     torch.manual_seed(seed)
     with device:
         return Qwen2VLForConditionalGeneration._from_config(
-            copy.deepcopy(model_config), attn_implementation="sdpa", dtype=torch.float32
+            copy.deepcopy(model_config), attn_implementation="sdpa", dtype=dtype
         )
 
 
@@ -217,7 +229,7 @@ def our_loop(work: Work) -> Iterator[float]:
     """The loop of finetune.py, line by line, without its log; yields the loss of each step."""
     config, device, steps = work.config, work.device, work.steps
     model = prepare_model(work.model(), config, work.processor, device)
-    optimizer = build_optimizer(model, config, max(map(len, steps)))
+    optimizer = new_optimizer(model, config, max(map(len, steps)))
     loader = DataLoader(
         work.samples,
         batch_sampler=[micro for step in steps for micro in step],
@@ -228,20 +240,61 @@ def our_loop(work: Work) -> Iterator[float]:
     batches = iter(loader)
     for number, step in enumerate(steps, 1):
         micro_batches = [next(batches) for _ in step]
+        yield training_step(model, optimizer, micro_batches, number, len(steps), config, device)["loss"]
 
-        supervised_tokens = sum(len(batch.target_ids) for batch in micro_batches)
-        loss_sum = torch.zeros((), device=device)
-        for batch in micro_batches:
-            batch_loss_sum = model(batch.to(device))
-            (batch_loss_sum / supervised_tokens).backward()
-            loss_sum += batch_loss_sum.detach()
 
-        grad_norm = clip_gradient(model, optimizer, config.max_grad_norm)
-        set_learning_rate(optimizer, number - 1, len(steps), config)
-        optimizer.step()
-        optimizer.zero_grad()
-        grad_norm.item()  # the log reads it
-        yield loss_sum.item() / supervised_tokens
+# Whether a bf16 weight lies in the model as such, with the bits beside it that make it an exact fp32.
+HAS_HALVES = len(inspect.signature(clip_gradient).parameters) == 3
+
+
+def new_optimizer(model, config: Config, micro_batches: int) -> torch.optim.Optimizer:
+    """`micro_batches`: the most of a step."""
+    return build_optimizer(model, config, *([micro_batches] if HAS_HALVES else []))
+
+
+def kept_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The precision in which `prepare_model` takes weights that were published in bf16, as they all were."""
+    dtype = choose_dtype(config.dtype, device)
+    return dtype if config.lora_rank or HAS_HALVES else torch.promote_types(dtype, torch.float32)
+
+
+def training_step(
+    model,
+    optimizer,
+    micro_batches: list[Batch],
+    number: int,
+    total: int,
+    config: Config,
+    device: torch.device,
+    mark: Callable[[str], None] = lambda name: None,
+) -> dict[str, float]:
+    """A step of the loop of finetune.py, line by line, without its guard and its log.
+
+    Returns the loss and the norm, which the log reads, and the seconds for which the host waited to read them: where
+    they are few, the host was late and not the device. `mark` is called where a part of the step begins or ends.
+    """
+    supervised_weight = sum(batch.counts["supervised_weight"] for batch in micro_batches)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in micro_batches:
+        batch = batch.to(device)
+        mark("pass begins")
+        batch_loss_sum = model(batch)
+        mark("forward ends")
+        if batch_loss_sum.requires_grad:
+            (batch_loss_sum / supervised_weight).backward()
+        loss_sum += batch_loss_sum.detach()
+        mark("pass ends")
+
+    norm = clip_gradient(model, *([optimizer] if HAS_HALVES else []), config.max_grad_norm)
+    began = time.perf_counter()
+    grad_norm = norm.item()
+    set_learning_rate(optimizer, number - 1, total, config)
+    loss = loss_sum.item() / supervised_weight
+    waited = time.perf_counter() - began
+    optimizer.step()
+    optimizer.zero_grad()
+    mark("step ends")
+    return {"loss": loss, "grad_norm": grad_norm, "host_wait_seconds": waited}
 
 
 def the_plain_loop(work: Work) -> Iterator[float]:
@@ -361,6 +414,10 @@ def main(arguments: list[str]) -> None:
         for _ in range(own.blocks):
             for name, loop in loops.items():
                 blocks[name].append(measure_block(loop, work, own.warmup))
+                row = blocks[name][-1] or {"error": "out of memory"}
+                write_row(
+                    own.rows, {"row": f"{own.size} {own.data}, {name}", **row, **origin("train_step.py", arguments)}
+                )
 
     measured = [index for step in steps[own.warmup :] for micro in step for index in micro]
     tokens = sum(sizes[index].tokens for index in measured)
@@ -375,7 +432,7 @@ def main(arguments: list[str]) -> None:
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "dtype": str(work.dtype).removeprefix("torch."),
-        "settings": {**vars(own), "out": str(own.out) if own.out else None, "config": dataclasses.asdict(config)},
+        "settings": {**vars(own), **paths_of(own), "config": dataclasses.asdict(config)},
         "data": {
             "samples": len(measured),
             "tokens": tokens,

@@ -14,16 +14,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the processes that tests sta
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption("--gpu", action="store_true", help="run only the tests that need a GPU")
 
 
 def pytest_collection_modifyitems(config, items):
     # Two processes of pytest-xdist take whole files: the longest first, so that both end at about the same time
     longest = ("test_scripts", "test_distributed", "test_faults", "test_matrix", "test_survival", "test_hub")
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
+    if config.getoption("--gpu"):
+        items[:] = [item for item in items if needs_a_gpu(item)]
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+
+
+def needs_a_gpu(item: pytest.Item) -> bool:
+    return any("needs a GPU" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif"))
 
 
 @pytest.fixture(scope="session")
