@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 
 REMAINDER = "missing_bits"  # the attribute of a bf16 parameter that holds its remainder, int16
@@ -209,6 +208,8 @@ MOST_GRAPHS = 64  # one for each list of other shapes: layers, blocks, the rest,
 
 def compiled_update() -> Callable:
     """`update` as few fused kernels, which read and write each tensor once; as it is where it cannot be compiled."""
+    from torch._dynamo.exc import TorchDynamoException  # not at the top, as it takes long to import
+
     compiled = torch.compile(update, fullgraph=True, dynamic=False)
     works = True
 
