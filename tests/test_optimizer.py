@@ -227,7 +227,7 @@ def test_states_are_loaded_as_the_optimizer_made_them(kind, dtype, tiny_path, pr
                 assert other == value, told
 
 
-@pytest.mark.parametrize("name, package", [("adamw_8bit", "bitsandbytes"), ("adamw_flash", "flashoptim")])
+@pytest.mark.parametrize(("name", "package"), [("adamw_8bit", "bitsandbytes"), ("adamw_flash", "flashoptim")])
 def test_a_small_optimizer_says_what_it_needs(name, package, tiny_path, processor, monkeypatch):
     with pytest.raises(UserError, match=f"--optimizer {name} needs a GPU; use --optimizer adamw"):
         Config(device="cpu", optimizer=name)
