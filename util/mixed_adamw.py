@@ -11,6 +11,7 @@ weight is cast or copied for a pass, and no fp32 copy of all weights ever exists
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -121,16 +122,18 @@ class MixedAdamW(torch.optim.Optimizer):
     ) -> None:
         """`groups`: each with "params", "weight_decay" and "lr"."""
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.01, "betas": betas, "eps": eps, "fused": False})
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        parameters = parameters_of(self.param_groups)
         self.together = together or [[parameter] for parameter in parameters]
         self.gradient_factor: torch.Tensor | None = None  # of the next step's gradients: see `clip_gradient`
         self.update = compiled_update() if parameters[0].device.type == "cuda" else update
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        lists = [[parameter for parameter in listed if parameter.grad is not None] for listed in self.together]
-        trained = [parameter for listed in lists for parameter in listed]
+        group_of: dict[nn.Parameter, dict] = {}
+        for group in self.param_groups:
+            group_of |= dict.fromkeys(group["params"], group)
+        lists = list(map(with_gradient, self.together))
+        trained = list(chain.from_iterable(lists))
         if not trained:
             return
         device = trained[0].device
@@ -170,6 +173,15 @@ class MixedAdamW(torch.optim.Optimizer):
         gradients: Any = [parameter.grad for parameter in parameters]
         weights = [parameter.detach() for parameter in parameters]
         self.update(weights, remainders, means, squares, gradients, numbers, factor, *self.defaults["betas"])
+
+
+def parameters_of(groups: Iterable[dict]) -> list[nn.Parameter]:
+    """Of an optimizer's groups."""
+    return list(chain.from_iterable(group["params"] for group in groups))
+
+
+def with_gradient(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters if parameter.grad is not None]
 
 
 def update(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from util.command_line import UserError
-from util.mixed_adamw import REMAINDER, exact_value, set_exact_value
+from util.mixed_adamw import REMAINDER, exact_value, parameters_of, set_exact_value
 
 
 def eight_bit_adamw(groups: list[dict]) -> torch.optim.Optimizer:
@@ -54,7 +54,7 @@ def flash_adamw(groups: list[dict]) -> torch.optim.Optimizer:
     class ClippedFlashAdamW(ClippedAndKept, FlashAdamW):
         pass
 
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    parameters = parameters_of(groups)
     is_narrow = parameters[0].dtype == torch.bfloat16
     made = ClippedFlashAdamW(groups, betas=(0.9, 0.999), master_weight_bits=24 if is_narrow else None)
     for parameter in parameters:
@@ -116,9 +116,9 @@ def set_bits_of_flash(optimizer: torch.optim.Optimizer, parameter: nn.Parameter)
 
 
 def in_fp32(gradient: Any, factor: torch.Tensor | None) -> torch.Tensor:
-    """A gradient for its update: times the factor by which all are clipped."""
+    """A gradient for its update: times the factor by which all are clipped. One in fp32 is scaled in place."""
     wide = gradient.float()
-    return wide if factor is None else wide * factor
+    return wide if factor is None else wide.mul_(factor)
 
 
 BUILD = {"adamw_8bit": eight_bit_adamw, "adamw_flash": flash_adamw}
