@@ -6,6 +6,7 @@ those of bitsandbytes 0.50.2 (optim/optimizer.py, Optimizer2State), and so is wh
 
 import copy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,18 @@ def test_states_are_loaded_as_the_optimizer_made_them(kind, dtype, tiny_path, pr
                 assert torch.equal(other, value), told
             else:
                 assert other == value, told
+
+
+@pytest.mark.parametrize(("name", "package"), [("adamw_8bit", "bitsandbytes"), ("adamw_flash", "flashoptim")])
+def test_a_small_optimizer_says_what_it_needs(name, package, tiny_path, processor, monkeypatch):
+    with pytest.raises(UserError, match=f"--optimizer {name} needs a GPU; use --optimizer adamw"):
+        Config(device="cpu", optimizer=name)
+    model = build_model(Config(device="cpu", dtype="bfloat16"), str(tiny_path), processor, CPU)
+    with pytest.raises(UserError, match=f"--optimizer {name} needs a GPU; use --optimizer adamw"):
+        optimizer.build_optimizer(model, Config(optimizer=name))
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(UserError, match=f"--optimizer {name} needs {package}: pip install {package}"):
+        small_adamw.BUILD[name]([])
 
 
 def test_moments_of_another_optimizer_are_refused(tiny_path, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ from util.command_line import MOST_TOLD, Ended, UserError, harmless_settings
 from util.config import Config
 from util.cost import disk
 from util.data.lines import split_weight
-from util.mixed_adamw import PIECE, exact_pieces, set_exact_value
+from util.mixed_adamw import PIECE, exact_pieces, parameters_of, set_exact_value
 from util.run_folder import complete_checkpoints, final_in_words, read_final, step_of
 from util.tensors import run_parameters, trained_parameters
 
@@ -483,7 +483,7 @@ def take_state(optimizer: Any, parameter: nn.Parameter, kept: dict[str, Any]) ->
 
 def optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """What the optimizer trains, by name."""
-    own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    own = set(parameters_of(optimizer.param_groups))
     return {name: parameter for name, parameter in run_parameters(model).items() if parameter in own}
 
 

@@ -11,11 +11,11 @@ weight is cast or copied for a pass, and no fp32 copy of all weights ever exists
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 
 REMAINDER = "missing_bits"  # the attribute of a bf16 parameter that holds its remainder, int16
@@ -122,16 +122,18 @@ class MixedAdamW(torch.optim.Optimizer):
     ) -> None:
         """`groups`: each with "params", "weight_decay" and "lr"."""
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.01, "betas": betas, "eps": eps, "fused": False})
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        parameters = parameters_of(self.param_groups)
         self.together = together or [[parameter] for parameter in parameters]
         self.gradient_factor: torch.Tensor | None = None  # of the next step's gradients: see `clip_gradient`
         self.update = compiled_update() if parameters[0].device.type == "cuda" else update
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        lists = [[parameter for parameter in listed if parameter.grad is not None] for listed in self.together]
-        trained = [parameter for listed in lists for parameter in listed]
+        group_of: dict[nn.Parameter, dict] = {}
+        for group in self.param_groups:
+            group_of |= dict.fromkeys(group["params"], group)
+        lists = list(map(with_gradient, self.together))
+        trained = list(chain.from_iterable(lists))
         if not trained:
             return
         device = trained[0].device
@@ -173,6 +175,15 @@ class MixedAdamW(torch.optim.Optimizer):
         self.update(weights, remainders, means, squares, gradients, numbers, factor, *self.defaults["betas"])
 
 
+def parameters_of(groups: Iterable[dict]) -> list[nn.Parameter]:
+    """Of an optimizer's groups."""
+    return list(chain.from_iterable(group["params"] for group in groups))
+
+
+def with_gradient(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters if parameter.grad is not None]
+
+
 def update(
     weights: list[torch.Tensor],
     remainders: list[torch.Tensor],
@@ -209,6 +220,8 @@ MOST_GRAPHS = 64  # one for each list of other shapes: layers, blocks, the rest,
 
 def compiled_update() -> Callable:
     """`update` as few fused kernels, which read and write each tensor once; as it is where it cannot be compiled."""
+    from torch._dynamo.exc import TorchDynamoException  # not at the top, as it takes long to import
+
     compiled = torch.compile(update, fullgraph=True, dynamic=False)
     works = True
 

@@ -11,7 +11,7 @@ from util import small_adamw
 from util.adapters import new_tokens
 from util.command_line import UserError
 from util.config import Config
-from util.mixed_adamw import MixedAdamW
+from util.mixed_adamw import MixedAdamW, parameters_of
 from util.tensors import PARTS, part_of, run_parameters
 
 
@@ -27,7 +27,7 @@ def build_optimizer(model: nn.Module, config: Config, micro_batches: int = 1) ->
         if next(model.parameters()).device.type == "cpu":
             raise UserError(f"--optimizer {config.optimizer} needs a GPU; use --optimizer adamw")
         return small_adamw.BUILD[config.optimizer](groups)
-    if all(parameter.dtype == torch.bfloat16 for group in groups for parameter in group["params"]):
+    if all(parameter.dtype == torch.bfloat16 for parameter in parameters_of(groups)):
         return MixedAdamW(groups, updated_together(model), betas=(0.9, 0.999))
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from util import compilation
+from util import compilation, ranks
 from util.adapters import new_tokens
 from util.adapters.settings import ADAPTER_LEARNING_RATE
 from util.config import Config
@@ -110,11 +110,20 @@ def part_in_words(part: str, config: Config, counts: dict) -> str:
     return f"{text} (frozen, {adapters / 1e6:,.2f} M in {where})" if adapters else f"{text} (frozen)"
 
 
+def states_in_words(config: Config) -> str:
+    """How what is trained is kept where bf16 computes (util/mixed_adamw.py, util/small_adamw.py)."""
+    kept = "adapters" if config.lora_rank else "weights"
+    if ranks.are_several():
+        return f"{kept}, gradients and moments in float32"
+    apart = 8 if config.optimizer == "adamw_flash" else 16
+    moments = "float32" if config.optimizer == "adamw" else "8 bits"
+    return f"{kept} in bfloat16 and {apart} more bits, moments in {moments}"
+
+
 def precision_in_words(config: Config, device: torch.device, dtype: torch.dtype) -> str:
     text = str(dtype).removeprefix("torch.")
     if dtype == torch.bfloat16:
-        kept = "adapters" if config.lora_rank else "weights"
-        return f"{text} compute, {kept}, gradients and moments in float32"
+        return f"{text} compute; {states_in_words(config)}"
     if config.dtype == "auto":
         text += " (no bfloat16 on this device)" if device.type == "cuda" else " (no GPU)"
     return text

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from util.command_line import UserError
-from util.mixed_adamw import REMAINDER, exact_value, set_exact_value
+from util.mixed_adamw import REMAINDER, exact_value, parameters_of, set_exact_value
 
 
 def eight_bit_adamw(groups: list[dict]) -> torch.optim.Optimizer:
@@ -51,49 +51,57 @@ def flash_adamw(groups: list[dict]) -> torch.optim.Optimizer:
     except ImportError:
         raise UserError("--optimizer adamw_flash needs flashoptim: pip install flashoptim") from None
 
-    class ClippedFlashAdamW(FlashAdamW):
-        gradient_factor: torch.Tensor | None = None  # see `clip_gradient` in util/optimizer.py
+    class ClippedFlashAdamW(ClippedAndKept, FlashAdamW):
+        pass
 
-        @torch.no_grad()
-        def step_param(self, p: nn.Parameter, group: dict | None = None) -> None:
-            if p.grad is None or p.dtype != torch.bfloat16:
-                super().step_param(p, group)
-                return
-            dtype = p.grad_dtype
-            gradient = in_fp32(p.grad, self.gradient_factor)
-            p.grad = None  # of another dtype than the next
-            p.grad_dtype = torch.float32
-            p.grad = gradient
-            super().step_param(p, group)
-            p.grad = None  # there is one in fp32 at a time
-            p.grad_dtype = dtype
-
-        def kept_state(self, parameter: nn.Parameter) -> dict[str, Any]:
-            """Its state as tensors, for a checkpoint."""
-            kept: dict[str, Any] = {}
-            for name, value in self.state[parameter].items():
-                is_tensor = isinstance(value, torch.Tensor)
-                kept |= {name: value} if is_tensor else value.state_dict(name, allow_quantized=True)
-            return kept
-
-        def take_state(self, parameter: nn.Parameter, kept: dict[str, Any]) -> None:
-            """A state as `kept_state` gives it. The weight's other bits are part of it, and not beside the weight."""
-            setattr(parameter, REMAINDER, None)
-            if not kept:
-                return
-            self._ensure_state_initialized(parameter, self._find_group(parameter))
-            for name, value in self.state[parameter].items():
-                if isinstance(value, torch.Tensor):
-                    self.state[parameter][name] = kept[name]
-                else:
-                    value.load_state_dict(kept, name)
-
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    parameters = parameters_of(groups)
     is_narrow = parameters[0].dtype == torch.bfloat16
     made = ClippedFlashAdamW(groups, betas=(0.9, 0.999), master_weight_bits=24 if is_narrow else None)
     for parameter in parameters:
         set_bits_of_flash(made, parameter)
     return made
+
+
+class ClippedAndKept:
+    """What flashoptim's optimizers lack: clipping without a second rounding, and a state of plain tensors."""
+
+    gradient_factor: torch.Tensor | None = None  # see `clip_gradient` in util/optimizer.py
+    state: Any  # of the optimizer that this is mixed into, as are the methods that are called here
+
+    @torch.no_grad()
+    def step_param(self, p: nn.Parameter, group: dict | None = None) -> None:
+        base: Any = super()
+        if p.grad is None or p.dtype != torch.bfloat16:
+            base.step_param(p, group)
+            return
+        dtype = p.grad_dtype
+        gradient = in_fp32(p.grad, self.gradient_factor)
+        p.grad = None  # of another dtype than the next
+        p.grad_dtype = torch.float32
+        p.grad = gradient
+        base.step_param(p, group)
+        p.grad = None  # there is one in fp32 at a time
+        p.grad_dtype = dtype
+
+    def kept_state(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """Its state as tensors, for a checkpoint."""
+        kept: dict[str, Any] = {}
+        for name, value in self.state[parameter].items():
+            is_tensor = isinstance(value, torch.Tensor)
+            kept |= {name: value} if is_tensor else value.state_dict(name, allow_quantized=True)
+        return kept
+
+    def take_state(self: Any, parameter: nn.Parameter, kept: dict[str, Any]) -> None:
+        """A state as `kept_state` gives it. The weight's other bits are part of it, and not beside the weight."""
+        setattr(parameter, REMAINDER, None)
+        if not kept:
+            return
+        self._ensure_state_initialized(parameter, self._find_group(parameter))
+        for name, value in self.state[parameter].items():
+            if isinstance(value, torch.Tensor):
+                self.state[parameter][name] = kept[name]
+            else:
+                value.load_state_dict(kept, name)
 
 
 def set_bits_of_flash(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
@@ -108,9 +116,9 @@ def set_bits_of_flash(optimizer: torch.optim.Optimizer, parameter: nn.Parameter)
 
 
 def in_fp32(gradient: Any, factor: torch.Tensor | None) -> torch.Tensor:
-    """A gradient for its update: times the factor by which all are clipped."""
+    """A gradient for its update: times the factor by which all are clipped. One in fp32 is scaled in place."""
     wide = gradient.float()
-    return wide if factor is None else wide * factor
+    return wide if factor is None else wide.mul_(factor)
 
 
 BUILD = {"adamw_8bit": eight_bit_adamw, "adamw_flash": flash_adamw}
