@@ -39,6 +39,7 @@ from util.vision import Grid, Medium
 LAYERS = 4
 # (text tokens, images of so many patches a side) of each batch: one image, several, text alone
 BATCHES = [(512, [32]), (2048, [32, 24, 16]), (3000, []), (1024, [64])]
+SMALL_BATCHES = [(64, [8]), (200, [12, 8, 4]), (100, [])]
 DIALS = [(choice, how) for choice in ("off", "on") for how in ("none", "selective", "full")]
 REPEATS = 10
 MOST_GRAPHS = 8
@@ -61,11 +62,13 @@ def small_config(scale: int) -> Qwen2VLConfig:
         "num_attention_heads": 12 // scale,
         "num_key_value_heads": 2 if scale < 4 else 1,
         "num_hidden_layers": LAYERS,
-        "vocab_size": 151936 // scale**2,
+        "vocab_size": 151936 // scale**3,
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     }
     vision = {"depth": LAYERS, "embed_dim": 1280 // scale, "num_heads": 16 // scale, "hidden_size": 1536 // scale}
+    if scale > 1:
+        text["num_hidden_layers"] = vision["depth"] = 1
     return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
 
 
@@ -125,7 +128,7 @@ def time_of(model: PackedLoss, batch: Batch, device: torch.device) -> tuple[floa
     if is_gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for _ in range(REPEATS if is_gpu else 2):
+    for _ in range(REPEATS if is_gpu else 1):
         began = time.perf_counter()
         step(model, there)  # reads its loss, so it waits for the forward pass
         if is_gpu:
@@ -140,10 +143,7 @@ def measure(device: torch.device) -> dict:
     is_gpu = device.type == "cuda"
     torch.manual_seed(0)
     weights = Qwen2VLForConditionalGeneration(small_config(1 if is_gpu else 4))
-    batches = [
-        make_batch(tokens if is_gpu else tokens // 8, sides if is_gpu else [side // 2 for side in sides])
-        for tokens, sides in BATCHES
-    ]
+    batches = [make_batch(tokens, sides) for tokens, sides in (BATCHES if is_gpu else SMALL_BATCHES)]
     largest = max(batches, key=lambda batch: len(batch.input_ids) + len(batch.image_patches))
     right_losses, right = look_at(build(weights, device, torch.float32, "off", "none"), batches, device)
     dtype = torch.bfloat16 if is_gpu else torch.float32

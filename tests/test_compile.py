@@ -83,6 +83,7 @@ TRAINED = {
     "adapters over 4 bits": {"lora_rank": 4, "quantize": "nf4"},
     "recomputed": {"activation_checkpointing": "full"},
     "float64": {"dtype": "float64"},
+    "bfloat16": {"dtype": "bfloat16"},
 }
 QUICK = ("everything", "adapters")
 MOST_GRAPHS = 8
@@ -108,10 +109,11 @@ def test_few_graphs_serve_batches_of_every_shape(trained, tiny_path, processor, 
     torch.manual_seed(0)
     plain = build_model(Config(compile="off", **settings), str(tiny_path), processor, CPU)
     expected, wanted = train_and_evaluate(plain, batches)
-    assert losses == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    rounding = 2e-2 if trained == "bfloat16" else 1e-5
+    assert losses == pytest.approx(expected, abs=rounding, rel=rounding)
     for found, right in zip(gradients, wanted, strict=True):
         assert (found is None) == (right is None)
-        if right is not None:
+        if right is not None and trained != "bfloat16":  # its rounding is not the same in another order
             torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
 
 

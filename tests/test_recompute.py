@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
-from util import compilation, recompute
+from util import recompute
 from util.collator import Batch, Collator
 from util.config import Config
 from util.dataset import Samples, load_examples
@@ -100,31 +100,6 @@ def test_selective_makes_no_product_twice(tiny_path, processor, batch):
     full = flops(build(tiny_path, processor, "full"), batch)
     assert selective == plain, f"{selective / plain:.3f} of the work"
     assert full > 1.2 * plain
-
-
-def products(model, batch: Batch) -> int:
-    """How many matrix products a step multiplies."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        model(batch).backward()
-    return sum(event.name in ("aten::mm", "aten::addmm") for event in profiled.events())
-
-
-@pytest.mark.parametrize("split", [True, False])
-def test_compiled_layers_end_recomputing_before_their_last_product(split, tiny_path, processor, batch, monkeypatch):
-    """A graph runs to its end: with that product in it, a quarter of a layer's work is done for nothing."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
-    monkeypatch.setattr(compilation.Compiled, "cannot", "")
-    if not split:  # the planted fault
-        whole = compilation.compiled_kind
-        monkeypatch.setattr(compilation, "compiled_kind", lambda kind, is_recomputed: whole(kind, False))
-    full = products(build(tiny_path, processor, "full"), batch)
-    compiled = build(tiny_path, processor, "full", compile="on")
-    compiled(batch)
-    found = products(compiled, batch)
-    layers = len(compiled.model.model.visual.blocks) + len(compiled.model.model.language_model.layers)
-    assert found == full + (0 if split else layers)
-    torch._dynamo.reset()
 
 
 def test_a_product_that_is_not_kept_would_be_seen(tiny_path, processor, batch, monkeypatch):
