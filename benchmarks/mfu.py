@@ -275,12 +275,14 @@ def flops_of_parts(model_config, sizes: list, config: Config) -> dict[str, float
     if config.lora_rank or untrained_parts(config):
         return {}
     text = model_config.text_config
-    head = 2 * text.hidden_size * text.vocab_size * sum(size.supervised for size in sizes)
-    found = {"tower": 0.0, "language_model": -3.0 * head, "head": 3.0 * head}
+    found = {"tower": 0.0, "language_model": 0.0, "head": 0.0}
     for size in sizes:
         forward = flops.forward_flops(model_config, size)
+        head = 2 * text.hidden_size * text.vocab_size * size.supervised
+        layers = forward["language_model"] - (0 if "head" in forward else head)
         found["tower"] += 3 * (forward["vision"] + forward["merger"])
-        found["language_model"] += 3 * forward["language_model"]
+        found["language_model"] += 3 * layers
+        found["head"] += 3 * head
     return found
 
 

@@ -159,6 +159,8 @@ def stopped_run(settings: list[str], folder: Path, steps: int) -> tuple[Run, dic
     status = first.wait()
     stopped_at = max(first.losses())
     checkpoints = [*(folder / "stopped" / "checkpoints").glob("step_*")]
+    if status == 0:
+        raise Failed(f"it had done all {steps} steps before the signal came; ask for more --steps")
     if status != STOPPED_AND_SAVED or stopped_at >= steps or not checkpoints:
         found = f"exit code {status} after step {stopped_at}, {len(checkpoints)} checkpoints"
         raise Failed(f"{found}: {first.last_words()}")

@@ -76,7 +76,7 @@ FOREIGN_VARIABLES = {
 }
 FOREIGN_PACKAGES = {"modelscope": "downloads the model from where it is fast in China; nothing here imports it"}
 ADDED_FLAGS = {"--z_loss"}  # which docs/adding.md adds, as its example
-PYTEST_FLAGS = {"--slow", "--cov", "--durations", "-k", "-x", "-q", "-n", "-m", "-s", "-v"}
+PYTEST_FLAGS = {"--slow", "--gpu", "--cov", "--durations", "-k", "-x", "-q", "-n", "-m", "-s", "-v"}
 
 
 class Stopped(BaseException):
@@ -300,6 +300,7 @@ def known_flags() -> set[str]:
     for script in sorted(scripts - set(TRAINING) - set(FOREIGN_FLAGS)) + ["train_data/make_data.py"]:
         usual = ["--size", "tiny"] if script == "benchmarks/train_step.py" else []
         usual = ["a_run"] if script == "docs/make_pictures.py" else usual
+        usual = ["rows.jsonl"] if script == "benchmarks/rows.py" else usual
         if script == "benchmarks/serve_check.py":
             usual = ["--url", "http://localhost:8000", "--model", "a_run", "--served", "a_run"]
         known |= flags_of(script_stopped(script, usual).parser)
