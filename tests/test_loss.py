@@ -129,7 +129,7 @@ def worst(ours: dict, theirs: dict) -> tuple[float, str]:
 
 
 @pytest.mark.parametrize("groups", [[[0, 1, 2, 3, 4]], [[0], [1], [2], [3], [4]], [[4, 0], [3, 1, 2]]])
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_loss_and_every_gradient_equal_transformers(groups, checkpointing, samples, tiny_path, processor, reference):
     config = Config(device="cpu", dtype="float32", activation_checkpointing=checkpointing)
     model = build_model(config, str(tiny_path), processor, CPU)
@@ -198,7 +198,7 @@ def test_our_rotation_is_that_of_transformers(dtype):
 
     from transformers.models.qwen2_vl import modeling_qwen2_vl
 
-    from util.model import rotate_patches
+    from util.packed_layers import rotate_patches
 
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(24, 4, 16, generator=generator).to(dtype) for _ in range(2))

@@ -234,9 +234,14 @@ def add_flag(parser: "CollectingParser", section, item: dataclasses.Field) -> No
             return parser.note(item.name, f"--{item.name} {text}: must be {what}")
 
     metavar = "{" + ",".join(choices) + "}" if choices else item.name.rsplit("_", 1)[-1].upper()
-    section.add_argument(
-        f"--{item.name}", type=convert, nargs="*" if many else None, default=default, metavar=metavar, help=help_text
-    )
+    is_switch = bool(choices) and {"on", "off"} <= set(choices)
+    given = {"type": convert, "default": default, "metavar": metavar, "help": help_text}
+    if is_switch:  # `--compile` and `--no-compile` say on and off, too
+        section.add_argument(f"--{item.name}", nargs="?", const="on", **given)
+        negation = {"action": "store_const", "const": "off", "dest": item.name, "help": argparse.SUPPRESS}
+        section.add_argument(f"--no-{item.name}", **negation)
+        return
+    section.add_argument(f"--{item.name}", nargs="*" if many else None, **given)
 
 
 def help_of(item: dataclasses.Field, default) -> str:

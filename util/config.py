@@ -152,13 +152,20 @@ class Config(
         least=1,
         harmless=True,
     )
-    activation_checkpointing: Literal["none", "full"] = setting(
+    activation_checkpointing: Literal["none", "selective", "full"] = setting(
         "none",
-        "full: recompute each layer in the backward pass (less memory, a third more compute)",
+        "selective: of each layer keep matrix products and attention, and make the rest anew in the backward pass "
+        "(less memory, hardly more compute; a compiled layer does that anyway); full: keep nothing but its input "
+        "(least memory, a third more compute)",
         group="memory and speed",
         harmless=True,
     )
-    compile: bool = setting(False, "torch.compile each layer", group="memory and speed", harmless=True)
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "torch.compile for the layers and the loss; auto: on an NVIDIA GPU",
+        group="memory and speed",
+        harmless=True,
+    )
     check_memory: bool = setting(
         True,
         "stop before loading weights when the forecast does not fit the device",
@@ -218,6 +225,8 @@ class Config(
         return self.final or ("best" if self.eval_data else "last")
 
     def __post_init__(self) -> None:
+        if isinstance(self.compile, bool):  # as runs have it that were begun before there was `auto`
+            self.compile = "on" if self.compile else "off"
         if self.learning_rate is None:
             self.learning_rate = ADAPTER_LEARNING_RATE if self.lora_rank else LEARNING_RATE
         found = [*out_of_range(self), *self.invalid_combinations()]

@@ -67,13 +67,14 @@ class PackedLoss(nn.Module):
     def supervised_rows(self, batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
         """Embeddings (T, D) -> the hidden states (S, D) whose next token is supervised: the head sees no other row."""
         language_model = self.model.model.language_model
-        hidden = embeddings[None]  # (1, T, D)
-        position_embeddings = language_model.rotary_emb(hidden, batch.position_ids[:, None])
+        hidden = embeddings  # (T, D)
+        cos, sin = language_model.rotary_emb(hidden, batch.position_ids[:, None])  # (1, T, width of a head) each
+        position_embeddings = (cos[0], sin[0])
         # transformers' own model would build a mask of T x T; these layers take where each sample begins and ends.
         for layer in language_model.layers:
             hidden = layer(hidden, position_embeddings=position_embeddings, segments=batch.segments)
         # A prompt's tokens have no target: the head, 152,000 logits wide, skips them.
-        supervised = hidden[0].index_select(0, batch.supervised_index)
+        supervised = hidden.index_select(0, batch.supervised_index)
         return language_model.norm(supervised)  # the norm works row by row, so the others can do without
 
     def embed(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
@@ -97,13 +98,7 @@ class PackedLoss(nn.Module):
         position_embeddings = (angles.cos(), angles.sin())
         segments = batch.vision_segments  # an image sees itself, and of a video each pair of frames
         for block in visual.blocks:
-            hidden = block(
-                hidden,
-                cu_seqlens=segments.cu_seqlens,
-                max_seqlen=segments.max_seqlen,
-                position_embeddings=position_embeddings,
-                segments=segments,
-            )
+            hidden = block(hidden, position_embeddings=position_embeddings, segments=segments)
         return visual.merger(hidden)
 
     def embed_patches(self, image_patches: torch.Tensor, video_patches: torch.Tensor) -> torch.Tensor:

@@ -1,31 +1,25 @@
 """Load model and processor, choose device and precision, freeze parts, set attention and checkpointing."""
 
-import logging
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, Qwen2VLForConditionalGeneration
-from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import logging as transformers_logging
 
-from util import attention, ranks, vision
+from util import attention, compilation, ranks, recompute, vision
 from util.adapters import lora, new_tokens
 from util.command_line import UserError
 from util.config import OFFICIAL_MODEL, Config
 from util.loss import PackedLoss
 from util.mixed_adamw import keep_as_halves
+from util.packed_layers import BLOCK, LAYER, pack, use_fused_norms
 from util.run_folder import complete_checkpoints
 from util.tensors import part_of
 from util.tiny_model import make_tiny_model
@@ -242,6 +236,8 @@ def prepare_model(
     """
     dtype = choose_dtype(config.dtype, device)
     packed = PackedLoss(prepare_layers(model, config, device), processor, dtype).to(device)
+    if compilation.is_on(config.compile, device):
+        compilation.compile_loss(packed)
     if dtype == torch.bfloat16:
         keep_all_as_halves(packed)
     return packed.train()
@@ -251,55 +247,28 @@ def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, devic
     """Set attention, frozen parts, adapters, activation checkpointing and compilation."""
     model.config.use_cache = False
     set_attention(model, choose_attention(config.attention, device, choose_dtype(config.dtype, device)))
-    if choose_dtype(config.dtype, device) == torch.float64:
-        keep_float64(model)
     if config.lora_rank:
         lora.add_adapters(model, config)
         if found := new_tokens.of(config, model.config._name_or_path):
             new_tokens.train_rows(model, found)
     else:
         freeze(model, config.freeze)
-    if config.activation_checkpointing == "full":
-        for layer in layers(model):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    if config.compile:
-        compile_layers(model.model.visual.blocks, model.model.language_model.layers)
+    pack_layers(model, compilation.is_on(config.compile, device), config.activation_checkpointing)
     return model
 
 
-def keep_float64(model: Qwen2VLForConditionalGeneration) -> None:
-    """Let no activation be rounded to fp32 on its way: not in transformers' RMSNorm, not in the tower's rotation.
+def pack_layers(model: Qwen2VLForConditionalGeneration, is_compiled: bool = False, recomputing: str = "none") -> None:
+    """Let the layers run packed rows by util/packed_layers.py, and all norms be fused.
 
-    Both compute in fp32. Of a last bit of fp64, which depends on the processor and on how samples are packed and dealt
-    to ranks, that rounding makes one of 1e-8 now and then, and equality of weights is lost.
+    `recomputing`: a value of `--activation_checkpointing`.
     """
-    for module in model.modules():
-        if hasattr(module, "variance_epsilon"):  # an RMSNorm; the name of its class changed between versions
-            module.forward = partial(rms_norm, module)
-    modeling_qwen2_vl.apply_rotary_pos_emb_vision = rotate_patches
-
-
-def rms_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """transformers' norm in the precision of its input."""
-    return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-
-def rotate_patches(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """transformers' rotation in the tower, in fp32 or in fp64 where the input is. query and key (P, heads, width),
-    cos and sin (P, width)."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    cos = cos[:, None].to(wide)
-    sin = sin[:, None].to(wide)
-
-    def rotate(hidden: torch.Tensor) -> torch.Tensor:
-        whole = hidden.to(wide)
-        first, second = whole.chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-        return (whole * cos + turned * sin).to(hidden.dtype)
-
-    return rotate(query), rotate(key)
+    use_fused_norms(model)
+    run = recompute.running(recomputing, is_compiled)
+    for kind, repeated in ((BLOCK, model.model.visual.blocks), (LAYER, model.model.language_model.layers)):
+        if is_compiled:
+            kind = compilation.compiled_kind(kind)
+        for layer in repeated:
+            pack(layer, kind, run)
 
 
 def shard(
@@ -331,20 +300,15 @@ def whole_weights(packed: PackedLoss):
     """Inside, this process holds all weights in the precision of compute, and runs layers one by one as it likes.
 
     No forward pass then needs another rank, so ranks may generate answers of different lengths. Every rank must enter
-    and leave. Packed, compiled or recomputing layers are of no use to generation and are themselves again afterwards.
+    and leave.
     """
     units = [module for module in packed.modules() if isinstance(module, FSDPModule)]
-    compiled = {layer: layer._compiled_call_impl for layer in layers(packed.model)}
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
-    for layer in compiled:
-        layer._compiled_call_impl = None
     try:
         yield
     finally:
-        for layer, implementation in compiled.items():
-            layer._compiled_call_impl = implementation
         for unit in units:
             unit.reshard()
             is_root = isinstance(unit, PackedLoss)
@@ -374,56 +338,3 @@ def set_budget(processor, budget: vision.Budget) -> None:
     for part, default in ((image, vision.IMAGE_PIXELS), (video, vision.FRAME_PIXELS)):
         least, most = budget.pixels(default)
         part.size = {"shortest_edge": least, "longest_edge": most}
-
-
-# ---- torch.compile --------------------------------------------------------------------------------------------------
-
-
-# Dynamo keeps at most 8 graphs of one function (`torch._dynamo.config.recompile_limit`). What would need another one
-# runs as it is, slower than without compilation. Rows have another length in every batch, so few graphs must serve all
-# of them, and who reaches the limit must be told.
-
-
-def compile_layers(blocks: Iterable[nn.Module], decoder_layers: Iterable[nn.Module]) -> None:
-    """Compile the tower's blocks and the language model's layers, each when it is first called.
-
-    Sizes are symbols from the first batch on (`dynamic`). Both kinds of layers are called through one function of
-    transformers, which would have to share 8 graphs; so each kind gets a function of its own. A graph is then made for
-    training and for evaluation, and of the language model's first layer, whose input is another kind of tensor.
-    """
-    for layers, run in ((blocks, tower_block), (decoder_layers, decoder_layer)):
-        for layer in layers:
-            layer.forward = partial(run, layer.forward)
-            layer.compile(dynamic=True)
-    logger = logging.getLogger("torch._dynamo.convert_frame")
-    if not any(isinstance(known, LimitReached) for known in logger.filters):
-        logger.addFilter(LimitReached())
-
-
-def tower_block(forward, *args, **kwargs):
-    return forward(*args, **kwargs)
-
-
-def decoder_layer(forward, *args, **kwargs):
-    return forward(*args, **kwargs)
-
-
-class LimitReached(logging.Filter):
-    """Says in one line above the progress bar, once for each function, what dynamo logs at length."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.told: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if not str(record.msg).startswith("torch._dynamo hit config."):
-            return True
-        assert isinstance(record.args, tuple)
-        name, limit, function, reason = map(str, record.args[:4])
-        if function not in self.told:
-            self.told.add(function)
-            tqdm.write(
-                f"--compile: {limit} graphs of {function} were made, dynamo's {name}. Batches that none of them fits "
-                f"now run without compilation (the last reason: {str(reason).strip()})"
-            )
-        return False

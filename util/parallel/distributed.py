@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import Qwen2VLForConditionalGeneration
 
-from util import model, ranks
+from util import compilation, model, ranks
 from util.adapters import lora
 from util.attention import Segments
 from util.collator import Batch, Collator, patch_positions
@@ -197,6 +197,8 @@ def build_model(config: Config, path: str, model_config, processor, world: World
         return model.build_model(config, path, processor, world.device)
     build = build_sharded if config.quantize == "none" else build_quantised
     packed = build(config, path, model_config, processor, world)
+    if compilation.is_on(config.compile, world.device):
+        compilation.compile_loss(packed)
     torch.manual_seed(config.seed + world.rank)  # dropout draws anew on every rank
     return packed.train()
 

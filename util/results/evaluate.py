@@ -24,7 +24,7 @@ from util.data.media import MediaReader
 from util.dataset import Example, Examples, Sample, Samples
 from util.guard import Stopped, StopSignal
 from util.loss import PackedLoss
-from util.model import choose_attention, load_weights, set_attention, whole_weights
+from util.model import choose_attention, load_weights, pack_layers, set_attention, whole_weights
 from util.results.answer_files import Answer
 from util.results.metrics import several_kinds, summarise
 from util.results.suited import choose, in_words
@@ -141,6 +141,7 @@ class Answerer:
         """The model of a checkpoint, for answering only."""
         model = load_weights(path, dtype, device)
         set_attention(model, choose_attention("auto", device, dtype))
+        pack_layers(model)
         return cls(PackedLoss(model, processor, dtype).to(device).eval(), processor, device)
 
     @torch.no_grad()

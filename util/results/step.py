@@ -126,7 +126,7 @@ def config_of(settings: dict) -> Config:
     """The Config of a run from its training_config.json, without what reaches beyond this machine."""
     names = {item.name for item in dataclasses.fields(Config)} - {"report_to", "push_to_hub", "push_every_save"}
     known = {name: value for name, value in settings.items() if name in names}
-    return Config(**{**known, "device": "auto", "attention": "auto", "resume": "none", "compile": False})
+    return Config(**{**known, "device": "auto", "attention": "auto", "resume": "none", "compile": "off"})
 
 
 def add_gradient(loss: torch.Tensor) -> None:

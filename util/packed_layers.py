@@ -1,0 +1,140 @@
+"""The repeated layers on a packed row, written out on transformers' modules: the tower's blocks, the language model's.
+
+Each is two functions with attention between them. What stands before attention and after it treats every row of
+(T, D) for itself, so that one compiled graph serves rows of any length (compilation.py). Attention alone must know
+where samples begin and end; it stays outside of the graphs, where it may look at every length and choose a kernel.
+
+Letters in shapes: T rows (tokens, or patches of the tower), D the width, H heads, H_kv key-value heads, W a head's
+width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from util.attention import Segments
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries (T, H, W), keys and values (T, H_kv, W)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What all layers of the tower, or of the language model, have in common."""
+
+    before: Callable[..., Heads]  # (layer, hidden (T, D), cos (T, W), sin (T, W))
+    after: Callable[..., torch.Tensor]  # (layer, hidden (T, D), mixed (T, D)) -> hidden (T, D)
+    attention: str  # the name of the attention in a layer
+    last_product: str  # the name of the layer's last matrix product
+
+
+def run_packed(layer: Any, kind: Kind, hidden: torch.Tensor, rotation: Any, segments: Segments) -> torch.Tensor:
+    """One layer on a packed row: (T, D) -> (T, D). `rotation`: cos and sin of each row's angles, (T, W) each."""
+    query, key, value = kind.before(layer, hidden, *rotation)
+    mixed = attend(getattr(layer, kind.attention), query, key, value, segments)
+    return kind.after(layer, hidden, mixed)
+
+
+def attend(attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments):
+    """Every segment's rows see each other: (T, H, W) and two of (T, H_kv, W) -> (T, H * W)."""
+    packed_attention = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+    # such functions take and give another order: (1, H, T, W) in, (1, T, H, W) out
+    query, key, value = (rows.transpose(0, 1)[None] for rows in (query, key, value))
+    mixed, _ = packed_attention(attention, query, key, value, None, scaling=attention.scaling, segments=segments)
+    return mixed[0].flatten(1)
+
+
+# ---- the vision tower -----------------------------------------------------------------------------------------------
+
+
+def before_block_attention(block: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
+    joined = block.attn.qkv(block.norm1(hidden)).unflatten(1, (3, block.attn.num_heads, -1))  # (T, 3, H, W)
+    query, key = rotate_patches(joined[:, 0], joined[:, 1], cos, sin)
+    # A copy, as a view would keep the whole product of (T, 3, H, W) for the backward pass, with what is not needed.
+    value = joined[:, 2].contiguous()
+    return query, key, value
+
+
+def after_block_attention(block: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    hidden = hidden + block.attn.proj(mixed)
+    return hidden + block.mlp(block.norm2(hidden))
+
+
+def rotate_patches(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tower's rotation, in fp32 or in fp64 where the input is. query and key (T, H, W), cos and sin (T, W)."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    cos = cos[:, None].to(wide)
+    sin = sin[:, None].to(wide)
+
+    def rotated(heads: torch.Tensor) -> torch.Tensor:
+        return rotate(heads.to(wide), cos, sin).to(heads.dtype)
+
+    return rotated(query), rotated(key)
+
+
+# ---- the language model ---------------------------------------------------------------------------------------------
+
+
+def before_layer_attention(layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    width = attention.head_dim
+    query = attention.q_proj(normed).unflatten(1, (-1, width))
+    key = attention.k_proj(normed).unflatten(1, (-1, width))
+    value = attention.v_proj(normed).unflatten(1, (-1, width))
+    cos = cos[:, None]
+    sin = sin[:, None]
+    return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+
+def after_layer_attention(layer: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    hidden = hidden + layer.self_attn.o_proj(mixed)
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (arXiv 2104.09864): the first half of a head's width turned against the second."""
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return heads * cos + turned * sin
+
+
+BLOCK = Kind(before_block_attention, after_block_attention, attention="attn", last_product="mlp.fc2")
+LAYER = Kind(before_layer_attention, after_layer_attention, attention="self_attn", last_product="mlp.down_proj")
+
+
+# ---- in a model -----------------------------------------------------------------------------------------------------
+
+
+def pack(layer: Any, kind: Kind, run: Callable[..., torch.Tensor] = run_packed) -> None:
+    """Let a layer run packed rows by `run`, and what `generate` gives it by transformers' own code, as before."""
+    layer.forward = partial(packed_or_own, type(layer).forward, layer, kind, run)
+
+
+def packed_or_own(own_forward: Callable, layer: Any, kind: Kind, run: Callable, hidden: torch.Tensor, **given):
+    """A layer's forward. Only a packed row says where its samples begin: `segments`."""
+    if "segments" not in given:
+        return own_forward(layer, hidden, **given)
+    return run(layer, kind, hidden, given["position_embeddings"], given["segments"])
+
+
+def use_fused_norms(model: nn.Module) -> None:
+    """Let each RMSNorm be one kernel on a GPU (F.rms_norm) where transformers' has five.
+
+    It rounds once where transformers' rounds twice: in bf16 a value may differ in its last bit. It stays in the
+    precision of its input, also in fp64, where transformers' rounds to fp32 on the way.
+    """
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):  # an RMSNorm; the name of its class changed between versions
+            module.forward = partial(rms_norm, module)
+
+
+def rms_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
