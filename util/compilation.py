@@ -76,9 +76,7 @@ class Compiled:
 
     def as_inputs(self, tensors: tuple[torch.Tensor, ...], learns: bool) -> tuple[torch.Tensor, ...]:
         """The tensors, those that have no gradient now as they are in training: with one where the module learns."""
-        rows = [
-            rows if rows.requires_grad else rows.detach().requires_grad_(learns) for rows in tensors[: self.inputs]
-        ]
+        rows = [rows if rows.requires_grad else rows.detach().requires_grad_(learns) for rows in tensors[: self.inputs]]
         return *rows, *tensors[self.inputs :]
 
     def run(self, module: nn.Module, tensors: tuple[torch.Tensor, ...]) -> Any:
