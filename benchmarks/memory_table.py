@@ -13,6 +13,7 @@ GPU's.
 
 import argparse
 import gc
+import os
 import sys
 import time
 from pathlib import Path
@@ -51,6 +52,15 @@ SETTINGS = {
     "lora": {"lora_rank": 16},
     "qlora": {"lora_rank": 16, "quantize": "nf4"},
 }
+OTHERS = {
+    "frozen_language_model": {"freeze": ["language_model"]},
+    "lora_vision": {"lora_rank": 16, "lora_vision": True},
+    "lora_dropout": {"lora_rank": 16, "lora_dropout": 0.1},
+    "dora": {"lora_rank": 16, "lora_dora": True},
+    "sdpa": {"attention": "sdpa"},
+    "float32": {"dtype": "float32"},
+    "adamw_8bit": {"optimizer": "adamw_8bit"},
+}
 LOADS = {"short": (4096, 4096), "long": (20480, 40960)}  # tokens and patches of a micro-batch
 
 
@@ -76,6 +86,8 @@ def all_cases() -> dict[str, Case]:
         cases[f"{size}_long_selective"] = Case(size, selective, *LOADS["long"])
         cases[f"{size}_text_full"] = Case(size, {}, 4096, 0)
         cases[f"{size}_long_lora_recomputed"] = Case(size, SETTINGS["lora"] | SETTINGS["recomputed"], *LOADS["long"])
+    for name, settings in OTHERS.items():
+        cases[f"2b_short_{name}"] = Case("2b", settings, *LOADS["short"])
     return cases
 
 
@@ -178,7 +190,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--most", type=float, help="leave out cases whose forecast is above so many GiB")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     own = parser.parse_args(arguments)
-    memory.use_expandable_segments()
     device = choose_device("cuda")
     limit = own.most or memory.free_bytes(device) / GIB
     found = {}
@@ -200,7 +211,8 @@ def main(arguments: list[str]) -> None:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    name = torch.cuda.get_device_name(device)
+    is_there = "PHANTOM_LIBRARY" not in os.environ
+    name = torch.cuda.get_device_name(device) if is_there else "no GPU: counted on stand-ins for CUDA's libraries"
     result = {**origin("memory_table.py", arguments, device=name), "versions": versions(), "cases": found}
     write_result(result, own.out)
 

@@ -18,15 +18,13 @@ from util import compilation, ranks
 from util.adapters import lora
 from util.command_line import UserError
 from util.config import Config
+from util.cost import allocator
 from util.cost.activations import FP32, Kept, kept_by
 from util.model import layers
 from util.steps import Load, Survey
 from util.tensors import PARTS, part_of
 
 GIB = 2**30
-PIECES = 0.10  # of what a step makes anew: free memory between tensors that no tensor of the step fits into
-PIECES_EXPANDABLE = 0.02
-KERNELS = 0.4 * GIB
 
 
 def count_parameters(model_config, config: Config) -> dict:
@@ -169,7 +167,7 @@ class Gradients:
             decoder=width * (trained["language_model"] - head),
             merger=width * trained["merger"],
             tower=width * trained["vision"],
-            embedding=dtype.itemsize * head if is_tied else 0,
+            embedding=dtype.itemsize * head if is_tied and not several else 0,
             all_at_once=passes > 1 or several,
             parameters=sum(trained.values()),
         )
@@ -217,38 +215,14 @@ def moments(kept: Kept, gradients: Gradients, is_compiled: bool) -> dict[str, di
     }
 
 
-ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"  # torch 2.9 and newer also read PYTORCH_ALLOC_CONF, for every kind of device
-EXPANDABLE = "expandable_segments:True"
-
-
-def use_expandable_segments() -> None:
-    """Let torch's allocator grow its segments, so that what is free does not lie in pieces that are all too small.
-
-    Micro-batches of other lengths leave such pieces behind in every step. To be called before anything is allocated on
-    a GPU; what the user has set stays. Not on AMD's GPUs nor on Windows, where segments cannot grow.
-    """
-    is_set = ALLOCATOR in os.environ or "PYTORCH_ALLOC_CONF" in os.environ
-    if is_set or torch.version.hip or sys.platform == "win32":
-        return
-    os.environ[ALLOCATOR] = EXPANDABLE
-
-
-def segments_expand() -> bool:
-    """Whether the allocator was told so, by `use_expandable_segments` or by the user."""
-    told = os.environ.get(ALLOCATOR, "") + "," + os.environ.get("PYTORCH_ALLOC_CONF", "")
-    return EXPANDABLE.lower() in told.lower()
-
-
 def reserved_margin(parts: dict[str, float], device: torch.device | None = None) -> float:
-    """Bytes of a GPU that are taken beside what is allocated: pieces between tensors that none of a step's fits into,
-    and CUDA's kernels, which are loaded as they are first used. On a CPU there are none.
+    """Bytes of a GPU that are taken beside what is allocated: what lies idle between tensors, and CUDA's kernels. On a
+    CPU there are none.
     """
     if device is not None and device.type == "cpu":
         return 0
-    # weights and moments are laid down once, without gaps; what a step makes anew leaves them
-    lasting = sum(parts.get(name, 0) for name in ("weights", "moments", "whole weights"))
-    share = PIECES_EXPANDABLE if segments_expand() else PIECES
-    return share * (sum(parts.values()) - lasting) + KERNELS
+    share = allocator.IDLE_EXPANDABLE if allocator.segments_expand() else allocator.IDLE
+    return share * sum(parts.values()) + allocator.KERNELS
 
 
 def check(
