@@ -100,9 +100,12 @@ def bytes_of_a_logit(dtype: torch.dtype, is_compiled: bool) -> int:
 
 
 def reads(part: str, names: set[str], config: Config) -> bool:
-    """Whether one of these linear layers has trained weights, and so keeps what it has read."""
+    """Whether one of these linear layers, or an adapter beside it, has trained weights and so keeps what it has read.
+
+    Under dropout an adapter reads a copy of its own (`by_adapters`).
+    """
     if config.lora_rank:
-        return bool(names & set(targets(config)[part]))
+        return bool(names & set(targets(config)[part])) and not config.lora_dropout
     return part not in config.freeze
 
 
