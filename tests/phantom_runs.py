@@ -103,9 +103,8 @@ def real_size_step(config_file: str, settings: dict) -> dict:
     grid = Grid(1, 64, 64)
     text = Encoded([5] * (4096 - grid.tokens + 1), [False] * 2048 + [True] * (2049 - grid.tokens), [10])
     load = (4096, grid.patches, sum(text.supervised))
-    forecast = memory.forecast(
-        model_config, memory.count_parameters(model_config, config), config, dtype, [load], device=device
-    )
+    counts = memory.count_parameters(model_config, config)
+    forecast = memory.forecast(model_config, counts, config, dtype, [load], device=device)
     free = memory.free_bytes(device)
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     with torch.device("meta"):
