@@ -64,6 +64,9 @@ def test_activations_are_forecast_within_15_percent(dtype, frozen, processor):
     kept = kept_by(model_config, config, getattr(torch, dtype), load)
     # of a logit's three numbers at the loss the forward pass keeps one; attention on a CPU is torch's dense one
     forecast = kept.total + kept.logits / 3
+    if dtype == "bfloat16" and "language_model" not in frozen:
+        # on a CPU an RMSNorm is several operations, which keep its input in fp32; on a GPU it is one
+        forecast += 2 * 2 * load[0] * 4 * text.hidden_size
     assert forecast == pytest.approx(measured, rel=0.15)
 
 

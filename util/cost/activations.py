@@ -130,7 +130,8 @@ def decoder_layer(model_config, config: Config, dtype: torch.dtype, is_compiled:
         "normalised for the MLP": width * read_by("gate_proj", "up_proj"),
         "gate": inner,
         "up": inner,
-        "gate after SiLU": 0 if is_compiled else inner,
+        # compiled it is made anew from the gate, except beside DoRA's lengths
+        "gate after SiLU": 0 if is_compiled and not config.lora_dora else inner,
         "product": inner * read_by("down_proj"),
     }
     # queries, keys and values before they are turned are as wide as after
