@@ -78,7 +78,8 @@ def forecast(
     # are made. A rank among several has dummy patches.
     with_patches = several or not loads or any(int(patches) for _, patches, _ in loads)
     gradients = Gradients.of(model_config, counts, config, dtype, with_patches, passes, several)
-    of_adamw = 2 if config.optimizer == "adamw_8bit" else 2 * max(FP32, dtype.itemsize)
+    # those with small moments keep each of the two in 8 bits
+    of_adamw = 2 * max(FP32, dtype.itemsize) if config.optimizer == "adamw" else 2
     states["moments"] = of_adamw * gradients.parameters / shards
     found = []
     for load in loads or [(0, 0, 0)]:
@@ -101,8 +102,9 @@ def kept_states(model_config, counts: dict, config: Config, dtype: torch.dtype, 
         adapters = sum(lora.count_trained(model_config, config).values())
         weights = lora.frozen_bytes(model_config, config, total, dtype.itemsize) + wide * adapters
     elif dtype == torch.bfloat16 and not several:
-        # of what is trained the 16 bits that bf16 lacks lie beside it (util/mixed_adamw.py)
-        weights = dtype.itemsize * total + 2 * sum(counts[part] for part in PARTS if part not in config.freeze)
+        # of what is trained the 16 bits that bf16 lacks lie beside it (util/mixed_adamw.py), or 8 of them
+        missing = 1 if config.optimizer == "adamw_flash" else 2
+        weights = dtype.itemsize * total + missing * sum(counts[part] for part in PARTS if part not in config.freeze)
     else:
         weights = wide * total
     states = {"weights": weights / (shards if config.quantize == "none" else 1)}
@@ -129,6 +131,7 @@ class Gradients:
     merger: float
     tower: float
     embedding: float  # of an embedding that is the head, too: another one, until it has been added to the head's
+    update: float  # in passing, with small moments: the largest weight and its gradient in fp32
     all_at_once: bool  # they are there from the first pass of a step on, since it has others
     parameters: int  # how many have a gradient
 
@@ -168,6 +171,7 @@ class Gradients:
             merger=width * trained["merger"],
             tower=width * trained["vision"],
             embedding=dtype.itemsize * head if is_tied and not several else 0,
+            update=2 * FP32 * head if config.optimizer != "adamw" and dtype == torch.bfloat16 else 0,
             all_at_once=passes > 1 or several,
             parameters=sum(trained.values()),
         )
@@ -183,9 +187,7 @@ def moments(kept: Kept, gradients: Gradients, is_compiled: bool) -> dict[str, di
     waiting = gradients.head if gradients.all_at_once and gradients.embedding else 0
     # The gradients of logits and of the head's weight are not there together, except in a compiled loss; but where the
     # loss is cut into chunks, those of the chunks before are.
-    at_the_loss = gradients.head * ((kept.chunks > 1) + is_compiled)
-    if gradients.all_at_once:
-        at_the_loss += gradients.total
+    at_the_loss = gradients.head * ((kept.chunks > 1) + is_compiled) + gradients.all_at_once * gradients.total
 
     def at(made: float, activations: float, logits: float, working: float) -> dict[str, float]:
         found = max(made, gradients.total) if gradients.all_at_once else made
@@ -212,6 +214,7 @@ def moments(kept: Kept, gradients: Gradients, is_compiled: bool) -> dict[str, di
         "the end of the backward pass": at(
             gradients.total, first_block, 0, max(kept.block.working + waiting, waiting + gradients.embedding)
         ),
+        "the update of the weights": at(gradients.total, 0, 0, gradients.update),
     }
 
 
