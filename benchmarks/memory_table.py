@@ -208,6 +208,7 @@ def main(arguments: list[str]) -> None:
             f"({row['ratio'] - 1:+.1%}), reserved {row['reserved_gib']:7.2f}; {row['peak_at']}",
             flush=True,
         )
+        torch._dynamo.reset()  # a case's graphs would count among the 8 that the next case may have
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
