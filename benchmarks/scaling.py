@@ -29,8 +29,8 @@ from benchmarks.balance import draw, hands_of, unevenness
 from benchmarks.report import origin, processor_name, write_result
 from tests.official import official_config
 from util.config import Config
+from util.cost.activations import kept_by
 from util.cost.flops import training_flops
-from util.cost.memory import activations
 from util.dataset import Size
 from util.model import freeze, layers
 from util.vision import Budget, Grid
@@ -271,7 +271,8 @@ def fewest_micro_batches(
         together = -(-samples // micro_batches)
         patches = sum(grid.patches for grid in sample.grids)
         load = (together * sample.tokens, together * patches, together * sample.supervised)
-        if sum(activations(model_config, Config(), torch.bfloat16, load)) <= free:
+        kept = kept_by(model_config, Config(), torch.bfloat16, load)
+        if kept.total + kept.logits + kept.decoder.working <= free:
             return micro_batches
     return None
 

@@ -105,12 +105,15 @@ def real_size_step(config_file: str, settings: dict) -> dict:
     grid = Grid(1, 64, 64)
     text = Encoded([5] * (4096 - grid.tokens + 1), [False] * 2048 + [True] * (2049 - grid.tokens), [10])
     load = (4096, grid.patches, sum(text.supervised))
-    forecast = memory.forecast(model_config, memory.count_parameters(model_config, config), config, dtype, [load])
+    counts = memory.count_parameters(model_config, config)
+    forecast = memory.forecast(model_config, counts, config, dtype, [load], device=device)
     free = memory.free_bytes(device)
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     with torch.device("meta"):
         bare = Qwen2VLForConditionalGeneration(model_config).to(kept)
-    model = prepare_model(bare.to_empty(device=device), config, processor_of_pixels(), device)
+    bare = bare.to_empty(device=device)
+    bare.tie_weights()  # which giving them memory has undone
+    model = prepare_model(bare, config, processor_of_pixels(), device)
     trained = build_optimizer(model, config)
     patches = torch.zeros(grid.patches, 588, dtype=torch.uint8)
     batch = Collator()([Sample(text, [Medium(patches, grid)], "one image")]).pin_memory()

@@ -322,7 +322,8 @@ def test_memory_that_cannot_fit_is_said_before_weights_are_loaded(capsys, tmp_pa
     monkeypatch.setattr(model, "load_weights", lambda *arguments: pytest.fail("weights were loaded"))
     message = refused(capsys, "--data", str(tmp_path / "data.json"), "--model", str(tmp_path), "--device", "cpu")
     assert "24.0 GiB are free" in message
-    assert "weights 8.23, gradients 8.23, moments 16.46" in message, "2,208,985,600 parameters at 4 + 4 + 8 bytes"
+    told = "2,208,985,600 weights of 4 bytes; 1,543,714,304 of them, as there is no picture, with 4 + 8 bytes more"
+    assert "weights 8.23, moments 11.50, gradients 5.75" in message, told
     assert "Settings that fit" in message
     assert "No setting fits" not in message
 

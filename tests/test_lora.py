@@ -316,7 +316,7 @@ def test_work_and_memory_are_forecast(tiny_path):
     def parts(**changes) -> dict:
         config = Config(**changes)
         counts = memory.count_parameters(model_config, config)
-        return memory.forecast(model_config, counts, config, torch.bfloat16, [(1000, 1600, 20)])
+        return memory.forecast(model_config, counts, config, torch.bfloat16, [(1000, 1600, 20)], passes=2)
 
     full, plain, small = parts(), parts(lora_rank=8), parts(lora_rank=8, quantize="nf4")
     gb = {name: sum(p[key] for key in ("weights", "gradients", "moments")) / 1e9 for name, p in

@@ -17,6 +17,7 @@ from util import attention, compilation, ranks, recompute, vision
 from util.adapters import lora, new_tokens
 from util.command_line import UserError
 from util.config import OFFICIAL_MODEL, Config
+from util.cost import allocator
 from util.loss import PackedLoss
 from util.mixed_adamw import keep_as_halves
 from util.packed_layers import BLOCK, LAYER, pack
@@ -51,6 +52,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
+        allocator.use_expandable_segments(device.index)
         torch.cuda.set_device(device)
     return device
 

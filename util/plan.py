@@ -10,8 +10,9 @@ from util.adapters import new_tokens
 from util.adapters.settings import ADAPTER_LEARNING_RATE
 from util.config import Config
 from util.cost import disk
+from util.cost.allocator import segments_expand
 from util.cost.measure import CUT, DEEP, FIRST, unlearned_in_words, unused_in_words, weighted_in_words
-from util.cost.memory import GIB, free_bytes, parts_in_words, peak_bytes
+from util.cost.memory import GIB, free_bytes, parts_in_words, peak_bytes, reserved_margin
 from util.cost.sizes import Sizes
 from util.data import bad_samples
 from util.data.entries import text_of
@@ -169,7 +170,13 @@ def learning_rate_in_words(config: Config) -> str:
 
 def memory_in_words(needs: dict[str, float], device: torch.device) -> str:
     beside = f", beside {peak_bytes(device) / GIB:.2f} for Python and its libraries" if device.type == "cpu" else ""
-    return f"{sum(needs.values()) / GIB:.2f} GiB forecast{beside}: {parts_in_words(needs)}"
+    text = f"{sum(needs.values()) / GIB:.2f} GiB forecast{beside}: {parts_in_words(needs)}"
+    if moment := getattr(needs, "moment", ""):
+        text += f"; most at {moment}"
+    if margin := reserved_margin(needs, device):
+        kind = "expandable segments" if segments_expand() else "segments that do not expand"
+        text += f"; {margin / GIB:.2f} GiB idle between tensors and for kernels ({kind})"
+    return text
 
 
 def final_model_in_words(config: Config) -> str:

@@ -7,18 +7,19 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from util import ranks
+from util import compilation, ranks
 from util.adapters import lora
-from util.adapters.settings import untrained_parts
 from util.command_line import UserError
 from util.config import Config
-from util.loss import LOGIT_ROWS
+from util.cost import allocator
+from util.cost.activations import FP32, Kept, kept_by
 from util.model import layers
 from util.steps import Load, Survey
 from util.tensors import PARTS, part_of
@@ -46,76 +47,185 @@ def count_parameters(model_config, config: Config) -> dict:
     return counts
 
 
+class Forecast(dict[str, float]):
+    """Bytes by part at the moment of a training step that needs most; the values add up to what is allocated then."""
+
+    moment: str = ""
+
+
 def forecast(
-    model_config, counts: dict, config: Config, dtype: torch.dtype, micro_batches: Iterable[Load] | np.ndarray, shards=1
-) -> dict[str, float]:
+    model_config,
+    counts: dict,
+    config: Config,
+    dtype: torch.dtype,
+    micro_batches: Iterable[Load] | np.ndarray,
+    shards: int = 1,
+    passes: int = 1,
+    device: torch.device | None = None,
+) -> Forecast:
     """Bytes by part: a dict whose values add up to the peak within a training step.
 
-    Activations are what each layer of transformers' modules keeps for its backward pass, for the one of `micro_batches`
-    that needs most. Weights, gradients and moments are divided among `shards` devices; less than full sharding also
-    keeps whole copies on each.
+    The peak is that of the `micro_batches` and of the moments of a step (`moments`) which need most. `passes`: the most
+    micro-batches that a step has; from the second one on the gradients of all are there. `device`: where the run will
+    be, None: where nothing is compiled. Weights, gradients and moments are divided among `shards` devices; less than
+    full sharding also keeps whole copies on each. What lies beside what is allocated: `reserved_margin`.
     """
+    is_compiled = device is not None and compilation.is_on(config.compile, device)
+    loads = list(micro_batches)
+    several = shards > 1 or ranks.are_several()
+    states = kept_states(model_config, counts, config, dtype, shards)
+    # Of parts that no gradient ever reaches, as the tower's where there is text alone, neither gradients nor moments
+    # are made. A rank among several has dummy patches.
+    with_patches = several or not loads or any(int(patches) for _, patches, _ in loads)
+    gradients = Gradients.of(model_config, counts, config, dtype, with_patches, passes, several)
+    # those with small moments keep each of the two in 8 bits
+    of_adamw = 2 * max(FP32, dtype.itemsize) if config.optimizer == "adamw" else 2
+    states["moments"] = of_adamw * gradients.parameters / shards
+    found = []
+    for load in loads or [(0, 0, 0)]:
+        kept = kept_by(model_config, config, dtype, load, is_compiled)
+        for name, parts in moments(kept, gradients, is_compiled).items():
+            parts["gradients"] /= shards
+            whole = Forecast(states | parts)
+            whole.moment = name
+            found.append(whole)
+    return max(found, key=lambda parts: sum(parts.values()))
+
+
+def kept_states(model_config, counts: dict, config: Config, dtype: torch.dtype, shards: int) -> dict[str, float]:
+    """Bytes of the weights as they are trained, and of the copies of them that a pass computes with."""
     total = sum(counts[part] for part in PARTS)
-    trained = sum(counts[part] for part in PARTS if part not in config.freeze)
-    width = 8 if dtype == torch.float64 else 4
-    weights = width * total
+    several = shards > 1 or ranks.are_several()
+    wide = max(FP32, dtype.itemsize)
     if config.lora_rank:
         # not counts["adapters"]: where remedies are tried, `counts` were made for a config without them
-        adapters = trained = sum(lora.count_trained(model_config, config).values())
-        weights = lora.frozen_bytes(model_config, config, total, dtype.itemsize) + width * adapters
-    parts = {
-        "weights": weights / (shards if config.quantize == "none" else 1),
-        "gradients": width * trained / shards,
-        "moments": trained * (2 if config.optimizer == "adamw_8bit" else 2 * width) / shards,
-    }
+        adapters = sum(lora.count_trained(model_config, config).values())
+        weights = lora.frozen_bytes(model_config, config, total, dtype.itemsize) + wide * adapters
+    elif dtype == torch.bfloat16 and not several:
+        # of what is trained the 16 bits that bf16 lacks lie beside it (util/mixed_adamw.py), or 8 of them
+        missing = 1 if config.optimizer == "adamw_flash" else 2
+        weights = dtype.itemsize * total + missing * sum(counts[part] for part in PARTS if part not in config.freeze)
+    else:
+        weights = wide * total
+    states = {"weights": weights / (shards if config.quantize == "none" else 1)}
     if config.quantize != "none":  # while a layer computes with its 4-bit weight there is a copy in full precision
         text = model_config.text_config
-        parts["copies at work"] = dtype.itemsize * text.hidden_size * text.intermediate_size
-    elif (shards > 1 or ranks.are_several()) and config.sharding != "full":
-        parts["whole weights"] = dtype.itemsize * total
-        parts["whole gradients"] = width * trained if config.sharding == "optimizer" else 0
-    elif shards > 1 or (dtype == torch.bfloat16 and not config.lora_rank):
+        states["copies at work"] = dtype.itemsize * text.hidden_size * text.intermediate_size
+    elif several and config.sharding != "full":
+        states["whole weights"] = dtype.itemsize * total
+        trained = sum(counts[part] for part in PARTS if part not in config.freeze)
+        states["whole gradients"] = wide * trained if config.sharding == "optimizer" else 0
+    elif several:
         # the root's copies stay for the whole step, a layer's while it or its neighbour works
-        parts["copies at work"] = dtype.itemsize * (total - counts["all_layers"] + 2 * counts["largest_layer"])
-    needs = [activations(model_config, config, dtype, load) for load in micro_batches]
-    parts["activations"], parts["logits"], parts["working memory"] = max(needs, key=sum, default=(0, 0, 0))
-    return parts
+        root = total - counts["all_layers"]
+        states["copies at work"] = dtype.itemsize * (root + 2 * counts["largest_layer"])
+    return states
 
 
-def activations(model_config, config: Config, dtype: torch.dtype, load: Load) -> tuple[float, float, float]:
-    """(bytes of activations, of logits, of working memory) of one packed micro-batch at the peak of its backward pass.
+@dataclass
+class Gradients:
+    """Bytes of the gradients of weights, in the order in which a backward pass makes them."""
 
-    The first two are kept from the forward pass; working memory is the gradients of activations in the largest layer.
+    head: float
+    decoder: float  # of the decoder layers
+    merger: float
+    tower: float
+    embedding: float  # of an embedding that is the head, too: another one, until it has been added to the head's
+    update: float  # in passing, with small moments: the largest weight and its gradient in fp32
+    all_at_once: bool  # they are there from the first pass of a step on, since it has others
+    parameters: int  # how many have a gradient
+
+    @property
+    def total(self) -> float:
+        """At the end of the backward pass."""
+        return self.head + self.decoder + self.merger + self.tower
+
+    @classmethod
+    def of(
+        cls,
+        model_config,
+        counts: dict,
+        config: Config,
+        dtype: torch.dtype,
+        with_patches: bool,
+        passes: int,
+        several: bool,
+    ) -> "Gradients":
+        """`with_patches`: whether there is an image or a video in the data; `several`: whether processes share work."""
+        # in bf16 those of one pass may stay as they were computed; sums are made in fp32 (util/optimizer.py)
+        width = max(FP32, dtype.itemsize)
+        if dtype == torch.bfloat16 and passes == 1 and not several:
+            width = dtype.itemsize
+        trained = {part: 0 if part in config.freeze else counts[part] for part in PARTS}
+        head = 0
+        if config.lora_rank:
+            trained = lora.count_trained(model_config, config)
+        elif trained["language_model"]:
+            head = model_config.text_config.vocab_size * model_config.text_config.hidden_size
+        if not with_patches:
+            trained = {**trained, "vision": 0, "merger": 0}
+        is_tied = model_config.tie_word_embeddings
+        return cls(
+            head=width * head,
+            decoder=width * (trained["language_model"] - head),
+            merger=width * trained["merger"],
+            tower=width * trained["vision"],
+            embedding=dtype.itemsize * head if is_tied and not several else 0,
+            update=2 * FP32 * head if config.optimizer != "adamw" and dtype == torch.bfloat16 else 0,
+            all_at_once=passes > 1 or several,
+            parameters=sum(trained.values()),
+        )
+
+
+def moments(kept: Kept, gradients: Gradients, is_compiled: bool) -> dict[str, dict[str, float]]:
+    """What is there beside weights and moments at each moment of a step at which it may be most.
+
+    Between two of these, activations only become fewer and gradients more, both in proportion to the layers that the
+    backward pass has left behind: so that one of the two ends needs most.
     """
-    text, tower = model_config.text_config, model_config.vision_config
-    compute = dtype.itemsize
-    wide = max(4, dtype.itemsize)  # of what is computed in fp32 at least
-    tokens, patches, supervised = map(int, load)
-    supervised = min(supervised, LOGIT_ROWS)
-    width, inner = text.hidden_size, text.intermediate_size
-    key_value = width // text.num_attention_heads * text.num_key_value_heads
-    # two RMSNorms (an fp32 copy of the input and the normalised one), q, k, v and the attention's output, the MLP
-    norms = 2 * (width * (wide if dtype != torch.float32 else 0) + 2 * compute * width)
-    layer = norms + compute * (4 * width + 3 * key_value + 4 * inner)
-    # two LayerNorms and residuals, q, k, v before and after the rotation, the output, the MLP and its sigmoid
-    block = compute * tower.embed_dim * (10 + 3 * tower.mlp_ratio)
-    depth, blocks = text.num_hidden_layers, tower.depth
-    blocks_kept = 0 if "vision" in untrained_parts(config) else blocks  # a frozen tower keeps nothing
-    patch = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
-    # memory peaks at the MLP's product: the gradients of it, its factors and the residual, less what is freed by then
-    working = compute * tokens * (2 * inner + 4 * width)
-    if config.activation_checkpointing == "full":  # each layer's input, and all of the one that is being recomputed
-        kept = compute * (width * depth * tokens + tower.embed_dim * blocks_kept * patches)
-        block_working = compute * patches * tower.embed_dim * (tower.mlp_ratio + 1)
-        recomputed = [(layer * tokens, working)]
-        if blocks_kept:
-            recomputed.append((block * patches, block_working))
-        most, working = max(recomputed, key=sum)
-        kept += most
-    else:
-        kept = layer * depth * tokens + block * blocks_kept * patches
-    kept += compute * patch * patches if blocks_kept else 0  # what the patch embedding has read
-    return kept, supervised * text.vocab_size * (compute + 2 * wide), working
+    # A tied head's gradient waits for the embedding's before both are added to those of earlier passes.
+    waiting = gradients.head if gradients.all_at_once and gradients.embedding else 0
+    # The gradients of logits and of the head's weight are not there together, except in a compiled loss; but where the
+    # loss is cut into chunks, those of the chunks before are.
+    at_the_loss = gradients.head * ((kept.chunks > 1) + is_compiled) + gradients.all_at_once * gradients.total
+
+    def at(made: float, activations: float, logits: float, working: float) -> dict[str, float]:
+        found = max(made, gradients.total) if gradients.all_at_once else made
+        return {"gradients": found, "activations": activations, "logits": logits, "working memory": working}
+
+    head = gradients.head
+    decoder = head + gradients.decoder
+    merger = decoder + gradients.merger
+    of_pictures = kept.tower + kept.merger
+    first_decoder = kept.decoder.kept + kept.decoder.remade
+    first_block = kept.block.kept + kept.block.remade
+    return {
+        "the tower's forward pass": at(0, 0, 0, kept.frozen_tower),
+        "the loss": at(at_the_loss, kept.total, kept.logits, 0),
+        "the beginning of the language model's backward pass": at(
+            head, kept.total + kept.decoder.remade, 0, kept.decoder.working + waiting
+        ),
+        "the end of the language model's backward pass": at(
+            decoder, of_pictures + first_decoder, 0, kept.decoder.working + waiting
+        ),
+        "the beginning of the tower's backward pass": at(
+            merger, kept.tower + kept.block.remade, 0, kept.block.working + waiting
+        ),
+        "the end of the backward pass": at(
+            gradients.total, first_block, 0, max(kept.block.working + waiting, waiting + gradients.embedding)
+        ),
+        "the update of the weights": at(gradients.total, 0, 0, gradients.update),
+    }
+
+
+def reserved_margin(parts: dict[str, float], device: torch.device | None = None) -> float:
+    """Bytes of a GPU that are taken beside what is allocated: what lies idle between tensors, and CUDA's kernels. On a
+    CPU there are none.
+    """
+    if device is not None and device.type == "cpu":
+        return 0
+    share = allocator.IDLE_EXPANDABLE if allocator.segments_expand() else allocator.IDLE
+    return share * sum(parts.values()) + allocator.KERNELS
 
 
 def check(
@@ -123,8 +233,9 @@ def check(
 ) -> None:
     """Raise UserError where the forecast does not fit the device, naming the settings with which it would."""
     needed = sum(parts.values())
+    margin = reserved_margin(parts, device)
     free = free_bytes(device)
-    if needed <= free or not config.check_memory:
+    if needed + margin <= free or not config.check_memory:
         return
     counts = count_parameters(model_config, config)
     # With --micro_batch_size 1 the longest sample alone decides: less is not possible.
@@ -132,18 +243,22 @@ def check(
     ways = []
     for changes, changed in remedies(config, device):
         for batch_flags, batches in batch_choices:
-            total = sum(forecast(model_config, counts, changed, dtype, batches, shards).values())
-            if total <= free:
+            # with one sample a micro-batch, a step of several samples has several
+            passes = survey.most if not batch_flags else max(survey.most, min(2, config.global_batch_size))
+            changed_parts = forecast(model_config, counts, changed, dtype, batches, shards, passes, device)
+            total = sum(changed_parts.values())
+            if total + reserved_margin(changed_parts, device) <= free:
                 flags = [flag_in_words(name, value) for name, value in changes.items()]
                 ways.append(f"  {' '.join(flags + batch_flags)}: {total / GIB:.1f} GiB")
                 break
     remedy = "No setting fits; use a smaller model, or several GPUs (./finetune_distributed.sh)"
     if ways:
         remedy = "Settings that fit:\n" + "\n".join(ways[:4])
+    beside = f" and {margin / GIB:.1f} GiB between tensors and for kernels" if margin else ""
     has_patches = any(patches for _, patches, _ in survey.heaviest)
     smaller = "Smaller images help too (--max_pixels)" if has_patches else "Shorter conversations help too"
     raise UserError(
-        f"not enough memory on {device}: the run needs {needed / GIB:.1f} GiB ({parts_in_words(parts)}), "
+        f"not enough memory on {device}: the run needs {needed / GIB:.1f} GiB ({parts_in_words(parts)}){beside}, "
         f"{free / GIB:.1f} GiB are free.\n{remedy}\n{smaller}. "
         "--no-check_memory goes ahead all the same."
     )
