@@ -58,7 +58,7 @@ def train(config: Config) -> str:
         compare_plan(config, resumed, sizes, examples)
     steps = training_steps(sizes, examples, config)
     counts = memory.count_parameters(model_config, config)
-    config, steps, rung = fit_memory(config, steps, model_config, counts, dtype, device, resumed)
+    config, steps, needs, rung = fit_memory(config, steps, model_config, counts, dtype, device, resumed)
 
     held_out = None
     evaluation = None
@@ -69,7 +69,6 @@ def train(config: Config) -> str:
 
     # ---- the plan, before anything is loaded or written
     run = Run(config, device, resumed)
-    needs = memory.forecast(model_config, counts, config, dtype, steps.survey.heaviest)
     print_plan(config, run, path, dtype, counts, needs, rung, samples, sizes, steps, held_out, evaluation)
     memory.check(model_config, config, dtype, device, steps.survey, needs)
     disk.check(run.directory, counts, config, dtype)

@@ -62,7 +62,7 @@ def train(config: Config) -> str:
     distributed.refuse_idle_ranks(steps, config, world)
     shards = distributed.shard_group(config, world)
     counts = memory.count_parameters(model_config, config)
-    config, steps, rung = fit_memory(config, steps, model_config, counts, dtype, device, resumed, shards)
+    config, steps, needs, rung = fit_memory(config, steps, model_config, counts, dtype, device, resumed, shards)
 
     held_out = None
     evaluation = None
@@ -74,7 +74,6 @@ def train(config: Config) -> str:
 
     # ---- the plan, before anything is loaded or written
     run = distributed.open_run(config, resumed, world)
-    needs = memory.forecast(model_config, counts, config, dtype, steps.survey.heaviest, shards)
     if world.is_first:
         print_plan(config, run, path, dtype, counts, needs, rung, samples, sizes, steps, held_out, evaluation)
     memory.check(model_config, config, dtype, device, steps.survey, needs, shards)

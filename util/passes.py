@@ -98,8 +98,8 @@ class Passes:
     def what_now(self, step: int, failed: Batch) -> str:
         return (
             f"step {step}: out of memory in a micro-batch of {len(failed.where)} samples and {tokens_of(failed):,} "
-            f"tokens. It runs again, and what follows too, in micro-batches of at most {self.most_tokens:,} tokens or one "
-            "sample, which changes memory and time alone. To begin so: "
+            f"tokens. It runs again, and what follows too, in micro-batches of at most {self.most_tokens:,} tokens or "
+            "one sample, which changes memory and time alone. To begin so: "
             f"--max_tokens {max(self.most_tokens or 0, self.longest)}"
         )
 

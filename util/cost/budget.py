@@ -45,7 +45,11 @@ class Rung:
     config: Config
     steps: Steps
     seconds: float  # of all steps, by the estimate above
-    needed: float = 0.0  # bytes
+    needs: dict[str, float]  # bytes by part
+
+    @property
+    def needed(self) -> float:
+        return sum(self.needs.values())
 
 
 class Planner:
@@ -80,16 +84,11 @@ class Planner:
             wanted = dict(zip(open_to, values, strict=True))
             changes = {name: value for name, value in wanted.items() if value != getattr(config, name)}
             chosen = changed(config, **changes)
-            steps = self.steps_of(chosen)
-            found.append(Rung(changes, chosen, steps, self.seconds(chosen, steps)))
+            found.append(self.rung(changes, chosen))
         return sorted(found, key=lambda rung: (rung.seconds, len(rung.changes)))
 
     def first_that_fits(self, config: Config, budget: float) -> Rung | None:
-        for rung in self.rungs(config):
-            rung.needed = self.needed(rung)
-            if rung.needed <= budget:
-                return rung
-        return None
+        return next((rung for rung in self.rungs(config) if rung.needed <= budget), None)
 
     def token_limits(self) -> list[int]:
         """--max_tokens as asked, then half of it and so on, down to `FEWEST_TOKENS` or the longest sample."""
@@ -105,10 +104,11 @@ class Planner:
             self.packed[config.max_tokens] = self.packed[self.config.max_tokens].repacked(config)
         return self.packed[config.max_tokens]
 
-    def needed(self, rung: Rung) -> float:
-        loads = rung.steps.survey.heaviest
-        parts = memory.forecast(self.model_config, self.counts, rung.config, self.dtype, loads, self.shards)
-        return sum(parts.values())
+    def rung(self, changes: dict[str, object], config: Config) -> Rung:
+        steps = self.steps_of(config)
+        loads = steps.survey.heaviest
+        needs = memory.forecast(self.model_config, self.counts, config, self.dtype, loads, self.shards)
+        return Rung(changes, config, steps, self.seconds(config, steps), needs)
 
     def seconds(self, config: Config, steps: Steps) -> float:
         """What all steps take: the larger of the GPU's time and the host's for launching, and each pass's gradients."""
@@ -145,27 +145,27 @@ def fit_memory(
     device: torch.device,
     resumed: Path | None = None,
     shards: int = 1,
-) -> tuple[Config, Steps, str]:
-    """The settings and steps with which the run fits its memory budget, and in words what was chosen and what it costs.
+) -> tuple[Config, Steps, dict[str, float], str]:
+    """The settings and steps with which the run fits its memory budget, what it then needs in bytes by part, and in words
+    what was chosen and what that costs.
 
     What was typed stays as it is, and so does the mathematics, unless `--memory_budget_may_change_optimizer`. Where
     nothing fits, or nothing is to be chosen, all comes back as it was: `memory.check` refuses what is too large. On
     several ranks all call, and choose the same by the smallest of their budgets.
     """
     budget = memory.budget_of(config, device)
-    if budget is None:
-        return config, steps, ""
-    budget = min(ranks.gather_on_all(budget))
     planner = Planner(config, steps, model_config, counts, dtype, shards)
-    asked = Rung({}, config, steps, planner.seconds(config, steps))
-    asked.needed = planner.needed(asked)
+    asked = planner.rung({}, config)
+    if budget is None:
+        return config, steps, asked.needs, ""
+    budget = min(ranks.gather_on_all(budget))
     for changes in [{}, *optimizers_allowed(config, device, resumed)]:
         chosen = planner.first_that_fits(changed(config, **changes), budget)
         if chosen:
             chosen.changes |= changes
             chosen.config.asked = {name: getattr(config, name) for name in chosen.changes}
-            return chosen.config, chosen.steps, rung_in_words(chosen, asked, budget)
-    return config, steps, ""
+            return chosen.config, chosen.steps, chosen.needs, rung_in_words(chosen, asked, budget)
+    return config, steps, asked.needs, ""
 
 
 def is_open(config: Config, name: str) -> bool:
