@@ -15,6 +15,7 @@ from util.checkpoint import Saver
 from util.collator import Batch
 from util.command_line import is_out_of_memory
 from util.guard import StopSignal
+from util.optimizer import sum_gradients_in_fp32
 from util.steps import Steps
 
 Work = TypeVar("Work")
@@ -62,6 +63,7 @@ class Passes:
             if not self.failed.halves():
                 self.stop.end_out_of_memory(self.why(self.failed), step, self.saver, self.model, self.optimizer)
             self.most_tokens = tokens_of(self.failed) // 2
+            sum_gradients_in_fp32(self.model)  # a step that had one pass has several now
             self.stop.run.say(self.what_now(step, self.failed))
 
     def attempt(self, micro_batches: Sequence[Batch], divisor: float) -> torch.Tensor | None:

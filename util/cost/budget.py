@@ -146,7 +146,7 @@ def fit_memory(
     resumed: Path | None = None,
     shards: int = 1,
 ) -> tuple[Config, Steps, dict[str, float], str]:
-    """The settings and steps with which the run fits its memory budget, what it then needs in bytes by part, and in words
+    """The settings and steps with which the run fits its memory budget, what it needs in bytes by part, and in words
     what was chosen and what that costs.
 
     What was typed stays as it is, and so does the mathematics, unless `--memory_budget_may_change_optimizer`. Where
