@@ -62,11 +62,12 @@ def fit(monkeypatch):
     """A function (budget, config) -> what was changed and the words for it. Each step has 40 samples of 1,000 tokens, of
     which 100 are supervised; by default 20 of them share a pass."""
     monkeypatch.setattr(memory, "forecast", by_hand)
+    monkeypatch.setattr(memory, "reserved_margin", lambda parts, device: 0)
     model_config = official_config("2b")
     counts = memory.count_parameters(model_config, Config())
 
     def fit_it(budget: str, config: Config | None = None, device=CPU, resumed=None, longest: int = 1000):
-        config = changed(config or Config(), memory_budget=budget, global_batch_size=40)
+        config = changed(config or Config(), memory_budget=budget, global_batch_size=40, compile="off")
         sizes = [Size(1000, 100, [Grid(1, 40, 80)])] * 79 + [Size(longest, 100, [Grid(1, 40, 80)])]
         of_all = Sizes.of([Finding(size) for size in sizes])
         steps = Steps(of_all, lambda epoch: np.arange(80), 80, 3, None, config)
@@ -114,6 +115,11 @@ def test_what_a_rung_costs_is_said(fit):
     assert "full activation checkpointing: about 33% slower (an estimate)" in fit("14")[1]
     assert "selective activation checkpointing: about 7% slower" in fit("16")[1]
     assert "micro-batches of at most 10,240 tokens instead of 20,480: about 1% slower" in fit("40")[1]
+
+
+def test_what_lies_between_the_tensors_counts(fit, monkeypatch):
+    monkeypatch.setattr(memory, "reserved_margin", lambda parts, device: 2 * GIB)
+    assert fit("32")[0] == {"max_tokens": 5120}  # 10,240 tokens need 31.5 and 2, 5,120 20.8 and 2
 
 
 def test_nothing_fits(fit):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from util import ranks
+from util import compilation, ranks
 from util.adapters.settings import untrained_parts
 from util.command_line import choices_of
 from util.config import Config
@@ -46,21 +46,24 @@ class Rung:
     steps: Steps
     seconds: float  # of all steps, by the estimate above
     needs: dict[str, float]  # bytes by part
-
-    @property
-    def needed(self) -> float:
-        return sum(self.needs.values())
+    needed: float  # bytes of them all, and of what lies between them
 
 
 class Planner:
     """Estimates rungs: what each needs, and how long it takes."""
 
     def __init__(
-        self, config: Config, steps: Steps, model_config, counts: dict, dtype: torch.dtype, shards: int = 1
+        self,
+        config: Config,
+        steps: Steps,
+        model_config,
+        counts: dict,
+        dtype: torch.dtype,
+        device: torch.device,
+        shards: int = 1,
     ) -> None:
-        self.config, self.model_config, self.counts, self.dtype, self.shards = (
-            config, model_config, counts, dtype, shards,
-        )  # fmt: skip
+        self.config, self.model_config, self.counts = config, model_config, counts
+        self.dtype, self.device, self.shards = dtype, device, shards
         self.packed = {config.max_tokens: steps}
         columns = steps.sizes.columns()
         usable = steps.sizes.usable
@@ -107,8 +110,11 @@ class Planner:
     def rung(self, changes: dict[str, object], config: Config) -> Rung:
         steps = self.steps_of(config)
         loads = steps.survey.heaviest
-        needs = memory.forecast(self.model_config, self.counts, config, self.dtype, loads, self.shards)
-        return Rung(changes, config, steps, self.seconds(config, steps), needs)
+        needs = memory.forecast(
+            self.model_config, self.counts, config, self.dtype, loads, self.shards, steps.survey.most, self.device
+        )
+        needed = sum(needs.values()) + memory.reserved_margin(needs, self.device)
+        return Rung(changes, config, steps, self.seconds(config, steps), needs, needed)
 
     def seconds(self, config: Config, steps: Steps) -> float:
         """What all steps take: the larger of the GPU's time and the host's for launching, and each pass's gradients."""
@@ -128,7 +134,7 @@ class Planner:
         if config.activation_checkpointing == "full":  # every layer that keeps anything
             total += self.forward["language_model"] - self.head
             total += 0 if "vision" in untrained_parts(config) else self.forward["vision"]
-        elif config.activation_checkpointing == "selective":
+        elif config.activation_checkpointing == "selective" and not compilation.is_on(config.compile, self.device):
             total += SELECTIVE * self.training
         most = max((supervised for _, _, supervised in steps.survey.heaviest.tolist()), default=0)
         if most > (config.logit_rows or LOGIT_ROWS):
@@ -154,7 +160,7 @@ def fit_memory(
     several ranks all call, and choose the same by the smallest of their budgets.
     """
     budget = memory.budget_of(config, device)
-    planner = Planner(config, steps, model_config, counts, dtype, shards)
+    planner = Planner(config, steps, model_config, counts, dtype, device, shards)
     asked = planner.rung({}, config)
     if budget is None:
         return config, steps, asked.needs, ""
