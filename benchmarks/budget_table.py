@@ -4,10 +4,10 @@
     python benchmarks/budget_table.py --row 7b_qlora              on the GPU of this machine, whatever its size
 
 A typical data set: each sample an image of 1,024 tokens and a question and an answer of 96, 32 samples a step, all
-settings as they are by default. Each row is chosen as a training script chooses it, before any weight is there, and then
-one whole step is run: forward, backward, clipping and update of a model of the published size. A row whose settings were
-run on a smaller card already is not run again. With `--phantom` the card is a stand-in (see tests/test_phantom.py) of as
-many GiB as the row says; its allocator counts as a GPU's does, its numbers mean nothing.
+settings as they are by default. Each row is chosen as a training script chooses it, before any weight is there, and
+then one whole step is run: forward, backward, clipping and update of a model of the published size. A row whose
+settings were run on a smaller card already is not run again. With `--phantom` the card is a stand-in (see
+tests/test_phantom.py) of as many GiB as the row says; its allocator counts as a GPU's does, its numbers mean nothing.
 """
 # ruff: noqa: E402
 

@@ -12,7 +12,7 @@ import finetune_distributed
 from tests import runs
 from util.attention import Segments
 from util.collator import Batch, Collator
-from util.command_line import Ended, known
+from util.command_line import Ended, known, run_command
 from util.config import Config
 from util.cost.measure import measure_all
 from util.dataset import Examples, Samples
@@ -250,6 +250,24 @@ def test_a_sample_that_is_too_large_ends_the_run_saved(tiny_path, tmp_path, monk
     finetune.train(Config(**{**changed, "resume": "auto"}))
     whole = finetune.train(Config(**settings(tiny_path, tmp_path / "whole")))
     runs.same_run(tmp_path / "run", Path(whole))
+
+
+@pytest.mark.parametrize("moment", ["loading", "first update"])
+def test_what_cannot_be_tried_again_is_said_without_a_traceback(moment, tiny_path, tmp_path, monkeypatch, capsys):
+    def no_memory(*unused, **also_unused):
+        raise torch.OutOfMemoryError(FULL)
+
+    if moment == "loading":
+        monkeypatch.setattr("util.model.load_trainable", no_memory)
+    else:
+        monkeypatch.setattr(torch.optim.AdamW, "step", no_memory)
+    with pytest.raises(SystemExit) as ended:
+        run_command(finetune.train, Config(**settings(tiny_path, tmp_path / "run")), name="finetune.py")
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert FULL in told
+    assert "out of memory on the device. What helps: a smaller --memory_budget" in told
+    assert "Traceback" not in told
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
