@@ -160,11 +160,13 @@ def fit_memory(
     several ranks all call, and choose the same by the smallest of their budgets.
     """
     budget = memory.budget_of(config, device)
+    if budget is None:
+        survey = steps.survey
+        needs = memory.forecast(model_config, counts, config, dtype, survey.heaviest, shards, survey.most, device)
+        return config, steps, needs, ""
+    budget = min(ranks.gather_on_all(budget))
     planner = Planner(config, steps, model_config, counts, dtype, device, shards)
     asked = planner.rung({}, config)
-    if budget is None:
-        return config, steps, asked.needs, ""
-    budget = min(ranks.gather_on_all(budget))
     for changes in [{}, *optimizers_allowed(config, device, resumed)]:
         chosen = planner.first_that_fits(changed(config, **changes), budget)
         if chosen:
