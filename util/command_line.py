@@ -372,9 +372,9 @@ def known(error: Exception) -> tuple[str, int] | None:
         ), 1  # fmt: skip
     if is_out_of_memory(error):
         return (
-            f"{error}\nout of memory on the device. What helps: a smaller --memory_budget, by which settings are chosen "
-            "that need less; --micro_batch_size 1 or a smaller --max_tokens; --activation_checkpointing full; a smaller "
-            "--max_pixels; --freeze vision"
+            f"{error}\nout of memory on the device. What helps: a smaller --memory_budget, by which settings that need "
+            "less are chosen; --micro_batch_size 1 or a smaller --max_tokens; --activation_checkpointing full; "
+            "a smaller --max_pixels; --freeze vision"
         ), 1  # fmt: skip
     return None
 
