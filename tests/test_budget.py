@@ -11,6 +11,7 @@ import torch
 import finetune
 from tests import runs
 from tests.official import official_config
+from util import ranks
 from util.command_line import UserError
 from util.config import Config, parse_arguments
 from util.cost import memory
@@ -186,6 +187,14 @@ def test_auto_goes_by_what_is_free_on_a_gpu_alone(fit, monkeypatch):
     assert fit("auto", device=CPU) == ({}, "")
     assert fit("none", device=GPU) == ({}, "")
     assert fit("20", device=GPU)[0] == {"max_tokens": 4096}  # a budget beside what is free
+
+
+def test_ranks_choose_by_the_smallest_of_their_budgets(fit, monkeypatch):
+    def with_another_rank(value):
+        return [value, 25 * GIB] if isinstance(value, float) else [value]
+
+    monkeypatch.setattr(ranks, "gather_on_all", with_another_rank)
+    assert fit("40")[0] == {"max_tokens": 5120}
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------

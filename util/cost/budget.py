@@ -31,7 +31,8 @@ SMALL_OPTIMIZERS = {"adamw_flash": "flashoptim", "adamw_8bit": "bitsandbytes"}  
 FLOPS_PER_SECOND = 400e12  # that bf16 matrix products of these sizes reach
 BYTES_PER_SECOND = 3e12  # that memory-bound kernels reach
 LAUNCH_SECONDS = 5e-6  # of the host for each kernel
-LAUNCHES_PER_LAYER = 127  # of a layer's forward and backward pass: 7,602 in the 60 layers of 2B (counted)
+EAGER_LAUNCHES = 77  # of a layer's forward and backward pass: 4,625 in the 60 layers of 2B (counted)
+COMPILED_LAUNCHES = 30  # 1,825 there
 LAUNCHES_AGAIN = {"none": 1.0, "selective": 1.15, "full": 1.33}  # with those of what is computed again
 BYTES_PER_GRADIENT = 10  # a gradient is computed in bf16, and added to the fp32 sum of those before it
 SELECTIVE = 0.05  # share of a step's time: norms, rotations and activations are computed again
@@ -125,8 +126,13 @@ class Planner:
         if config.lora_rank:
             trained = sum(self.counts["adapters"].values())
         gradients = trained * BYTES_PER_GRADIENT / BYTES_PER_SECOND
-        launches = passes * layers * LAUNCHES_PER_LAYER * LAUNCHES_AGAIN[config.activation_checkpointing]
+        per_layer = COMPILED_LAUNCHES if self.is_compiled(config) else EAGER_LAUNCHES
+        launches = passes * layers * per_layer * LAUNCHES_AGAIN[config.activation_checkpointing]
         return max(work, launches * LAUNCH_SECONDS) + passes * gradients
+
+    def is_compiled(self, config: Config) -> bool:
+        """Then layers keep no more than with `selective` anyway (util/recompute.py), and launch fewer kernels."""
+        return compilation.is_on(config.compile, self.device)
 
     def recomputed(self, config: Config, steps: Steps) -> float:
         """Floating-point operations of what is computed a second time (in the backward pass), or worth as much."""
@@ -134,7 +140,7 @@ class Planner:
         if config.activation_checkpointing == "full":  # every layer that keeps anything
             total += self.forward["language_model"] - self.head
             total += 0 if "vision" in untrained_parts(config) else self.forward["vision"]
-        elif config.activation_checkpointing == "selective" and not compilation.is_on(config.compile, self.device):
+        elif config.activation_checkpointing == "selective" and not self.is_compiled(config):
             total += SELECTIVE * self.training
         most = max((supervised for _, _, supervised in steps.survey.heaviest.tolist()), default=0)
         if most > (config.logit_rows or LOGIT_ROWS):
