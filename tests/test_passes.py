@@ -128,7 +128,7 @@ class Quiet:
 
 def step_of(samples, tiny_path, groups: list[list], **changes) -> tuple[float, dict, Quiet]:
     """Loss, gradients and what was said of the passes of one step in float64, divided by the weight of all samples."""
-    config = Config(data=[DATA], device="cpu", dtype="float64", num_workers=0, **changes)
+    config = Config(**{"data": [DATA], "device": "cpu", "dtype": "float64", "num_workers": 0, **changes})
     model = build_model(config, str(tiny_path), samples.processor, CPU)
     optimizer = build_optimizer(model, config)
     steps = training_steps(measure_all(samples, config), samples.examples, config)
@@ -189,6 +189,17 @@ def test_later_steps_keep_the_smaller_limit(samples, mixed, tiny_path, monkeypat
     assert fault.passes == 2 * tried - 1, "the second step tried once more what is known to be too large"
     assert f"--max_tokens {max(len(batch.input_ids) // 2, runner.longest)}" in runner.stop.told[0]
     assert len(runner.stop.told) == 1
+
+
+def test_a_step_of_one_pass_in_bf16_is_summed_in_fp32_once_it_has_several(samples, mixed, tiny_path, monkeypatch):
+    """The gradients of one pass stay in bf16; a sum in bf16 would lose what small ones add."""
+    found = {}
+    for name, at in (("one pass", 0), ("several", 1)):
+        with monkeypatch.context() as patched:
+            Fault(patched, "backward", lambda number, tokens, at=at: number == at)
+            _, found[name], _ = step_of(samples, tiny_path, [mixed], dtype="bfloat16")
+    assert {gradient.dtype for gradient in found["one pass"].values()} == {torch.bfloat16}
+    assert {gradient.dtype for gradient in found["several"].values()} == {torch.float32}
 
 
 def test_other_errors_are_not_taken_for_it(samples, mixed, tiny_path, monkeypatch):
