@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import torch
 from benchmarks.memory_table import GRID, Case, untouched_model
 from benchmarks.report import origin, write_result
 from tests.official import official_config
+from tests.test_phantom import watch
 from util.collator import Collator
 from util.command_line import UserError, run_command
 from util.config import Config
@@ -129,10 +131,17 @@ def row_on_phantom(phantom: Path, name: str, gib: int, compile_choice: str, alre
     environment = {**os.environ, "PHANTOM_GIB": str(gib), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
     words = [str(phantom), "benchmarks/budget_table.py", "--row", name, "--compile", compile_choice]
     words += ["--already-run", json.dumps(already_run)]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        return {"failed": (done.stderr or done.stdout).strip()[-1500:]}
+    with tempfile.TemporaryFile("w+") as printed:
+        job = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=printed, stderr=printed, text=True)
+        try:
+            watch(job)  # ends it where it takes too long, or too much of this machine's memory
+        except AssertionError as error:
+            return {"failed": str(error)}
+        printed.seek(0)
+        told = printed.read()
+    lines = [line for line in told.splitlines() if line.startswith("{")]
+    if job.returncode or not lines:
+        return {"failed": told.strip()[-1500:]}
     return json.loads(lines[-1])["row"]
 
 

@@ -197,9 +197,8 @@ def what_is_unusual(config: Config, sizes: Sizes, steps: Steps, evaluation: Step
     if len(shrunk := sizes.shrunk):
         before = int(sizes.table.numbers["before"][shrunk].sum())
         after = int(sizes.tokens[shrunk].sum())
-        facts["shrunk"] = (
-            f"{len(shrunk):,} samples to fit --max_tokens {config.max_tokens:,}, {before:,} to {after:,} tokens"
-        )
+        limit = config.asked.get("max_tokens", config.max_tokens)  # a memory budget lowers that of a pass alone
+        facts["shrunk"] = f"{len(shrunk):,} samples to fit --max_tokens {limit:,}, {before:,} to {after:,} tokens"
     if capped := sizes.count("capped"):
         facts["videos"] = (
             f"{capped:,} made smaller or shorter to cost at most --video_max_tokens {config.video_max_tokens:,}"
