@@ -25,6 +25,7 @@ from util.model import layers
 from util.steps import Load, Survey
 from util.tensors import PARTS, part_of
 
+
 def count_parameters(model_config, config: Config) -> dict:
     """Parameters by part from the model's config alone, those of adapters and of new tokens' rows that are
     trained beside them under "adapters".
