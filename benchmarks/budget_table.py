@@ -5,7 +5,7 @@
 
 A typical data set: each sample an image of 1,024 tokens and a question and an answer of 96, 32 samples a step, all
 settings as they are by default. Each row is chosen as a training script chooses it, before any weight is there, and
-then one whole step is run: forward, backward, clipping and update of a model of the published size. A row whose
+then two whole steps are run: forward, backward, clipping and update of a model of the published size. A row whose
 settings were run on a smaller card already is not run again. With `--phantom` the card is a stand-in (see
 tests/test_phantom.py) of as many GiB as the row says; its allocator counts as a GPU's does, its numbers mean nothing.
 """
@@ -82,7 +82,7 @@ class Loud:
 
 
 def row(name: str, changes: dict, already_run: list[dict]) -> dict:
-    """Choose for the card that is here, and run a step with what was chosen."""
+    """Choose for the card that is here, and run two steps with what was chosen."""
     size, trained = name.split("_", 1)
     device = choose_device("cuda")
     asked = Config(**{**TRAINED[trained], **changes, "global_batch_size": SAMPLES})
@@ -100,10 +100,10 @@ def row(name: str, changes: dict, already_run: list[dict]) -> dict:
     found["with_margin_gib"] = round((sum(needs.values()) + memory.reserved_margin(needs, device)) / GIB, 2)
     if found["settings"] in already_run:
         return {**found, "run": "on a smaller card"}
-    return {**found, **one_step(size, config, steps, device)}
+    return {**found, **two_steps(size, config, steps, device)}
 
 
-def one_step(size: str, config: Config, steps: Steps, device: torch.device) -> dict:
+def two_steps(size: str, config: Config, steps: Steps, device: torch.device) -> dict:
     began = time.perf_counter()
     # A loaded file and the model beside it are not imitated; see util/model.py for how weights come to the device.
     model = untouched_model(Case(size, {}, 0, 0), config, device)
@@ -113,10 +113,11 @@ def one_step(size: str, config: Config, steps: Steps, device: torch.device) -> d
     (step,) = steps.after(0)
     sample = one_sample()
     micro_batches = [Collator()([sample] * len(group)).pin_memory() for group in step.micro_batches]
-    passes.run(1, micro_batches, float(SAMPLES * SUPERVISED))
-    clip_gradient(model, optimizer, 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    for number in (1, 2):  # the first one makes the moments, which lie beside the activations of the second
+        passes.run(number, micro_batches, float(SAMPLES * SUPERVISED))
+        clip_gradient(model, optimizer, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
     torch.cuda.synchronize()
     return {
         "run": "out of memory, and again in smaller micro-batches" if stop.told else "to its end",
