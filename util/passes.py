@@ -5,6 +5,7 @@ tried again in smaller micro-batches, which changes nothing but memory and time.
 import gc
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -147,6 +148,12 @@ def in_parts(work: Callable[[Work], Found], whole: Work, halves: Callable[[Work]
 def batch_halves(batch: Batch) -> list[Batch]:
     """Of `in_parts`: on several ranks every pass is of all together, and none can make two of one."""
     return [] if ranks.are_several() else batch.halves()
+
+
+def in_halves(work: Callable[..., list[Found]], items: list[Item], *arguments: object) -> list[Found]:
+    """What `work` makes of a list, one for each item, in halves of it where memory runs out."""
+    found = in_parts(lambda part: work(part, *arguments), items, halves_of)
+    return list(chain.from_iterable(found))
 
 
 def halves_of(items: list[Item]) -> list[list[Item]]:

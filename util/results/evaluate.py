@@ -4,7 +4,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain, takewhile
 
 import torch
@@ -26,7 +25,7 @@ from util.dataset import Example, Examples, Sample, Samples
 from util.guard import Stopped, StopSignal
 from util.loss import PackedLoss
 from util.model import choose_attention, load_weights, pack_layers, set_attention, whole_weights
-from util.passes import batch_halves, halves_of, in_parts
+from util.passes import batch_halves, in_halves, in_parts
 from util.results.answer_files import Answer
 from util.results.metrics import several_kinds, summarise
 from util.results.suited import choose, in_words
@@ -324,8 +323,7 @@ def answer_all(
     with tqdm(total=len(questions), **bar_options) as bar, torch.random.fork_rng(devices=[]):
         for number, (indices, loaded) in enumerate(zip(batches, watch(loader), strict=True), 1):
             pairs = {index: pair for index, pair in zip(indices, loaded, strict=True) if not isinstance(pair, Skipped)}
-            read = partial(answerer.read, max_new_tokens=max_new_tokens)
-            found = list(chain.from_iterable(in_parts(read, list(pairs.values()), halves_of))) if pairs else []
+            found = in_halves(answerer.read, list(pairs.values()), max_new_tokens) if pairs else []
             for index, (loss, answer) in zip(pairs, found, strict=True):
                 losses[index] = loss
                 if isinstance(answer, str):
@@ -333,9 +331,8 @@ def answer_all(
                 else:
                     waiting[index] = answer
             while chosen := first_to_generate(waiting, limits, is_last=number == len(batches)):
-                generate = partial(answerer.generate, max_new_tokens=max_new_tokens)
-                answers = in_parts(generate, [waiting.pop(index) for index in chosen], halves_of)
-                texts |= zip(chosen, chain.from_iterable(answers), strict=True)
+                answers = in_halves(answerer.generate, [waiting.pop(index) for index in chosen], max_new_tokens)
+                texts |= zip(chosen, answers, strict=True)
             bar.update(sum(map(len, batches[:number])) - len(waiting) - bar.n)
     return [answer_of(questions.example(index), texts[index], losses[index]) for index in sorted(texts)]
 
