@@ -21,6 +21,7 @@ def train(config: Config) -> str:
     from util.checkpoint import Saver, compare_plan, load_checkpoint, read_state, resolve_resume
     from util.collator import Collator, total_counts
     from util.cost import disk, fastest, flops, memory
+    from util.cost.budget import fit_memory
     from util.cost.measure import measure_all
     from util.data.loader import packed_batches
     from util.data.media import MediaReader
@@ -29,6 +30,7 @@ def train(config: Config) -> str:
     from util.log import Run
     from util.model import build_model, choose_device, choose_dtype, find_model, load_config, load_processor
     from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
+    from util.passes import Passes
     from util.plan import print_plan
     from util.publish.final_model import FinalModel
     from util.results.evaluate import evaluate_answers, evaluate_loss
@@ -55,6 +57,8 @@ def train(config: Config) -> str:
     if resumed:
         compare_plan(config, resumed, sizes, examples)
     steps = training_steps(sizes, examples, config)
+    counts = memory.count_parameters(model_config, config)
+    config, steps, needs, rung = fit_memory(config, steps, model_config, counts, dtype, device, resumed)
 
     held_out = None
     evaluation = None
@@ -66,9 +70,7 @@ def train(config: Config) -> str:
     # ---- the plan, before anything is loaded or written
     run = Run(config, device, resumed)
     fastest.choose_kernels(config, model_config, device, dtype, sizes, steps)
-    counts = memory.count_parameters(model_config, config)
-    needs = memory.forecast(model_config, counts, config, dtype, steps.survey.heaviest)
-    print_plan(config, run, path, dtype, counts, needs, samples, sizes, steps, held_out, evaluation)
+    print_plan(config, run, path, dtype, counts, needs, rung, samples, sizes, steps, held_out, evaluation)
     memory.check(model_config, config, dtype, device, steps.survey, needs)
     disk.check(run.directory, counts, config, dtype)
 
@@ -85,6 +87,7 @@ def train(config: Config) -> str:
     run.open(first, len(steps), path, dtype)
     final = FinalModel(run, config, resumed, model, processor, budget, len(steps))
     saver = Saver(run.directory, config, len(steps), run.say, sizes.mark(), final.evaluations)
+    passes = Passes(model, optimizer, device, steps, stop, saver)
     guard = FiniteGuard(run.say)
 
     def evaluate(step: int, held_out: Samples, evaluation: Steps) -> float:
@@ -114,12 +117,8 @@ def train(config: Config) -> str:
         # One division, by the supervised tokens of the whole global batch (each counted by its weight, mostly 1), which
         # are known before the first backward: how samples are spread over micro-batches then changes nothing.
         supervised_weight = totals["supervised_weight"] or math.nan  # of none: NaN, and the guard skips the update
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # stays on the device: reading it would wait
-        for batch in micro_batches:
-            batch_loss_sum = model(batch.to(device))  # PackedLoss.forward, in util/loss.py
-            if batch_loss_sum.requires_grad:  # a text-only batch has no gradient where only the vision tower is trained
-                (batch_loss_sum / supervised_weight).backward()
-            loss_sum += batch_loss_sum.detach()  # else it would keep the graphs of all micro-batches
+        # Forward and backward of each micro-batch; where memory runs out, all of them again in smaller ones.
+        loss_sum = passes.run(step, micro_batches, supervised_weight)
 
         # The norm and the loss are read once all passes are queued: each read waits for the device.
         grad_norm = clip_gradient(model, optimizer, config.max_grad_norm).item()

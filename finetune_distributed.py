@@ -21,6 +21,7 @@ def train(config: Config) -> str:
     from util.checkpoint import Saver, compare_plan, load_checkpoint, read_state, resolve_resume
     from util.collator import total_counts
     from util.cost import disk, fastest, flops, memory
+    from util.cost.budget import fit_memory
     from util.cost.measure import measure_all
     from util.data.loader import packed_batches
     from util.data.media import MediaReader
@@ -59,6 +60,9 @@ def train(config: Config) -> str:
     dealing = distributed.dealing(sizes, config, model_config, world)
     steps = training_steps(sizes, examples, config, dealing)
     distributed.refuse_idle_ranks(steps, config, world)
+    shards = distributed.shard_group(config, world)
+    counts = memory.count_parameters(model_config, config)
+    config, steps, needs, rung = fit_memory(config, steps, model_config, counts, dtype, device, resumed, shards)
 
     held_out = None
     evaluation = None
@@ -71,11 +75,8 @@ def train(config: Config) -> str:
     # ---- the plan, before anything is loaded or written
     run = distributed.open_run(config, resumed, world)
     fastest.choose_kernels(config, model_config, device, dtype, sizes, steps)
-    counts = memory.count_parameters(model_config, config)
-    shards = distributed.shard_group(config, world)
-    needs = memory.forecast(model_config, counts, config, dtype, steps.survey.heaviest, shards)
     if world.is_first:
-        print_plan(config, run, path, dtype, counts, needs, samples, sizes, steps, held_out, evaluation)
+        print_plan(config, run, path, dtype, counts, needs, rung, samples, sizes, steps, held_out, evaluation)
     memory.check(model_config, config, dtype, device, steps.survey, needs, shards)
     disk.check(run.directory, counts, config, dtype)
 
@@ -92,6 +93,7 @@ def train(config: Config) -> str:
     run.open(first, len(steps), path, dtype)
     final = FinalModel(run, config, resumed, model, processor, budget, len(steps))
     saver = Saver(run.directory, config, len(steps), run.say, sizes.mark(), final.evaluations)
+    passes = distributed.EvenPasses(model, optimizer, device, steps, stop, saver, config)
     guard = FiniteGuard(run.say)
     watch = faults.Watch(world, model, run, saver, len(steps))
 
@@ -123,15 +125,10 @@ def train(config: Config) -> str:
         # One division, by the supervised tokens of the whole global batch (each counted by its weight, mostly 1), which
         # are known before the first backward: how samples are spread over micro-batches then changes nothing.
         supervised_weight = totals["supervised_weight"] or math.nan  # of none: NaN, and the guard skips the update
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # stays on the device: reading it would wait
-        for batch in micro_batches:
-            distributed.before_backward(model, config, is_last=batch is micro_batches[-1])
-            batch_loss_sum = model(batch.to(device))  # PackedLoss.forward, in util/loss.py
-            if batch_loss_sum.requires_grad:  # a text-only batch has no gradient where only the vision tower is trained
-                (batch_loss_sum / supervised_weight * world.size).backward()  # gradients are averaged over the ranks
-            loss_sum += batch_loss_sum.detach()  # else it would keep the graphs of all micro-batches
-
+        # Forward and backward of each micro-batch; where memory runs out, all of them again in smaller ones.
+        loss_sum = passes.run(step, micro_batches, supervised_weight)
         distributed.drop_blank_gradients(model, totals["visual_tokens"])
+
         # The norm and the loss are read once all passes are queued: each read waits for the device.
         grad_norm = clip_gradient(model, optimizer, config.max_grad_norm).item()
         learning_rate = set_learning_rate(optimizer, step - 1, len(steps), config)  # the schedule counts from 0

@@ -54,11 +54,17 @@ def raise_in_step():
     raise RuntimeError("a bug on rank 1")
 
 
+def run_out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
 if os.environ["RANK"] == "1":
     if fault in ("raises in data worker", "bad data", "bad held-out data"):
         dataset.Samples.__getitem__ = broken_worker
     elif fault == "raises":
         PackedLoss.forward = lambda *args, **kwargs: once(raise_in_step) or forward(*args, **kwargs)
+    elif fault == "out of memory":
+        PackedLoss.forward = lambda *args, **kwargs: once(run_out_of_memory) or forward(*args, **kwargs)
     elif fault == "hangs":
         PackedLoss.forward = lambda *args, **kwargs: once(lambda: time.sleep(600)) or forward(*args, **kwargs)
     elif fault == "freezes":

@@ -33,6 +33,7 @@ from util.adapters import new_tokens
 from util.command_line import MOST_TOLD, Ended, UserError, harmless_settings
 from util.config import Config
 from util.cost import disk
+from util.cost.settings import as_asked
 from util.data.lines import split_weight
 from util.mixed_adamw import PIECE, exact_pieces, parameters_of, set_exact_value
 from util.run_folder import complete_checkpoints, final_in_words, read_final, step_of
@@ -193,7 +194,7 @@ class Saver:
 
     def _publish(self, unfinished: Path, final: Path, state: dict) -> None:
         check_files(unfinished)
-        state |= {"settings": dataclasses.asdict(self.config), "data": self.data, "plan": self.plan}
+        state |= {"settings": as_asked(self.config), "data": self.data, "plan": self.plan}
         state["new_tokens"] = self.new_tokens
         state["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         state["files"] = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}

@@ -7,6 +7,7 @@ S supervised tokens, N images and videos.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 
 import torch
 
@@ -49,6 +50,67 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         return self._map("pin_memory")
+
+    def halves(self) -> list["Batch"]:
+        """The same samples in two batches that each have about half of the tokens; none where there is one sample.
+
+        Made of views of this batch's tensors, on the CPU: nothing is read or decoded again.
+        """
+        lengths = self.segments.lengths
+        if len(lengths) <= 1:
+            return []
+        ends = torch.tensor(lengths).cumsum(0)[:-1]  # where the row may be cut
+        first = int((ends - len(self.input_ids) / 2).abs().argmin()) + 1  # samples of the first half
+        return [self._part(0, first), self._part(first, len(lengths))]
+
+    def _part(self, first: int, last: int) -> "Batch":
+        """The batch of the samples [first, last)."""
+        lengths = self.segments.lengths
+        begin, end = sum(lengths[:first]), sum(lengths[:last])
+        targets = slice(*torch.searchsorted(self.supervised_index, torch.tensor([begin, end])).tolist())
+        # Visual tokens stand images first, then videos, each in the order of the samples: of both kinds a sample's
+        # neighbours are neighbours. A token is MERGE**2 patches, wherever it stands.
+        images = len(self.image_patches) // MERGE**2
+        image_tokens = of_rows(self.visual_index[:images], begin, end)
+        video_tokens = of_rows(self.visual_index[images:], begin, end)
+        image_patches, video_patches = patches_of(image_tokens), patches_of(video_tokens)
+        grids = self._grids_between(image_tokens, 0) + self._grids_between(video_tokens, images)
+        of_videos = self.vision_position_ids[len(self.image_patches) :][video_patches]
+        visual_index = torch.cat([self.visual_index[:images][image_tokens], self.visual_index[images:][video_tokens]])
+        target_weights = self.target_weights[targets]
+        return Batch(
+            input_ids=self.input_ids[begin:end],
+            position_ids=self.position_ids[:, begin:end],
+            segments=Segments.of(lengths[first:last]),
+            supervised_index=self.supervised_index[targets] - begin,
+            target_ids=self.target_ids[targets],
+            target_weights=target_weights,
+            visual_index=visual_index - begin,
+            image_patches=self.image_patches[image_patches],
+            video_patches=self.video_patches[video_patches],
+            vision_position_ids=torch.cat([self.vision_position_ids[image_patches], of_videos]),
+            grid_thw=joined([torch.tensor([grid[:3]]) for grid in grids], torch.int64, 3),
+            vision_segments=tower_segments(grids),
+            where=self.where[first:last],
+            counts=count(last - first, end - begin, len(visual_index), target_weights),
+        )
+
+    def _grids_between(self, tokens: slice, before: int) -> list[Grid]:
+        """The grids of the media whose visual tokens are `tokens`, counted after the first `before` ones of all."""
+        grids = [Grid(*sizes) for sizes in self.grid_thw.tolist()]
+        ends = list(accumulate(grid.tokens for grid in grids))
+        chosen = zip(grids, ends, strict=True)
+        return [grid for grid, end in chosen if before + tokens.start < end <= before + tokens.stop]
+
+
+def of_rows(visual_index: torch.Tensor, begin: int, end: int) -> slice:
+    """Which of these visual tokens, whose rows rise, stand in the rows [begin, end)."""
+    return slice(*torch.searchsorted(visual_index, torch.tensor([begin, end])).tolist())
+
+
+def patches_of(tokens: slice) -> slice:
+    """The patches of visual tokens."""
+    return slice(tokens.start * MERGE**2, tokens.stop * MERGE**2)
 
 
 def total_counts(batches: Sequence[Batch]) -> dict[str, float]:

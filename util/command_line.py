@@ -152,6 +152,11 @@ def range_in_words(known: Mapping) -> str:
     return " and ".join(f"{text} {known[name]}" for name, text in words.items() if known[name] is not None)
 
 
+def choices_of(settings: type, name: str) -> tuple[str, ...]:
+    """The words that a setting may be: those of its Literal."""
+    return next(get_args(item.type) for item in dataclasses.fields(settings) if item.name == name)
+
+
 def harmless_settings(settings: type) -> set[str]:
     """The names of the settings that a resumed run may change."""
     return {item.name for item in dataclasses.fields(settings) if item.metadata["harmless"]}
@@ -182,9 +187,11 @@ def parse(
     given = {name: value for name, value in vars(values).items() if value is not NOT_GIVEN}
     good = {name: value for name, value in given.items() if name not in parser.wrong}
     known_names = {item.name for item in fields}
-    own = {name: value for name, value in others(good).items() if name in known_names - parser.wrong}
+    of_others = others(good)
+    own = {name: value for name, value in of_others.items() if name in known_names - parser.wrong}
     try:
         made = settings(**{**own, **good})
+        made.given = frozenset([*of_others.get("given", []), *good])  # what is typed is never changed unasked
     except UserError as error:
         parser.problems += str(error).splitlines()
     if parser.problems:
@@ -363,13 +370,20 @@ def known(error: Exception) -> tuple[str, int] | None:
             f"{str(error).splitlines()[0]}\na data worker was killed, most often because memory ran out: fewer "
             "--num_workers, a smaller --max_pixels or --video_max_tokens"
         ), 1  # fmt: skip
-    # torch's, named so that this file need not import torch; on a CPU it is a RuntimeError like others
-    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return (
-            f"{error}\nout of memory on the device. What helps: --micro_batch_size 1 or a smaller --max_tokens, "
-            "--activation_checkpointing full, a smaller --max_pixels, --freeze vision"
+            f"{error}\nout of memory on the device. What helps: a smaller --memory_budget, by which settings that need "
+            "less are chosen; --micro_batch_size 1 or a smaller --max_tokens; --activation_checkpointing full; "
+            "a smaller --max_pixels; --freeze vision"
         ), 1  # fmt: skip
     return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device had no memory left. torch's class is named so that this file need not import torch; a CPU, a
+    library of NVIDIA's and a GPU that another program fills raise a RuntimeError like others."""
+    told = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in told)
 
 
 def end(text: str, code: int, all_ranks: bool = False) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from util.adapters.settings import ADAPTER_LEARNING_RATE, LoraSettings, TokenSettings, invalid_adapter_settings
 from util.command_line import UserError, out_of_range, parse, setting
+from util.cost.settings import MemorySettings, invalid_memory_settings
 from util.data.settings import CacheSettings, FetchSettings, SampleSettings
 from util.publish.settings import (
     FinalSettings,
@@ -31,6 +32,7 @@ class Config(
     SampleSettings,
     FetchSettings,
     CacheSettings,
+    MemorySettings,
     MetricSettings,
     LoraSettings,
     FinalSettings,
@@ -237,6 +239,7 @@ class Config(
         if self.learning_rate is None:
             self.learning_rate = ADAPTER_LEARNING_RATE if self.lora_rank else LEARNING_RATE
         found = [*out_of_range(self), *self.invalid_combinations()]
+        found += invalid_memory_settings(self)
         found += invalid_metric_settings(self)
         found += invalid_adapter_settings(self)
         found += invalid_final_settings(self)

@@ -111,6 +111,12 @@ class StopSignal:
             saver.save_unless_there(model, optimizer, step - 1)
             self.end(step - 1, saver)
 
+    def end_out_of_memory(self, why: str, step: int, saver, model, optimizer) -> NoReturn:
+        """Save the run as the step before left it, and end it, where a single sample of `step` is too large."""
+        self.failure = why, 1
+        saver.save_unless_there(model, optimizer, step - 1)
+        self.end(step - 1, saver)
+
     def watch(self, batches: Iterable) -> Iterator:
         """The batches of an evaluation that this rank makes alone. Raises Stopped on a signal, or over unread data."""
         batches = iter(batches)

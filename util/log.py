@@ -68,6 +68,8 @@ class Run:
         settings = dataclasses.asdict(self.config)
         settings |= {"model": model, "dtype": str(dtype).removeprefix("torch."), "device": str(self.device)}
         settings["output_dir"] = str(self.directory)
+        if self.config.asked:  # what the memory budget changed, as it was before
+            settings["asked"] = self.config.asked
         settings["versions"] = versions()
         settings["commit"] = commit()
         settings["launched_by"] = [socket.gethostname(), os.getppid()]  # a process that is started again finds its run

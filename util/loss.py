@@ -15,7 +15,9 @@ from transformers import Qwen2VLForConditionalGeneration
 from util.collator import Batch
 from util.packed_layers import rms_norm
 
-LOGIT_ROWS = 4096  # rows of logits that exist at a time; 4096 x 151,936 in fp32 are 2.3 GiB
+LOGIT_ROWS = (
+    4096  # rows of logits that exist at a time, where --logit_rows says nothing; 4096 x 151,936 in fp32 are 2.3 GiB
+)
 
 
 class PackedLoss(nn.Module):
@@ -27,10 +29,13 @@ class PackedLoss(nn.Module):
     pixel_scale: torch.Tensor  # (3,): a pixel times scale plus shift is what the tower sees
     pixel_shift: torch.Tensor
 
-    def __init__(self, model: Qwen2VLForConditionalGeneration, processor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Qwen2VLForConditionalGeneration, processor, dtype: torch.dtype, logit_rows: int | None = None
+    ) -> None:
         super().__init__()
         self.model: Any = model  # transformers' modules, whose own types say Tensor or Module of every part
         self.reshard_after_forward = False  # of its layers, where they are sharded: see shard in util/model.py
+        self.logit_rows = logit_rows or LOGIT_ROWS
         self.dtype = dtype  # of compute; the weights may be kept in a wider one
         wide = torch.promote_types(dtype, torch.float32)
         mean = torch.tensor(processor.image_processor.image_mean, dtype=wide)
@@ -43,12 +48,12 @@ class PackedLoss(nn.Module):
         """The cross-entropies of all supervised tokens, each times its weight, summed up: a scalar in fp32 (fp64 where
         the model's weights are)."""
         hidden = self.supervised_rows(batch, self.embed(batch))
-        if len(hidden) <= LOGIT_ROWS:
+        if len(hidden) <= self.logit_rows:
             return (self.token_losses(hidden, batch.target_ids) * batch.target_weights).sum()
         # Logits of all rows at once would be the largest tensor of a step. They are made chunk by chunk, and made
         # anew in the backward pass instead of being kept for it.
         losses = []
-        for rows, targets in chunks(hidden, batch.target_ids):
+        for rows, targets in chunks(hidden, batch.target_ids, self.logit_rows):
             losses.append(checkpoint(self.token_losses, rows, targets, use_reentrant=False))
         return (torch.cat(losses) * batch.target_weights).sum()
 
@@ -59,7 +64,7 @@ class PackedLoss(nn.Module):
         """
         hidden = self.supervised_rows(batch, self.embed(batch, visual))
         found = [torch.zeros(2, 0, device=hidden.device)]
-        for rows, targets in chunks(hidden, batch.target_ids):
+        for rows, targets in chunks(hidden, batch.target_ids, self.logit_rows):
             logits = self.logits(rows)
             losses = F.cross_entropy(logits, targets, reduction="none")
             found.append(torch.stack([losses, logits.argmax(1) == targets]))
@@ -133,6 +138,6 @@ class PackedLoss(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def chunks(hidden: torch.Tensor, target_ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows (S, D) and their targets (S,), `LOGIT_ROWS` at a time."""
-    return zip(hidden.split(LOGIT_ROWS), target_ids.split(LOGIT_ROWS), strict=True)
+def chunks(hidden: torch.Tensor, target_ids: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows (S, D) and their targets (S,), `size` at a time."""
+    return zip(hidden.split(size), target_ids.split(size), strict=True)

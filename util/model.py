@@ -240,7 +240,7 @@ def prepare_model(
     an exact fp32. What lies under adapters is in the precision of compute already and needs none.
     """
     dtype = choose_dtype(config.dtype, device)
-    packed = PackedLoss(prepare_layers(model, config, device), processor, dtype).to(device)
+    packed = PackedLoss(prepare_layers(model, config, device), processor, dtype, config.logit_rows).to(device)
     if compilation.is_on(config.compile, device):
         compilation.compile_loss(packed)
     if dtype == torch.bfloat16:

@@ -36,6 +36,7 @@ def print_plan(
     dtype: torch.dtype,
     counts: dict,
     needs: dict[str, float],
+    rung: str,
     samples: Samples,
     sizes: Sizes,
     steps: Steps,
@@ -52,6 +53,7 @@ def print_plan(
         **of_the_data(config, sizes, worker_count(config, run.device)),
         **of_the_steps(config, steps),
         "memory": memory_in_words(needs, run.device),
+        **({"memory budget": rung} if rung else {}),
         **({"answers": scoring_in_words(held_out, config)} if held_out and config.eval_samples else {}),
         "output": str(relative(run.directory)),
         "final model": final_model_in_words(config),
@@ -206,9 +208,8 @@ def what_is_unusual(config: Config, sizes: Sizes, steps: Steps, evaluation: Step
     if len(shrunk := sizes.shrunk):
         before = int(sizes.table.numbers["before"][shrunk].sum())
         after = int(sizes.tokens[shrunk].sum())
-        facts["shrunk"] = (
-            f"{len(shrunk):,} samples to fit --max_tokens {config.max_tokens:,}, {before:,} to {after:,} tokens"
-        )
+        limit = config.asked.get("max_tokens", config.max_tokens)  # a memory budget lowers that of a pass alone
+        facts["shrunk"] = f"{len(shrunk):,} samples to fit --max_tokens {limit:,}, {before:,} to {after:,} tokens"
     if capped := sizes.count("capped"):
         facts["videos"] = (
             f"{capped:,} made smaller or shorter to cost at most --video_max_tokens {config.video_max_tokens:,}"

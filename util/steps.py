@@ -5,6 +5,7 @@ of them have in common (`Survey`) is found at the start in the same way, without
 Letters in shapes: N steps, G samples of a global batch.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -111,6 +112,13 @@ class Steps:
             for place, micro_batches in enumerate(block.of_rank(self.dealing.rank)):
                 samples = block.samples[place, block.there[place]]
                 yield Step(first + place + 1, epoch, micro_batches, samples.tolist())
+
+    def repacked(self, config: Config) -> "Steps":
+        """The same steps with the same samples, in micro-batches of other settings. All ranks call together."""
+        other = copy.copy(self)
+        other.config = config
+        other.survey = other._survey()
+        return other
 
     def micro_batches(self, done: int = 0) -> Iterator[list[int]]:
         """This rank's micro-batches of the same steps, one after another."""
@@ -236,6 +244,7 @@ class Survey:
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
         self.steps = 0
+        self.passes = 0  # micro-batches of all steps, on each rank
         self.samples = 0
         self.fewest = 2**62  # micro-batches of a step
         self.most = 0
@@ -257,6 +266,7 @@ class Survey:
         turns = np.arange(len(there))[:, None] * self.ranks + block.hands
         of_turns = np.bincount(turns[there], minlength=len(there) * self.ranks).reshape(-1, self.ranks)
         self.steps += len(there)
+        self.passes += int(passes.sum())
         self.samples += int(there.sum())
         self.fewest = min(self.fewest, int(passes.min()))
         self.most = max(self.most, int(passes.max()))
@@ -273,7 +283,7 @@ class Survey:
     def joined(parts: list["Survey"]) -> "Survey":
         """The survey of all steps from those of parts of them."""
         whole = Survey(parts[0].ranks)
-        for name in ("steps", "samples", "empty_steps", "samples_of_rank", "idle_turns"):
+        for name in ("steps", "passes", "samples", "empty_steps", "samples_of_rank", "idle_turns"):
             setattr(whole, name, sum(getattr(part, name) for part in parts))
         whole.fewest = min(part.fewest for part in parts)
         whole.most = max(part.most for part in parts)

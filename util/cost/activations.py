@@ -54,6 +54,7 @@ def kept_by(model_config, config: Config, dtype: torch.dtype, load: Load, is_com
     tower = model_config.vision_config
     tokens, patches, supervised = map(int, load)
     compute = dtype.itemsize
+    rows = config.logit_rows or LOGIT_ROWS
     learns = parts_that_learn(config)
     tower_learns = "vision" in learns and patches > 0
     merger_learns = tower_learns or ("merger" in learns and patches > 0)
@@ -76,8 +77,8 @@ def kept_by(model_config, config: Config, dtype: torch.dtype, load: Load, is_com
         tower=tower.depth * block.kept + pixels,
         block=block,
         merger=merger,
-        logits=min(supervised, LOGIT_ROWS) * text.vocab_size * bytes_of_a_logit(dtype, is_compiled),
-        chunks=max(1, -(-supervised // LOGIT_ROWS)),
+        logits=min(supervised, rows) * text.vocab_size * bytes_of_a_logit(dtype, is_compiled),
+        chunks=max(1, -(-supervised // rows)),
         # a block's input, that of its MLP, and the MLP's first product twice more while GELU reads it
         frozen_tower=0 if tower_learns else compute * tower.embed_dim * (2 + 3 * tower.mlp_ratio) * patches,
     )

@@ -225,6 +225,7 @@ def decode_all(notes: list[Note], config: CheckSettings) -> list[str]:
 def forecast(config: Config, path: str, samples, sizes, device) -> dict[str, str]:
     """Lines with an estimate of steps, memory by part and time of an epoch, from sizes and the model's config."""
     from util.cost import flops, memory
+    from util.cost.budget import fit_memory
     from util.log import clock
     from util.model import choose_dtype, load_config
     from util.steps import training_steps
@@ -233,10 +234,11 @@ def forecast(config: Config, path: str, samples, sizes, device) -> dict[str, str
     dtype = choose_dtype(config.dtype, device)
     steps = training_steps(sizes, samples.examples, config)
     counts = memory.count_parameters(model_config, config)
-    needs = memory.forecast(model_config, counts, config, dtype, steps.survey.heaviest)
+    config, steps, needs, rung = fit_memory(config, steps, model_config, counts, dtype, device)
     needed = sum(needs.values())
     free = memory.free_bytes(device)
-    fits = "" if needed <= free else f": DOES NOT FIT the {free / memory.GIB:.1f} GiB that are free"
+    margin = memory.reserved_margin(needs, device)
+    fits = "" if needed + margin <= free else f": DOES NOT FIT the {free / memory.GIB:.1f} GiB that are free"
     epoch = steps.order(0)
     epoch = epoch[sizes.is_usable[epoch]]
     tokens = int(sizes.tokens[epoch].sum())
@@ -253,6 +255,7 @@ def forecast(config: Config, path: str, samples, sizes, device) -> dict[str, str
         f"{steps.survey.fewest} to {steps.survey.most} forward passes each",
         "tokens": f"{tokens:,} an epoch",
         "memory": f"{needed / memory.GIB:.2f} GiB at the peak on {device}{fits}: {memory.parts_in_words(needs)}",
+        **({"memory budget": rung} if rung else {}),
         "time": f"{took}; evaluating, saving and waiting for data come on top",
     }
 

@@ -16,15 +16,14 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from util import compilation, ranks
 from util.adapters import lora
-from util.command_line import UserError
+from util.command_line import UserError, choices_of
 from util.config import Config
 from util.cost import allocator
 from util.cost.activations import FP32, Kept, kept_by
+from util.cost.settings import GIB, budget_in_bytes
 from util.model import layers
 from util.steps import Load, Survey
 from util.tensors import PARTS, part_of
-
-GIB = 2**30
 
 
 def count_parameters(model_config, config: Config) -> dict:
@@ -235,6 +234,10 @@ def check(
     needed = sum(parts.values())
     margin = reserved_margin(parts, device)
     free = free_bytes(device)
+    where = "are free"
+    budget = budget_of(config, device) or math.inf
+    if budget < free:
+        free, where = budget, f"are allowed by --memory_budget {config.memory_budget}"
     if needed + margin <= free or not config.check_memory:
         return
     counts = count_parameters(model_config, config)
@@ -259,7 +262,7 @@ def check(
     smaller = "Smaller images help too (--max_pixels)" if has_patches else "Shorter conversations help too"
     raise UserError(
         f"not enough memory on {device}: the run needs {needed / GIB:.1f} GiB ({parts_in_words(parts)}){beside}, "
-        f"{free / GIB:.1f} GiB are free.\n{remedy}\n{smaller}. "
+        f"{free / GIB:.1f} GiB {where}.\n{remedy}\n{smaller}. "
         "--no-check_memory goes ahead all the same."
     )
 
@@ -278,9 +281,9 @@ def remedies(config: Config, device: torch.device) -> Iterator[tuple[dict, Confi
     adapters = [{"quantize": "nf4"}]
     if not config.lora_rank:
         adapters = [{"lora_rank": 16}, {"lora_rank": 16, "quantize": "nf4"}]
-    optimizers = ("adamw", "adamw_8bit") if device.type == "cuda" else ("adamw",)
+    optimizers = choices_of(Config, "optimizer") if device.type == "cuda" else ("adamw",)
     choices = [*itertools.product(parts, optimizers), *itertools.product(adapters, ("adamw",))]
-    for (part, optimizer), checkpointing in itertools.product(choices, ("none", "full")):
+    for (part, optimizer), checkpointing in itertools.product(choices, choices_of(Config, "activation_checkpointing")):
         changes = {**part, "optimizer": optimizer, "activation_checkpointing": checkpointing}
         changes = {name: value for name, value in changes.items() if value != getattr(config, name)}
         unused = {f"{part}_learning_rate": None for part in changes.get("freeze", []) if part != "language_model"}
@@ -293,6 +296,14 @@ def remedies(config: Config, device: torch.device) -> Iterator[tuple[dict, Confi
 def parts_in_words(parts: dict[str, float]) -> str:
     """`weights 8.24, gradients 8.24`, in GiB."""
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+
+
+def budget_of(config: Config, device: torch.device) -> float | None:
+    """Bytes that `--memory_budget` lets this process take; None where nothing is to be chosen by it: `none`, and `auto`
+    without a GPU."""
+    if config.memory_budget == "auto":
+        return free_bytes(device) if device.type == "cuda" else None
+    return budget_in_bytes(config.memory_budget)
 
 
 def free_bytes(device: torch.device) -> float:

@@ -22,15 +22,18 @@ from transformers import Qwen2VLForConditionalGeneration
 from util import compilation, model, ranks
 from util.adapters import lora
 from util.attention import Segments
+from util.checkpoint import Saver
 from util.collator import Batch, Collator, patch_positions
 from util.command_line import Ended, UserError
 from util.config import Config
 from util.cost.flops import training_flops
 from util.cost.sizes import Sizes
 from util.dataset import Sample
+from util.guard import StopSignal
 from util.log import Run, SilentRun
 from util.loss import PackedLoss
 from util.model import choose_device, choose_dtype, layers, load_trainable, prepare_layers, shard
+from util.passes import Passes
 from util.steps import Dealing, Steps
 from util.tensors import part_of, run_parameters, trained_parameters
 from util.vision import PATCH, Grid
@@ -209,10 +212,10 @@ def build_sharded(config: Config, path: str, model_config, processor, world: Wor
     dtype = choose_dtype(config.dtype, world.device)
     if world.is_first:
         read = load_trainable(config, path, torch.device("cpu"))
-        whole = PackedLoss(prepare_layers(read, config, world.device), processor, dtype)
+        whole = PackedLoss(prepare_layers(read, config, world.device), processor, dtype, config.logit_rows)
     with torch.device("meta"):
         bare = Qwen2VLForConditionalGeneration(model_config)
-        packed = PackedLoss(prepare_layers(bare, config, world.device), processor, dtype)
+        packed = PackedLoss(prepare_layers(bare, config, world.device), processor, dtype, config.logit_rows)
     take_precision(packed, from_first_rank(lambda: precision_of(whole)))
     shard(packed, dtype=dtype, **sharding_of(config, world))
     for layer, following in pairwise(layers(packed.model)):
@@ -246,7 +249,9 @@ def build_quantised(config: Config, path: str, model_config, processor, world: W
     """Every rank reads and keeps all weights, as 4 bits cannot be sharded; the adapters are sharded."""
     dtype = choose_dtype(config.dtype, world.device)
     quantised = load_trainable(config, path, world.device)
-    packed = PackedLoss(prepare_layers(quantised, config, world.device), processor, dtype).to(world.device)
+    packed = PackedLoss(prepare_layers(quantised, config, world.device), processor, dtype, config.logit_rows).to(
+        world.device
+    )
     for parameter in trained_parameters(packed).values():
         dist.broadcast(parameter.data, src=0)
     shard(packed, dtype=dtype, kept_whole=lora.frozen_parameters(packed), **sharding_of(config, world))
@@ -268,6 +273,18 @@ def drop_blank_gradients(packed: PackedLoss, visual_tokens: float) -> None:
         for name, parameter in run_parameters(packed).items():
             if part_of(name) != "language_model":
                 parameter.grad = None
+
+
+class EvenPasses(Passes):
+    """The passes of all ranks: each has equally many, and gradients are averaged over them."""
+
+    def __init__(self, model, optimizer, device, steps: Steps, stop: StopSignal, saver: Saver, config: Config) -> None:
+        super().__init__(model, optimizer, device, steps, stop, saver)
+        self.config = config
+
+    def run_one(self, batch: Batch, divisor: float, is_last: bool) -> torch.Tensor:
+        before_backward(self.model, self.config, is_last)
+        return super().run_one(batch, divisor / dist.get_world_size(), is_last)
 
 
 def before_backward(packed: PackedLoss, config: Config, is_last: bool) -> None:

@@ -8,7 +8,6 @@ import socket
 import statistics
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from util import run_folder
 from util.command_line import record_failure
 from util.config import Config
+from util.cost.settings import changed
 from util.loss import PackedLoss
 from util.model import layers
 
@@ -45,7 +45,7 @@ def continue_after_restart(config: Config) -> Config:
                 has_checkpoint = bool(run_folder.complete_checkpoints(run))
                 # Without a checkpoint yet, a run that was itself resumed from another begins there again.
                 resume = "auto" if has_checkpoint or config.resume == "none" else config.resume
-                box = [replace(config, output_dir=str(run), resume=resume)]
+                box = [changed(config, output_dir=str(run), resume=resume)]
                 break
     dist.broadcast_object_list(box, src=0)
     return box[0]

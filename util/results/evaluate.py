@@ -25,6 +25,7 @@ from util.dataset import Example, Examples, Sample, Samples
 from util.guard import Stopped, StopSignal
 from util.loss import PackedLoss
 from util.model import choose_attention, load_weights, pack_layers, set_attention, whole_weights
+from util.passes import batch_halves, in_halves, in_parts
 from util.results.answer_files import Answer
 from util.results.metrics import several_kinds, summarise
 from util.results.suited import choose, in_words
@@ -41,14 +42,19 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch], device: torch.devi
     "loss_sum": their cross-entropies, each times its weight; "likeliest_tokens": how many of them the model held for
     the likeliest. The batches are read once.
     """
+
+    def sums_of(batch: Batch) -> torch.Tensor:
+        there = batch.to(device)
+        losses, likeliest = model.score(there)
+        return torch.stack([(losses * there.target_weights).sum(), likeliest.sum()])
+
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     counts = Counter(Collator()([]).counts)  # all keys are there, even if there is no batch
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed, and training's generator must not move
         for batch in batches:
-            there = batch.to(device)
-            losses, likeliest = model.score(there)
-            sums += torch.stack([(losses * there.target_weights).sum(), likeliest.sum()])
+            for of_part in in_parts(sums_of, batch, batch_halves):
+                sums += of_part
             counts.update(batch.counts)
     model.train()
     return {"loss_sum": sums[0].item(), "likeliest_tokens": round(sums[1].item()), **counts}
@@ -317,7 +323,7 @@ def answer_all(
     with tqdm(total=len(questions), **bar_options) as bar, torch.random.fork_rng(devices=[]):
         for number, (indices, loaded) in enumerate(zip(batches, watch(loader), strict=True), 1):
             pairs = {index: pair for index, pair in zip(indices, loaded, strict=True) if not isinstance(pair, Skipped)}
-            found = answerer.read(list(pairs.values()), max_new_tokens) if pairs else []
+            found = in_halves(answerer.read, list(pairs.values()), max_new_tokens) if pairs else []
             for index, (loss, answer) in zip(pairs, found, strict=True):
                 losses[index] = loss
                 if isinstance(answer, str):
@@ -325,7 +331,7 @@ def answer_all(
                 else:
                     waiting[index] = answer
             while chosen := first_to_generate(waiting, limits, is_last=number == len(batches)):
-                answers = answerer.generate([waiting.pop(index) for index in chosen], max_new_tokens)
+                answers = in_halves(answerer.generate, [waiting.pop(index) for index in chosen], max_new_tokens)
                 texts |= zip(chosen, answers, strict=True)
             bar.update(sum(map(len, batches[:number])) - len(waiting) - bar.n)
     return [answer_of(questions.example(index), texts[index], losses[index]) for index in sorted(texts)]
