@@ -12,13 +12,18 @@ import torch
 
 from util.attention import Segments
 from util.conversation import Encoded
+from util.data.features import Unkept
 from util.dataset import Sample
 from util.vision import MERGE, PATCH, TEMPORAL, Grid, Medium
 
 
 @dataclass
 class Batch:
-    """One micro-batch. Visual things stand images first, then videos, each in the order of the samples."""
+    """One micro-batch. Visual things stand images first, then videos, each in the order of the samples.
+
+    Those whose features were kept (data/features.py) stand before all others, and the vision tower does not see them:
+    P counts the patches of the others alone.
+    """
 
     input_ids: torch.Tensor  # (T,) int64; a visual token is its placeholder's id
     position_ids: torch.Tensor  # (3, T) int64: temporal, height, width
@@ -34,6 +39,10 @@ class Batch:
     vision_segments: Segments  # each image, each pair of video frames attends within itself
     where: list[str]  # the samples' names, for error messages
     counts: dict[str, float]  # for the log: samples, tokens ...; skipped samples are added by data/bad_samples.py
+    # What a frozen tower once gave: (P, its width), or (V, D) behind the merger; (0, 0) where nothing was kept.
+    kept_features: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    kept_grids: list[Grid] = field(default_factory=list)  # of the images and videos that these are of
+    unkept: list[Unkept] = field(default_factory=list)  # the images and videos that the tower sees
 
     def _map(self, method: str, *args, **kwargs) -> "Batch":
         """This batch, a method called on each of its tensors and segments."""
@@ -61,19 +70,25 @@ def total_counts(batches: Sequence[Batch]) -> dict[str, float]:
 
 @dataclass
 class Visual:
-    """What a batch gathers of its images, or of its videos: a list entry for each of them."""
+    """What a batch gathers of its images, or of its videos, or of what was kept: a list entry for each of them."""
 
     rows: list[torch.Tensor] = field(default_factory=list)  # places of its visual tokens in the packed row
     patches: list[torch.Tensor] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
     positions: list[torch.Tensor] = field(default_factory=list)  # row and column of each patch
+    features: list[torch.Tensor] = field(default_factory=list)  # of what was kept
+    unkept: list[Unkept] = field(default_factory=list)  # of all others
 
     def add(self, medium: Medium, begin: int, end: int) -> None:
         """One more, whose visual tokens take the rows [begin, end)."""
         self.rows.append(torch.arange(begin, end))
-        self.patches.append(medium.patches)
         self.grids.append(medium.grid)
+        if medium.features is not None:
+            self.features.append(medium.features)
+            return
+        self.patches.append(medium.patches)
         self.positions.append(patch_positions(medium.grid))
+        self.unkept.append(Unkept(medium.key, medium.grid, medium.is_video))
 
 
 class Collator:
@@ -83,6 +98,7 @@ class Collator:
         ids, positions, supervised_index, targets, weights, lengths = [], [], [], [], [], []
         images = Visual()
         videos = Visual()
+        kept = Visual()
         start = 0  # of the sample in the packed row
         for sample in samples or [NO_SAMPLE]:
             sample_grids = [medium.grid for medium in sample.media]
@@ -97,11 +113,13 @@ class Collator:
             # Images and videos apart, since their patches have other sizes; the tower sees images first.
             for medium, (begin, end) in zip(sample.media, spans, strict=True):
                 kind = videos if medium.is_video else images
+                if medium.features is not None:
+                    kind = kept
                 kind.add(medium, begin + start, end + start)
             lengths.append(len(row_ids))
             start += len(row_ids)
         target_weights = torch.cat(weights)
-        visual_index = joined(images.rows + videos.rows, torch.int64)
+        visual_index = joined(kept.rows + images.rows + videos.rows, torch.int64)
         grids = images.grids + videos.grids
         return Batch(
             input_ids=torch.cat(ids),
@@ -114,10 +132,13 @@ class Collator:
             image_patches=joined(images.patches, torch.uint8, 3 * PATCH**2),
             video_patches=joined(videos.patches, torch.uint8, 3 * TEMPORAL * PATCH**2),
             vision_position_ids=joined(images.positions + videos.positions, torch.int64, 2),
-            grid_thw=joined([torch.tensor([grid[:3]]) for grid in grids], torch.int64, 3),
+            grid_thw=joined([torch.tensor([grid[:3]]) for grid in kept.grids + grids], torch.int64, 3),
             vision_segments=tower_segments(grids),
             where=[sample.where for sample in samples],
             counts=count(len(samples), start, len(visual_index), target_weights),
+            kept_features=torch.cat(kept.features) if kept.features else torch.zeros(0, 0),
+            kept_grids=kept.grids,
+            unkept=images.unkept + videos.unkept,
         )
 
 
