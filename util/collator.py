@@ -7,6 +7,7 @@ S supervised tokens, N images and videos.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -91,14 +92,46 @@ class Visual:
         self.unkept.append(Unkept(medium.key, medium.grid, medium.is_video))
 
 
+class Visuals:
+    """All that a batch gathers of its images and videos."""
+
+    def __init__(self) -> None:
+        self.kept = Visual()
+        self.images = Visual()  # apart from videos, since their patches have other sizes
+        self.videos = Visual()
+
+    def add(self, medium: Medium, begin: int, end: int) -> None:
+        """One more, whose visual tokens take the rows [begin, end)."""
+        kind = self.videos if medium.is_video else self.images
+        if medium.features is not None:
+            kind = self.kept
+        kind.add(medium, begin, end)
+
+    def of_batch(self) -> dict[str, Any]:
+        """The fields of a Batch that come of them."""
+        kept = self.kept
+        images = self.images
+        videos = self.videos
+        grids = images.grids + videos.grids  # that the tower sees, images first
+        return {
+            "visual_index": joined(kept.rows + images.rows + videos.rows, torch.int64),
+            "image_patches": joined(images.patches, torch.uint8, 3 * PATCH**2),
+            "video_patches": joined(videos.patches, torch.uint8, 3 * TEMPORAL * PATCH**2),
+            "grid_thw": joined([torch.tensor([grid[:3]]) for grid in kept.grids + grids], torch.int64, 3),
+            "vision_position_ids": joined(images.positions + videos.positions, torch.int64, 2),
+            "vision_segments": tower_segments(grids),
+            "kept_features": torch.cat(kept.features) if kept.features else torch.zeros(0, 0),
+            "kept_grids": kept.grids,
+            "unkept": images.unkept + videos.unkept,
+        }
+
+
 class Collator:
     """Packs samples into one row; nothing is padded or truncated. An empty list gives a batch of one dummy token."""
 
     def __call__(self, samples: list[Sample]) -> Batch:
         ids, positions, supervised_index, targets, weights, lengths = [], [], [], [], [], []
-        images = Visual()
-        videos = Visual()
-        kept = Visual()
+        visuals = Visuals()
         start = 0  # of the sample in the packed row
         for sample in samples or [NO_SAMPLE]:
             sample_grids = [medium.grid for medium in sample.media]
@@ -110,17 +143,12 @@ class Collator:
             supervised_index.append(predicts + start)
             targets.append(row_ids[1:][predicts])
             weights.append(row_weights[1:][predicts])
-            # Images and videos apart, since their patches have other sizes; the tower sees images first.
             for medium, (begin, end) in zip(sample.media, spans, strict=True):
-                kind = videos if medium.is_video else images
-                if medium.features is not None:
-                    kind = kept
-                kind.add(medium, begin + start, end + start)
+                visuals.add(medium, begin + start, end + start)
             lengths.append(len(row_ids))
             start += len(row_ids)
         target_weights = torch.cat(weights)
-        visual_index = joined(kept.rows + images.rows + videos.rows, torch.int64)
-        grids = images.grids + videos.grids
+        of_visuals = visuals.of_batch()
         return Batch(
             input_ids=torch.cat(ids),
             position_ids=torch.cat(positions, dim=1),
@@ -128,17 +156,9 @@ class Collator:
             supervised_index=torch.cat(supervised_index),
             target_ids=torch.cat(targets),
             target_weights=target_weights,
-            visual_index=visual_index,
-            image_patches=joined(images.patches, torch.uint8, 3 * PATCH**2),
-            video_patches=joined(videos.patches, torch.uint8, 3 * TEMPORAL * PATCH**2),
-            vision_position_ids=joined(images.positions + videos.positions, torch.int64, 2),
-            grid_thw=joined([torch.tensor([grid[:3]]) for grid in kept.grids + grids], torch.int64, 3),
-            vision_segments=tower_segments(grids),
             where=[sample.where for sample in samples],
-            counts=count(len(samples), start, len(visual_index), target_weights),
-            kept_features=torch.cat(kept.features) if kept.features else torch.zeros(0, 0),
-            kept_grids=kept.grids,
-            unkept=images.unkept + videos.unkept,
+            counts=count(len(samples), start, len(of_visuals["visual_index"]), target_weights),
+            **of_visuals,
         )
 
 

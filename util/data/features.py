@@ -189,8 +189,8 @@ class FeatureWriter:
     def _write(
         self, media: list[Unkept], wanted: set[str], features: torch.Tensor, copied: torch.cuda.Event | None
     ) -> None:
-        if copied is not None:
-            copied.synchronize()  # only this thread waits
+        while copied is not None and not copied.query():
+            time.sleep(0.001)  # only this thread waits; it asks now and then, as waiting for an event keeps a core busy
         lengths = [grid.tokens if self.after_merger else grid.patches for _, grid, _ in media]
         for medium, rows in zip(media, features[: sum(lengths)].split(lengths), strict=True):
             if medium.key in wanted:
