@@ -44,7 +44,7 @@ UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.unfinished")
 TOUCH_SECONDS = 60  # an entry's time of last use is exact to so many seconds
 PAUSE_SECONDS = 60  # after a failure nothing is stored for so many seconds
 COUNTS = ("hits", "misses", "stored", "not_stored", "damaged", "evicted")
-FEATURES = "features"  # the sub-folder of data/features.py
+FEATURES = "features"  # the sub-folder of data/features.py, and how its entries' names end
 ROWS = 1021  # of counts: a process uses the row that its process number gives
 
 
@@ -176,7 +176,7 @@ class Folder:
     def _tidy(self, room: float, spared_since: float = math.inf) -> int:
         """Delete what dead writers left, then the least recently used entries until at most `room` bytes are in use.
 
-        `spared_since`: what was used since then (nanoseconds) stays all the same. Returns the bytes in use.
+        `spared_since`: features that were used since then (nanoseconds) stay all the same. Returns the bytes in use.
         """
         entries = []
         total = 0
@@ -195,8 +195,10 @@ class Folder:
                     path.unlink()
                     total -= size
         for used, size, path in sorted(entries):
-            if total <= room or used >= spared_since:
+            if total <= room:
                 break
+            if used >= spared_since and path.suffix == f".{FEATURES}":
+                continue
             with suppress(OSError):
                 path.unlink()
                 total -= size
@@ -333,9 +335,8 @@ def settings_without_effect(is_video: bool, is_list: bool) -> tuple[str, ...]:
 
 def mark_as_used(file, status: os.stat_result) -> None:
     """Note the time of last use of an entry, which `Folder` goes by when it needs room."""
-    if time.time() - status.st_atime > TOUCH_SECONDS:
-        with suppress(OSError):
-            os.utime(file.fileno(), ns=(time.time_ns(), status.st_mtime_ns))
+    with suppress(OSError):
+        os.utime(file.fileno(), ns=(time.time_ns(), status.st_mtime_ns))
 
 
 def read_entry(path: Path, key: str, with_pixels: bool) -> "Medium | Grid":
@@ -364,7 +365,8 @@ def read_entry(path: Path, key: str, with_pixels: bool) -> "Medium | Grid":
             found = zlib.crc32(buffer[:count], found)
         if not is_whole or found != checksum:
             raise OSError(errno.EIO, "damaged entry")
-        mark_as_used(file, status)
+        if time.time() - status.st_atime > TOUCH_SECONDS:
+            mark_as_used(file, status)
     try:
         # Not shared: whoever writes into the tensor changes a copy. And unlike mmap, torch keeps no file open for it.
         mapped = torch.from_file(str(path), shared=False, size=status.st_size, dtype=torch.uint8)

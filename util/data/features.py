@@ -10,6 +10,7 @@ Letters in shapes: P patches, V visual tokens (= P / 4), D hidden size.
 
 import errno
 import hashlib
+import math
 import os
 import struct
 import time
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from util.data.cache import FEATURES, TOUCH_SECONDS, Counts, Folder, FrameCache, mark_as_used
+from util.data.cache import FEATURES, Counts, Folder, FrameCache, mark_as_used
 from util.vision import PATCH, TEMPORAL, Budget, Grid, Medium
 
 MAGIC = b"feature\0"
@@ -32,6 +33,7 @@ MAGIC = b"feature\0"
 HEADER = struct.Struct("<I8s12I4x")
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 COUNTS = ("hits", "misses", "stored", "not_stored", "damaged")
+CLOCK_TICK = 20_000_000  # nanoseconds by which the times that a file system notes may lag
 MOST_WAITING = 2**30  # bytes that wait to be written; what comes on top of them is kept in a later epoch
 
 
@@ -57,12 +59,13 @@ class FeatureCache(Folder):
         self.uses = Counts(COUNTS)
         # Shared with data workers, which start before the model is there: a flag, and 32 bytes that stand for it.
         self._model = torch.zeros(33, dtype=torch.uint8).share_memory_()
-        self.opened_at: float = time.time_ns()
+        self.opened_at: float = math.inf  # nanoseconds
 
     def open(self, model: str) -> None:
         """From now on features are kept. `model`: 64 hexadecimal digits, other ones for whatever gives other rows."""
         self._model[1:] = torch.tensor(list(bytes.fromhex(model)), dtype=torch.uint8)
         self._model[0] = 1
+        self.opened_at = time.time_ns() - CLOCK_TICK
 
     @property
     def is_open(self) -> bool:
@@ -84,7 +87,7 @@ class FeatureCache(Folder):
     def path(self, key: str) -> Path:
         """The entry of the pixels that a key of FrameCache names, of the model that is open."""
         name = hashlib.sha256(key.encode() + bytes(self._model[1:].tolist())).hexdigest()
-        return self.directory / FEATURES / name[:2] / f"{name}.features"
+        return self.directory / FEATURES / name[:2] / f"{name}.{FEATURES}"
 
     def store(self, medium: Unkept, rows: torch.Tensor) -> bool:
         """Whether the entry of a medium is there now; rows (P, width) or (V, D) on the CPU."""
@@ -105,8 +108,7 @@ class FeatureCache(Folder):
         header = zlib.crc32(rest + path.stem.encode()).to_bytes(4, "little") + rest
         # What this run has used stays: epoch by epoch everything is asked for once, and if each new entry pushed out
         # the oldest one, none would be there when its turn comes. So as many are kept as there is room for.
-        spared_since = self.opened_at - TOUCH_SECONDS * 1e9
-        self.write(path, header, content, spared_since)
+        self.write(path, header, content, spared_since=self.opened_at)
 
     def _find(self, key: str) -> Medium | None:
         """An entry; None where there is none. A damaged one is deleted."""
