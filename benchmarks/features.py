@@ -1,4 +1,4 @@
-"""A frozen tower with and without `--cache_dir`: seconds of each epoch of `tiny` on the CPU; and the work that is saved.
+"""A frozen tower with and without `--cache_dir`: seconds of each epoch of `tiny` on the CPU; the work that is saved.
 
     python benchmarks/features.py --out benchmarks/results/features.json
 
@@ -46,7 +46,7 @@ def epochs_of(words: list[str], epochs: int, folder: Path) -> list[float]:
 
 
 def computed() -> dict[str, dict[str, float]]:
-    """TFLOP of a 2B's step on one sample in the first epoch and in the others, and their ratio; {} without its config."""
+    """TFLOP of a 2B on one sample in the first epoch and in the others, and their ratio; {} without its config."""
     from dataclasses import replace
 
     from transformers import Qwen2VLConfig

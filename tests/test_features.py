@@ -499,7 +499,7 @@ def test_the_plan_says_how_much_is_kept(first_run, data, tiny_path, tmp_path, ca
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("features ")]
     tokens = sum(metrics(first_run / "plain", "visual_tokens")[:2])
     size = tokens * load_config(str(tiny_path)).text_config.hidden_size * 8
-    assert f"what the frozen tower and merger gives, up to {size / 1e6:,.1f} MB, is kept in {folder}: from" in line
+    assert f"the output of the frozen tower and merger, up to {size / 1e6:,.1f} MB, is kept in {folder}: from" in line
     assert "there is room for 0.0 MB (--cache_max_gib 1e-05, or the disk)" in line
     run(tiny_path, data, tmp_path / "trained", cache_dir=str(folder), max_steps=1)
     assert "features " not in capsys.readouterr().out

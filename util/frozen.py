@@ -94,8 +94,8 @@ def features_in_words(
     assert folder is not None
     frozen = "tower and merger" if "merger" in parts else "tower"
     text = (
-        f"what the frozen {frozen} gives, up to {disk.gigabytes(needed)}, is kept in {config.cache_dir}: from the "
-        f"second epoch on the {frozen} need not run"
+        f"the output of the frozen {frozen}, up to {disk.gigabytes(needed)}, is kept in {config.cache_dir}: from the "
+        "second epoch on it is read and not computed"
     )
     # What lies there already may be these very features, or goes to make room for them.
     room = min(folder.max_bytes, folder.bytes_in_use() + disk.free_bytes(folder.directory))
