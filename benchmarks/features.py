@@ -1,6 +1,7 @@
 """A frozen tower with and without `--cache_dir`: seconds of each epoch of `tiny` on the CPU; the work that is saved.
 
     python benchmarks/features.py --out benchmarks/results/features.json
+    python benchmarks/features.py --model MODEL --device cuda --data DATA --max_steps 100     (any flags of finetune.py)
 
 Runs alternate, each with a fresh folder: `nothing kept`, and `features kept` of two frozen parts. The work of a 2B is
 computed from its published config, if that is in the folder that QWEN2_VL_REFERENCE names: a sample of one image of
@@ -32,10 +33,11 @@ TRAINED = {
 }
 
 
-def epochs_of(words: list[str], epochs: int, folder: Path) -> list[float]:
-    """Seconds of each epoch of a run: the sum over its steps."""
+def epochs_of(words: list[str], epochs: int, folder: Path, more: list[str]) -> list[float]:
+    """Seconds of each epoch of a run, the sum over its steps; `more`: flags that count instead of those in SETTINGS."""
     command = [sys.executable, "finetune.py", *SETTINGS, "--epochs", str(epochs), "--output_dir", str(folder / "run")]
     command += [*words, str(folder / "cache")] if words else []
+    command += more
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     seconds = [0.0] * epochs
     for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
@@ -80,12 +82,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--blocks", type=int, default=3, help="times that all run")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
-    arguments = parser.parse_args()
+    arguments, more = parser.parse_known_args()
     runs: dict[str, list[list[float]]] = {name: [] for name in WAYS}
     for _ in range(arguments.blocks):
         for name, words in WAYS.items():
             with tempfile.TemporaryDirectory() as folder:
-                runs[name].append(epochs_of(words, arguments.epochs, Path(folder)))
+                runs[name].append(epochs_of(words, arguments.epochs, Path(folder), more))
             print(f"{name}: {runs[name][-1]} s an epoch", flush=True)
     medians = {}
     for name, measured in runs.items():
