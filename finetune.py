@@ -26,6 +26,7 @@ def train(config: Config) -> str:
     from util.data.loader import packed_batches
     from util.data.media import MediaReader
     from util.dataset import Examples, Samples
+    from util.frozen import keep_features
     from util.guard import FiniteGuard, StopSignal
     from util.log import Run
     from util.model import build_model, choose_device, choose_dtype, find_model, load_config, load_processor
@@ -83,6 +84,7 @@ def train(config: Config) -> str:
     optimizer = build_optimizer(model, config, steps.survey.most)
     if resumed:
         load_checkpoint(resumed, model, optimizer)
+    keep_features(model, reader, config)  # of a frozen tower, with --cache_dir
     stop = StopSignal(run)
     run.open(first, len(steps), path, dtype)
     final = FinalModel(run, config, resumed, model, processor, budget, len(steps))
@@ -134,6 +136,7 @@ def train(config: Config) -> str:
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         values["data_seconds"] = round(data_seconds, 4)
         work = flops.training_flops(model_config, sizes.trained(planned.own_samples), config)
+        work -= flops.kept_flops(model_config, micro_batches, config)
         run.log_step(planned, {**values, **totals, **reader.statistics()}, work)
 
         is_last = step == len(steps)

@@ -586,7 +586,7 @@ def test_entries_are_looked_at_rarely(tmp_path, numbered, monkeypatch):
     """A tenth of the cap becomes free at a time; a lock file that says nothing, or too much, is put right."""
     looks = []
     real = FrameCache._tidy
-    monkeypatch.setattr(FrameCache, "_tidy", lambda self, room: (looks.append(1), real(self, room))[1])
+    monkeypatch.setattr(FrameCache, "_tidy", lambda self, *room: (looks.append(1), real(self, *room))[1])
     frames = FrameCache(tmp_path / "cache", 50.01 * (400 * 588 + 64) / 2**30)
     assert all(numbered.is_right(frames, number) for number in range(100))
     assert len(looks) == 1 + 10

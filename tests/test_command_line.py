@@ -112,7 +112,7 @@ def test_what_a_resumed_run_may_change():
         "output_dir", "micro_batch_size", "max_tokens", "on_bad_sample", "device", "attention",
         "activation_checkpointing", "compile", "check_memory", "memory_budget", "memory_budget_may_change_optimizer", "logit_rows", "check_disk", "eval_data", "eval_every", "eval_samples",
         "eval_metrics", "stop_after", "final", "save_every", "keep", "sharding", "shard_group_size", "resume", "resume_anyway", "num_workers",
-        "fetch_concurrency", "fetch_retries", "fetch_timeout", "cache_dir", "cache_max_gib", "report_to", "project",
+        "fetch_concurrency", "fetch_retries", "fetch_timeout", "cache_dir", "cache_max_gib", "keep_features", "report_to", "project",
         "run_name", "push_to_hub", "push_every_save", "hub_private",
     }  # fmt: skip
 

@@ -126,6 +126,17 @@ CASES = {
         "sharding": "gradients",
         "activation_checkpointing": "full",
     },
+    # A rank without a picture, or whose pictures are all kept, must not leave the other one waiting in the tower.
+    "frozen tower, kept": {"freeze": ["vision"], "micro_batch_size": 2, "max_steps": 8, "cache_dir": "cache"},
+    "frozen tower, kept, one picture": {"data": "texts", "freeze": ["vision"], "max_steps": 6, "cache_dir": "cache"},
+    "frozen tower and merger, kept": {
+        "eval_data": [str(ROOT / "test_data" / "data.json")],
+        "eval_every": 2,
+        "eval_samples": 2,
+        "freeze": ["vision", "merger"],
+        "sharding": "gradients",
+        "cache_dir": "cache",
+    },
 }
 
 
@@ -141,6 +152,8 @@ def case(name: str, tiny_path: Path, data: dict[str, Path], directory: Path) -> 
     changes = dict(CASES[name])
     if "new_tokens" in changes:
         changes["new_tokens"] = str(data[changes["new_tokens"]])
+    if "cache_dir" in changes:
+        changes["cache_dir"] = str(directory.parent / f"cache of {directory.name}")
     if changes.get("eval_data") == "texts":
         changes["eval_data"] = [str(data["texts"])]
     return settings(tiny_path, data[changes.pop("data", "showcase")], directory, **changes)
@@ -226,6 +239,8 @@ def test_two_ranks_equal_one(name, two_ranks, tiny_path, data, tmp_path):
         for key in ("eval_loss", *answered):
             assert metrics(two_ranks / name, key) == pytest.approx(metrics(one, key), abs=1e-10), key
         assert len(metrics(one, "eval_loss")) == (6 if name.startswith("the best") else 3)
+    if "cache_dir" in CASES[name]:
+        assert metrics(two_ranks / name, "feature_hit_ratio")[-1] > 0.2, "nothing was kept"
 
 
 def test_two_ranks_in_float32_and_bfloat16(two_ranks, tiny_path, data, tmp_path):

@@ -8,18 +8,24 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 
 from util.attention import Segments
 from util.conversation import Encoded
+from util.data.features import Unkept
 from util.dataset import Sample
 from util.vision import MERGE, PATCH, TEMPORAL, Grid, Medium
 
 
 @dataclass
 class Batch:
-    """One micro-batch. Visual things stand images first, then videos, each in the order of the samples."""
+    """One micro-batch. Visual things stand images first, then videos, each in the order of the samples.
+
+    Those whose features were kept (data/features.py) stand before all others, and the vision tower does not see them:
+    P counts the patches of the others alone.
+    """
 
     input_ids: torch.Tensor  # (T,) int64; a visual token is its placeholder's id
     position_ids: torch.Tensor  # (3, T) int64: temporal, height, width
@@ -35,6 +41,10 @@ class Batch:
     vision_segments: Segments  # each image, each pair of video frames attends within itself
     where: list[str]  # the samples' names, for error messages
     counts: dict[str, float]  # for the log: samples, tokens ...; skipped samples are added by data/bad_samples.py
+    # What a frozen tower once gave: (P, its width), or (V, D) behind the merger; (0, 0) where nothing was kept.
+    kept_features: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    kept_grids: list[Grid] = field(default_factory=list)  # of the images and videos that these are of
+    unkept: list[Unkept] = field(default_factory=list)  # the images and videos that the tower sees
 
     def _map(self, method: str, *args, **kwargs) -> "Batch":
         """This batch, a method called on each of its tensors and segments."""
@@ -68,15 +78,20 @@ class Batch:
         lengths = self.segments.lengths
         begin, end = sum(lengths[:first]), sum(lengths[:last])
         targets = slice(*torch.searchsorted(self.supervised_index, torch.tensor([begin, end])).tolist())
-        # Visual tokens stand images first, then videos, each in the order of the samples: of both kinds a sample's
-        # neighbours are neighbours. A token is MERGE**2 patches, wherever it stands.
+        # Visual tokens stand kept ones first, then images, then videos, each in the order of the samples: of each kind
+        # a sample's neighbours are neighbours. A token is MERGE**2 patches, wherever it stands.
+        kept = sum(grid.tokens for grid in self.kept_grids)
         images = len(self.image_patches) // MERGE**2
-        image_tokens = of_rows(self.visual_index[:images], begin, end)
-        video_tokens = of_rows(self.visual_index[images:], begin, end)
+        of_kept, of_images, of_videos = self.visual_index.tensor_split([kept, kept + images])
+        kept_tokens = of_rows(of_kept, begin, end)
+        image_tokens = of_rows(of_images, begin, end)
+        video_tokens = of_rows(of_videos, begin, end)
         image_patches, video_patches = patches_of(image_tokens), patches_of(video_tokens)
-        grids = self._grids_between(image_tokens, 0) + self._grids_between(video_tokens, images)
-        of_videos = self.vision_position_ids[len(self.image_patches) :][video_patches]
-        visual_index = torch.cat([self.visual_index[:images][image_tokens], self.visual_index[images:][video_tokens]])
+        grids = [Grid(*sizes) for sizes in self.grid_thw.tolist()]
+        seen = between(grids, image_tokens, 0) + between(grids, video_tokens, images)
+        kept_ones = between(self.kept_grids, kept_tokens, 0)
+        positions_of_videos = self.vision_position_ids[len(self.image_patches) :][video_patches]
+        visual_index = torch.cat([of_kept[kept_tokens], of_images[image_tokens], of_videos[video_tokens]])
         target_weights = self.target_weights[targets]
         return Batch(
             input_ids=self.input_ids[begin:end],
@@ -88,19 +103,26 @@ class Batch:
             visual_index=visual_index - begin,
             image_patches=self.image_patches[image_patches],
             video_patches=self.video_patches[video_patches],
-            vision_position_ids=torch.cat([self.vision_position_ids[image_patches], of_videos]),
-            grid_thw=joined([torch.tensor([grid[:3]]) for grid in grids], torch.int64, 3),
-            vision_segments=tower_segments(grids),
+            vision_position_ids=torch.cat([self.vision_position_ids[image_patches], positions_of_videos]),
+            grid_thw=joined([torch.tensor([grids[number][:3]]) for number in seen], torch.int64, 3),
+            vision_segments=tower_segments([grids[number] for number in seen]),
             where=self.where[first:last],
             counts=count(last - first, end - begin, len(visual_index), target_weights),
+            kept_features=self._features_of(kept_tokens),
+            kept_grids=[self.kept_grids[number] for number in kept_ones],
+            unkept=[self.unkept[number] for number in seen],
         )
 
-    def _grids_between(self, tokens: slice, before: int) -> list[Grid]:
-        """The grids of the media whose visual tokens are `tokens`, counted after the first `before` ones of all."""
-        grids = [Grid(*sizes) for sizes in self.grid_thw.tolist()]
-        ends = list(accumulate(grid.tokens for grid in grids))
-        chosen = zip(grids, ends, strict=True)
-        return [grid for grid, end in chosen if before + tokens.start < end <= before + tokens.stop]
+    def _features_of(self, tokens: slice) -> torch.Tensor:
+        """The kept features of visual tokens: one row of each, or those of its patches."""
+        rows = len(self.kept_features) // max(1, sum(grid.tokens for grid in self.kept_grids))
+        return self.kept_features[tokens.start * rows : tokens.stop * rows]
+
+
+def between(grids: list[Grid], tokens: slice, before: int) -> list[int]:
+    """The numbers of the media whose visual tokens are `tokens`, counted after the first `before` ones of all."""
+    ends = accumulate(grid.tokens for grid in grids)
+    return [number for number, end in enumerate(ends) if before + tokens.start < end <= before + tokens.stop]
 
 
 def of_rows(visual_index: torch.Tensor, begin: int, end: int) -> slice:
@@ -123,19 +145,59 @@ def total_counts(batches: Sequence[Batch]) -> dict[str, float]:
 
 @dataclass
 class Visual:
-    """What a batch gathers of its images, or of its videos: a list entry for each of them."""
+    """What a batch gathers of its images, or of its videos, or of what was kept: a list entry for each of them."""
 
     rows: list[torch.Tensor] = field(default_factory=list)  # places of its visual tokens in the packed row
     patches: list[torch.Tensor] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
     positions: list[torch.Tensor] = field(default_factory=list)  # row and column of each patch
+    features: list[torch.Tensor] = field(default_factory=list)  # of what was kept
+    unkept: list[Unkept] = field(default_factory=list)  # of all others
 
     def add(self, medium: Medium, begin: int, end: int) -> None:
         """One more, whose visual tokens take the rows [begin, end)."""
         self.rows.append(torch.arange(begin, end))
-        self.patches.append(medium.patches)
         self.grids.append(medium.grid)
+        if medium.features is not None:
+            self.features.append(medium.features)
+            return
+        self.patches.append(medium.patches)
         self.positions.append(patch_positions(medium.grid))
+        self.unkept.append(Unkept(medium.key, medium.grid, medium.is_video))
+
+
+class Visuals:
+    """All that a batch gathers of its images and videos."""
+
+    def __init__(self) -> None:
+        self.kept = Visual()
+        self.images = Visual()  # apart from videos, since their patches have other sizes
+        self.videos = Visual()
+
+    def add(self, medium: Medium, begin: int, end: int) -> None:
+        """One more, whose visual tokens take the rows [begin, end)."""
+        kind = self.videos if medium.is_video else self.images
+        if medium.features is not None:
+            kind = self.kept
+        kind.add(medium, begin, end)
+
+    def of_batch(self) -> dict[str, Any]:
+        """The fields of a Batch that come of them."""
+        kept = self.kept
+        images = self.images
+        videos = self.videos
+        grids = images.grids + videos.grids  # that the tower sees, images first
+        return {
+            "visual_index": joined(kept.rows + images.rows + videos.rows, torch.int64),
+            "image_patches": joined(images.patches, torch.uint8, 3 * PATCH**2),
+            "video_patches": joined(videos.patches, torch.uint8, 3 * TEMPORAL * PATCH**2),
+            "grid_thw": joined([torch.tensor([grid[:3]]) for grid in kept.grids + grids], torch.int64, 3),
+            "vision_position_ids": joined(images.positions + videos.positions, torch.int64, 2),
+            "vision_segments": tower_segments(grids),
+            "kept_features": torch.cat(kept.features) if kept.features else torch.zeros(0, 0),
+            "kept_grids": kept.grids,
+            "unkept": images.unkept + videos.unkept,
+        }
 
 
 class Collator:
@@ -143,8 +205,7 @@ class Collator:
 
     def __call__(self, samples: list[Sample]) -> Batch:
         ids, positions, supervised_index, targets, weights, lengths = [], [], [], [], [], []
-        images = Visual()
-        videos = Visual()
+        visuals = Visuals()
         start = 0  # of the sample in the packed row
         for sample in samples or [NO_SAMPLE]:
             sample_grids = [medium.grid for medium in sample.media]
@@ -156,15 +217,12 @@ class Collator:
             supervised_index.append(predicts + start)
             targets.append(row_ids[1:][predicts])
             weights.append(row_weights[1:][predicts])
-            # Images and videos apart, since their patches have other sizes; the tower sees images first.
             for medium, (begin, end) in zip(sample.media, spans, strict=True):
-                kind = videos if medium.is_video else images
-                kind.add(medium, begin + start, end + start)
+                visuals.add(medium, begin + start, end + start)
             lengths.append(len(row_ids))
             start += len(row_ids)
         target_weights = torch.cat(weights)
-        visual_index = joined(images.rows + videos.rows, torch.int64)
-        grids = images.grids + videos.grids
+        of_visuals = visuals.of_batch()
         return Batch(
             input_ids=torch.cat(ids),
             position_ids=torch.cat(positions, dim=1),
@@ -172,14 +230,9 @@ class Collator:
             supervised_index=torch.cat(supervised_index),
             target_ids=torch.cat(targets),
             target_weights=target_weights,
-            visual_index=visual_index,
-            image_patches=joined(images.patches, torch.uint8, 3 * PATCH**2),
-            video_patches=joined(videos.patches, torch.uint8, 3 * TEMPORAL * PATCH**2),
-            vision_position_ids=joined(images.positions + videos.positions, torch.int64, 2),
-            grid_thw=joined([torch.tensor([grid[:3]]) for grid in grids], torch.int64, 3),
-            vision_segments=tower_segments(grids),
             where=[sample.where for sample in samples],
-            counts=count(len(samples), start, len(visual_index), target_weights),
+            counts=count(len(samples), start, len(of_visuals["visual_index"]), target_weights),
+            **of_visuals,
         )
 
 

@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2VLForConditionalGeneration
 
 from util.collator import Batch
+from util.data.features import FeatureWriter
 from util.packed_layers import rms_norm
 
-LOGIT_ROWS = (
-    4096  # rows of logits that exist at a time, where --logit_rows says nothing; 4096 x 151,936 in fp32 are 2.3 GiB
-)
+# Rows of logits that exist at a time, where --logit_rows says nothing; 4096 x 151,936 in fp32 are 2.3 GiB.
+LOGIT_ROWS = 4096
 
 
 class PackedLoss(nn.Module):
@@ -37,6 +37,7 @@ class PackedLoss(nn.Module):
         self.reshard_after_forward = False  # of its layers, where they are sharded: see shard in util/model.py
         self.logit_rows = logit_rows or LOGIT_ROWS
         self.dtype = dtype  # of compute; the weights may be kept in a wider one
+        self.kept: FeatureWriter | None = None  # of a frozen tower, where what it gives is kept: util/frozen.py
         wide = torch.promote_types(dtype, torch.float32)
         mean = torch.tensor(processor.image_processor.image_mean, dtype=wide)
         std = torch.tensor(processor.image_processor.image_std, dtype=wide)
@@ -86,7 +87,7 @@ class PackedLoss(nn.Module):
     def embed(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
         """The row's embeddings (T, D), visual tokens in their places; `visual` (V, D) where they are known already."""
         hidden = self.model.model.language_model.embed_tokens(batch.input_ids)
-        if not len(batch.vision_position_ids):
+        if not len(batch.visual_index) and not len(batch.vision_position_ids):
             return hidden
         if visual is None:
             visual = self.visual_tokens(batch)
@@ -95,7 +96,22 @@ class PackedLoss(nn.Module):
         return hidden.index_copy(0, batch.visual_index, visual)
 
     def visual_tokens(self, batch: Batch) -> torch.Tensor:
-        """The vision tower on all patches of the batch at once: (V, D), images first."""
+        """The batch's visual tokens (V, D): those whose features were kept, then of images, then of videos."""
+        merger = self.model.model.visual.merger
+        is_merged = self.kept is not None and self.kept.after_merger  # whether what is kept is visual tokens already
+        parts = [batch.kept_features] if len(batch.kept_features) else []
+        if len(batch.vision_position_ids):
+            computed = self.tower(batch)
+            if is_merged:
+                computed = merger(computed)
+            if self.kept is not None:
+                self.kept.take(batch.unkept, computed)
+            parts.append(computed)
+        hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return hidden if is_merged else merger(hidden)
+
+    def tower(self, batch: Batch) -> torch.Tensor:
+        """The vision tower on all patches of the batch at once: (P, width), what the merger takes."""
         visual = self.model.model.visual
         hidden = self.embed_patches(batch.image_patches, batch.video_patches)  # (P, tower's width)
         # 2D rotary embedding: half of the angles from the patch's row, half from its column
@@ -105,7 +121,7 @@ class PackedLoss(nn.Module):
         segments = batch.vision_segments  # an image sees itself, and of a video each pair of frames
         for block in visual.blocks:
             hidden = block(hidden, position_embeddings=position_embeddings, segments=segments)
-        return visual.merger(hidden)
+        return hidden
 
     def embed_patches(self, image_patches: torch.Tensor, video_patches: torch.Tensor) -> torch.Tensor:
         """uint8 patches -> (P, width). The convolution's kernel is its stride, so it is a matrix product.

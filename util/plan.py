@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from util import compilation, ranks
+from util import compilation, frozen, ranks
 from util.adapters import new_tokens
 from util.adapters.settings import ADAPTER_LEARNING_RATE
 from util.config import Config
@@ -47,6 +47,7 @@ def print_plan(
 
     Raises DataError where the pixels of the sample that is shown cannot be read.
     """
+    of_evaluation = [evaluation.sizes] if evaluation else []
     facts = {
         **of_the_model(config, path, run.device, dtype, counts),
         **of_the_vocabulary(config, path, samples, sizes),
@@ -54,6 +55,7 @@ def print_plan(
         **of_the_steps(config, steps),
         "memory": memory_in_words(needs, run.device),
         **({"memory budget": rung} if rung else {}),
+        **frozen.features_in_words(samples.reader, path, config, dtype, [steps.sizes, *of_evaluation]),
         **({"answers": scoring_in_words(held_out, config)} if held_out and config.eval_samples else {}),
         "output": str(relative(run.directory)),
         "final model": final_model_in_words(config),

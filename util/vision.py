@@ -59,11 +59,13 @@ class Grid(NamedTuple):
 
 @dataclass
 class Medium:
-    """The pixels of one image or video."""
+    """The pixels of one image or video, or what a frozen tower once made of them (data/features.py)."""
 
     # uint8: (P, 588) of an image, 3 channels x 14 x 14, or (P, 1176) of a video, whose patches span 2 frames
-    patches: torch.Tensor
+    patches: torch.Tensor  # none of them, (0, 588) or (0, 1176), where there are features
     grid: Grid
+    features: torch.Tensor | None = None  # (P, width of the tower), or (V, D) behind the merger
+    key: str = ""  # FrameCache.key, by which what the tower makes of the pixels may be kept; "": it must not be
 
     @property
     def is_video(self) -> bool:

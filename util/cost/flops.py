@@ -7,6 +7,7 @@ import torch
 
 from util.adapters import lora, new_tokens
 from util.adapters.settings import untrained_parts
+from util.collator import Batch
 from util.config import Config
 from util.cost.sizes import Columns
 from util.dataset import Size
@@ -78,6 +79,16 @@ def training_flops(model_config, sizes: Iterable[Size | Columns], config: Config
         of_part = {"vision": size.patches, "merger": size.patches / merge, "language_model": size.tokens}
         total = total + sum(6 * number * of_part[part] for part, number in adapters.items())
         total = total + 6 * rows * size.supervised
+    return total
+
+
+def kept_flops(model_config, batches: Iterable[Batch], config: Config) -> float:
+    """Of what `training_flops` counts, what batches did not compute as the features of a frozen tower were kept."""
+    parts = [part for part in ("vision", "merger") if part in untrained_parts(config)]
+    total = 0.0
+    for batch in batches:
+        forward = forward_flops(model_config, Size(0, 0, batch.kept_grids))
+        total += sum(forward[part] for part in parts)
     return total
 
 

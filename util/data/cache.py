@@ -2,12 +2,13 @@
 
 An entry is one file: a header, then the uint8 patches as `vision.load` gives them, which are mapped into memory, not
 read. Its name is a hash of everything that decides the pixels, so an entry is never out of date: where something
-changes, another name is asked for.
+changes, another name is asked for. What a frozen tower makes of the pixels (features.py) lies in the same `Folder`.
 """
 
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -19,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -37,66 +39,212 @@ MAGIC = b"patches\0"
 # CRC-32 of the rest and the key; magic; the numbers of a vision.Grid, bytes per patch; CRC-32 of the patches
 HEADER = struct.Struct("<I8s9I16x")
 # Only files with names of these two forms are ever deleted: the folder may hold other files, too.
-ENTRY = re.compile(r"[0-9a-f]{64}\.patches")
+ENTRY = re.compile(r"[0-9a-f]{64}\.(patches|features)")
 UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.unfinished")
 TOUCH_SECONDS = 60  # an entry's time of last use is exact to so many seconds
 PAUSE_SECONDS = 60  # after a failure nothing is stored for so many seconds
 COUNTS = ("hits", "misses", "stored", "not_stored", "damaged", "evicted")
+FEATURES = "features"  # the sub-folder of data/features.py, and how its entries' names end
 ROWS = 1021  # of counts: a process uses the row that its process number gives
 
 
-class FrameCache:
-    """Answers as `load` and `read_grid` of util.vision do, from a folder where it can; may be sent to data workers.
+class Counts:
+    """Numbers by name, added up over this process and all that this object was sent to."""
 
-    `max_gib`: all entries, those being written included, take at most so many GiB. `url_identity`: the function that
-    `identity` calls for a path with "://" in it; without one such paths are not cached. Any number of processes may
-    share the folder, and be killed. It belongs on a local disk: Linux keeps the pages of a deleted file while they are
-    mapped, but not over a network if another machine deletes it. UserError: a folder or size that cannot be used.
-    """
-
-    def __init__(self, directory: str | Path, max_gib: float, url_identity: Callable | None = None) -> None:
+    def __init__(self, names: tuple[str, ...]) -> None:
         import torch
 
+        self.names = names
+        # Shared with the workers, without a lock, which a killed worker would never give back: each has its own row.
+        self._rows = torch.zeros(ROWS, len(names), dtype=torch.int64).share_memory_()
+
+    def add(self, name: str, number: int = 1) -> None:
+        self._rows[os.getpid() % ROWS, self.names.index(name)] += number
+
+    def totals(self) -> dict[str, int]:
+        return dict(zip(self.names, self._rows.sum(0).tolist(), strict=True))
+
+
+class Folder:
+    """A folder of entries, each a file that is complete or absent; may be sent to data workers.
+
+    `max_gib`: all entries, those being written included, take at most so many GiB. Any number of processes may share
+    the folder, and be killed. It belongs on a local disk: Linux keeps the pages of a deleted file while they are
+    mapped, but not over a network if another machine deletes it. `is_tidy`: what dead writers left is gone already.
+    UserError: a folder or size that cannot be used.
+    """
+
+    without = "decodes what is not cached"  # what training does where an entry cannot be had
+
+    def __init__(self, directory: str | Path, max_gib: float, is_tidy: bool = False) -> None:
         if fcntl is None:
             raise UserError(f"--cache_dir {directory}: needs locks on files that Windows lacks; leave it out there")
         if not max_gib > 0:
             raise UserError(f"--cache_max_gib {max_gib}: must be above 0")
         self.directory = Path(os.path.abspath(os.path.expanduser(directory)))
         self.max_bytes = max_gib * 2**30
-        self.url_identity = url_identity
-        # Shared with the workers, without a lock, which a killed worker would never give back: each has its own row.
-        self._counts = torch.zeros(ROWS, len(COUNTS), dtype=torch.int64).share_memory_()
+        self.counts = Counts(COUNTS)
         self._has_warned = False
         self._paused_until = 0.0  # seconds of time.monotonic
         try:
             os.makedirs(self.directory, exist_ok=True)
             tempfile.TemporaryFile(dir=self.directory).close()
-            with self._lock() as lock:
-                os.pwrite(lock, self._tidy(self.max_bytes).to_bytes(8, "little"), 0)
+            if not is_tidy:
+                with self._lock() as lock:
+                    os.pwrite(lock, self._tidy(self.max_bytes).to_bytes(8, "little"), 0)
         except OSError as error:
             raise UserError(
                 f"--cache_dir {directory}: must be a folder that can be made and written to ({error.strerror}); "
                 "name another one, or leave it out to decode in every epoch"
             ) from None
 
-    def load(self, item: dict, budget: "Budget", read: Callable | None = None) -> "Medium":
+    def try_to_write(self, path: Path, write: Callable[[], None]) -> bool:
+        """Whether the entry is there now. A disk that is full or cannot be written to does not end training."""
+        if os.path.exists(path):  # another process was faster
+            return True
+        if time.monotonic() < self._paused_until:
+            return False
+        try:
+            write()
+        except OSError as error:
+            self._paused_until = time.monotonic() + PAUSE_SECONDS
+            self._warn(error)
+            return False
+        return True
+
+    def write(self, path: Path, header: bytes, content, spared_since: float = math.inf) -> None:
+        """Write an entry under another name, then rename it: it is complete or absent, whoever else writes it.
+
+        `content`: a buffer. `spared_since`: see `_tidy`. It is not flushed to the disk, which would take time;
+        checksums show the damage that a power failure does.
+        """
+        unfinished = path.parent / f".{path.stem}.{secrets.token_hex(8)}.unfinished"
+        os.makedirs(path.parent, exist_ok=True)
+        try:
+            with self._create(unfinished, len(header) + content.nbytes, spared_since) as file:
+                file.write(header)
+                file.write(content)
+                file.flush()
+                os.replace(unfinished, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(unfinished)
+            raise
+
+    def bytes_in_use(self) -> int:
+        """How many bytes the entries take, by the estimate of `_create`."""
+        with self._lock() as lock:
+            return int.from_bytes(os.pread(lock, 8, 0), "little")
+
+    def _create(self, unfinished: Path, size: int, spared_since: float) -> BinaryIO:
+        """A new file of `size` bytes, opened, locked and within the cap. OSError where there is no room for it.
+
+        The lock file holds an estimate of the bytes in use. It is never too low (a file that is never finished, or is
+        deleted as damaged, stays counted), so all entries are looked at only where the estimate would pass the cap.
+        Then a tenth of the cap is freed, so that this seldom happens.
+        """
+        if size > self.max_bytes:
+            raise OSError(errno.EFBIG, f"an entry of {size / 2**30:.2f} GiB is above --cache_max_gib")
+        with self._lock() as lock:
+            estimate = os.pread(lock, 8, 0)
+            total = int.from_bytes(estimate, "little")
+            if len(estimate) < 8 or total + size > self.max_bytes:
+                total = self._tidy(min(self.max_bytes - size, 0.9 * self.max_bytes), spared_since)
+            if total + size > self.max_bytes:
+                raise OSError(errno.ENOSPC, "--cache_max_gib is reached by what cannot be deleted or is being written")
+            os.pwrite(lock, (total + size).to_bytes(8, "little"), 0)
+            file = open(unfinished, "xb")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)  # shows that its writer lives: a kill, too, closes and unlocks it
+                file.truncate(size)  # so that _tidy counts the size that it will have
+            except OSError:
+                file.close()
+                raise
+            return file
+
+    @contextmanager
+    def _lock(self) -> Iterator[int]:
+        """The open lock file: only one process or thread at a time creates, counts and deletes."""
+        descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield descriptor
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where another thread has forked
+            os.close(descriptor)
+
+    def _tidy(self, room: float, spared_since: float = math.inf) -> int:
+        """Delete what dead writers left, then the least recently used entries until at most `room` bytes are in use.
+
+        `spared_since`: features that were used since then (nanoseconds) stay all the same. Returns the bytes in use.
+        """
+        entries = []
+        total = 0
+        names = "[0-9a-f][0-9a-f]/*"
+        for path in chain(self.directory.glob(names), self.directory.glob(f"{FEATURES}/{names}")):
+            with suppress(OSError):  # deleted meanwhile, or its writer lives
+                status = path.stat()
+                size = status.st_size
+                if ENTRY.fullmatch(path.name):
+                    entries.append((status.st_atime_ns, size, path))
+                    total += size
+                elif UNFINISHED.fullmatch(path.name):
+                    total += size
+                    with open(path, "rb") as file:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+                    total -= size
+        for used, size, path in sorted(entries):
+            if total <= room:
+                break
+            if used >= spared_since and path.suffix == f".{FEATURES}":
+                continue
+            with suppress(OSError):
+                path.unlink()
+                total -= size
+                self.counts.add("evicted")
+        return total
+
+    def _warn(self, error: OSError) -> None:
+        """Say once per process that the cache does not work; the statistics tell how often."""
+        if not self._has_warned:
+            self._has_warned = True
+            problem = f"--cache_dir {self.directory}: {error.strerror or error}"
+            warnings.warn(f"{problem}. Training goes on and {self.without}", RuntimeWarning, stacklevel=2)
+
+
+class FrameCache(Folder):
+    """Answers as `load` and `read_grid` of util.vision do, from a folder where it can; may be sent to data workers.
+
+    `url_identity`: the function that `identity` calls for a path with "://" in it; without one such paths are not
+    cached.
+    """
+
+    def __init__(self, directory: str | Path, max_gib: float, url_identity: Callable | None = None) -> None:
+        super().__init__(directory, max_gib)
+        self.url_identity = url_identity
+
+    def load(self, item: dict, budget: "Budget", read: Callable | None = None, stores: bool = True) -> "Medium":
         """What `read(item, budget)` gives (default: vision.load); its errors are the only ones that are raised.
 
-        The patches of an entry are mapped into memory, not read.
+        The patches of an entry are mapped into memory, not read. `stores`: whether what was read becomes an entry.
         """
         from util import vision
 
         key = self.key(item, budget)
         medium = self._find(key, with_pixels=True)
         if medium is not None:
-            self._count("hits")
+            self.counts.add("hits")
+            medium.key = key
             return medium
-        self._count("misses")
+        self.counts.add("misses")
         medium = (read or vision.load)(item, budget)
         # The key is made again, so that a file which changed meanwhile is not stored under its former identity.
         is_unchanged = key is not None and key == self.key(item, budget)
-        is_stored = is_unchanged and self._try_to_store(key, medium)
-        self._count("stored" if is_stored else "not_stored")
+        if is_unchanged:
+            medium.key = key
+        is_stored = stores and is_unchanged and self._try_to_store(key, medium)
+        self.counts.add("stored" if is_stored else "not_stored")
         return medium
 
     def read_grid(self, item: dict, budget: "Budget", read: Callable | None = None) -> "Grid":
@@ -110,7 +258,7 @@ class FrameCache:
 
     def statistics(self) -> dict[str, int | float]:
         """COUNTS so far, of this process and of all that this object was sent to; and `hit_ratio`, 0 before any use."""
-        counts = dict(zip(COUNTS, self._counts.sum(0).tolist(), strict=True))
+        counts = self.counts.totals()
         return {**counts, "hit_ratio": counts["hits"] / max(1, counts["hits"] + counts["misses"])}
 
     def identity(self, path: str) -> str | None:
@@ -158,7 +306,7 @@ class FrameCache:
             return read_entry(self._path(key), key, with_pixels) if key else None
         except OSError as error:
             if error.errno == errno.EIO:
-                self._count("damaged")
+                self.counts.add("damaged")
                 with suppress(OSError):
                     os.unlink(self._path(key))
             elif error.errno != errno.ENOENT:
@@ -166,117 +314,14 @@ class FrameCache:
         return None
 
     def _try_to_store(self, key: str, medium: "Medium") -> bool:
-        """Whether the entry is there now. A disk that is full or cannot be written to does not end training."""
-        if os.path.exists(self._path(key)):  # another process was faster
-            return True
-        if time.monotonic() < self._paused_until:
-            return False
-        try:
-            self._store(key, medium)
-        except OSError as error:
-            self._paused_until = time.monotonic() + PAUSE_SECONDS
-            self._warn(error)
-            return False
-        return True
+        return self.try_to_write(self._path(key), lambda: self._store(key, medium))
 
     def _store(self, key: str, medium: "Medium") -> None:
-        """Write an entry under another name, then rename it: it is complete or absent, whoever else writes it.
-
-        It is not flushed to the disk, which would take time; checksums show the damage that a power failure does.
-        """
         pixels = medium.patches.contiguous().flatten().numpy()
         fields = MAGIC, *medium.grid, medium.patches.shape[1], zlib.crc32(pixels)
         rest = HEADER.pack(0, *fields)[4:]  # the header without its own checksum
         header = HEADER.pack(zlib.crc32(rest + key.encode()), *fields)
-        path = self._path(key)
-        unfinished = path.parent / f".{key}.{secrets.token_hex(8)}.unfinished"
-        os.makedirs(path.parent, exist_ok=True)
-        try:
-            with self._create(unfinished, len(header) + pixels.nbytes) as file:
-                file.write(header)
-                file.write(pixels)
-                file.flush()
-                os.replace(unfinished, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(unfinished)
-            raise
-
-    def _create(self, unfinished: Path, size: int) -> BinaryIO:
-        """A new file of `size` bytes, opened, locked and within the cap. OSError where there is no room for it.
-
-        The lock file holds an estimate of the bytes in use. It is never too low (a file that is never finished, or is
-        deleted as damaged, stays counted), so all entries are looked at only where the estimate would pass the cap.
-        Then a tenth of the cap is freed, so that this seldom happens.
-        """
-        if size > self.max_bytes:
-            raise OSError(errno.EFBIG, f"an entry of {size / 2**30:.2f} GiB is above --cache_max_gib")
-        with self._lock() as lock:
-            estimate = os.pread(lock, 8, 0)
-            total = int.from_bytes(estimate, "little")
-            if len(estimate) < 8 or total + size > self.max_bytes:
-                total = self._tidy(min(self.max_bytes - size, 0.9 * self.max_bytes))
-            if total + size > self.max_bytes:
-                raise OSError(errno.ENOSPC, "--cache_max_gib is reached by what cannot be deleted or is being written")
-            os.pwrite(lock, (total + size).to_bytes(8, "little"), 0)
-            file = open(unfinished, "xb")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)  # shows that its writer lives: a kill, too, closes and unlocks it
-                file.truncate(size)  # so that _tidy counts the size that it will have
-            except OSError:
-                file.close()
-                raise
-            return file
-
-    @contextmanager
-    def _lock(self) -> Iterator[int]:
-        """The open lock file: only one process or thread at a time creates, counts and deletes."""
-        descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield descriptor
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where another thread has forked
-            os.close(descriptor)
-
-    def _tidy(self, room: float) -> int:
-        """Delete what dead writers left, then the least recently used entries until at most `room` bytes are in use.
-
-        Returns the bytes in use.
-        """
-        entries = []
-        total = 0
-        for path in self.directory.glob("[0-9a-f][0-9a-f]/*"):
-            with suppress(OSError):  # deleted meanwhile, or its writer lives
-                status = path.stat()
-                size = status.st_size
-                if ENTRY.fullmatch(path.name):
-                    entries.append((status.st_atime_ns, size, path))
-                    total += size
-                elif UNFINISHED.fullmatch(path.name):
-                    total += size
-                    with open(path, "rb") as file:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink()
-                    total -= size
-        for _, size, path in sorted(entries):
-            if total <= room:
-                break
-            with suppress(OSError):
-                path.unlink()
-                total -= size
-                self._count("evicted")
-        return total
-
-    def _count(self, name: str) -> None:
-        self._counts[os.getpid() % ROWS, COUNTS.index(name)] += 1
-
-    def _warn(self, error: OSError) -> None:
-        """Say once per process that the cache does not work; the statistics tell how often."""
-        if not self._has_warned:
-            self._has_warned = True
-            problem = f"--cache_dir {self.directory}: {error.strerror or error}"
-            warnings.warn(f"{problem}. Training goes on and decodes what is not cached", RuntimeWarning, stacklevel=2)
+        self.write(self._path(key), header, pixels)
 
 
 def settings_without_effect(is_video: bool, is_list: bool) -> tuple[str, ...]:
@@ -286,6 +331,12 @@ def settings_without_effect(is_video: bool, is_list: bool) -> tuple[str, ...]:
     if is_video:
         return ()
     return ("video_",)
+
+
+def mark_as_used(file, status: os.stat_result) -> None:
+    """Note the time of last use of an entry, which `Folder` goes by when it needs room."""
+    with suppress(OSError):
+        os.utime(file.fileno(), ns=(time.time_ns(), status.st_mtime_ns))
 
 
 def read_entry(path: Path, key: str, with_pixels: bool) -> "Medium | Grid":
@@ -315,8 +366,7 @@ def read_entry(path: Path, key: str, with_pixels: bool) -> "Medium | Grid":
         if not is_whole or found != checksum:
             raise OSError(errno.EIO, "damaged entry")
         if time.time() - status.st_atime > TOUCH_SECONDS:
-            with suppress(OSError):
-                os.utime(file.fileno(), ns=(time.time_ns(), status.st_mtime_ns))
+            mark_as_used(file, status)
     try:
         # Not shared: whoever writes into the tensor changes a copy. And unlike mmap, torch keeps no file open for it.
         mapped = torch.from_file(str(path), shared=False, size=status.st_size, dtype=torch.uint8)

@@ -1,6 +1,7 @@
-"""Where images and videos come from: files of this machine, remote ones (fetch.py), and the cache of frames (cache.py).
+"""Where images and videos come from: files of this machine, remote ones (fetch.py), and what is kept on disk of them.
 
-Training, evaluation and both test scripts read media only through this.
+These are decoded frames (cache.py) and what a frozen vision tower makes of them (features.py). Training, evaluation and
+both test scripts read media only through this.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from functools import partial
 from util import vision
 from util.data import fetch
 from util.data.cache import FrameCache
+from util.data.features import FeatureCache
 from util.data.fetch import FetchSettings
 
 MOST_SIZES = 2**17  # of remote images, remembered at a time by a process
@@ -25,6 +27,7 @@ class MediaReader:
         identity = partial(fetch.identity, settings=self.settings)
         self.sizes: dict[str, tuple[int, int]] = {}  # of remote images, by address
         self.cache = FrameCache(directory, config.cache_max_gib, identity) if directory else None
+        self.features = FeatureCache(self.cache) if self.cache else None
 
     def each(self, read: Callable, items: list[dict], budget: vision.Budget) -> list:
         """`read` for every item, in order. Raises ValueError that names the file.
@@ -34,7 +37,7 @@ class MediaReader:
         whole = read is vision.load
         if self.cache is None:
             return [read(item, budget) for item in fetch.localise(items, self.settings, whole_images=whole)]
-        cached = self.cache.load if whole else self.cache.read_grid
+        cached = self.features.load if whole else self.cache.read_grid
         return [cached(item, budget, partial(self._fetch_and_read, read, whole)) for item in items]
 
     def image_sizes(self, items: list[dict]) -> list[tuple[int, int]]:
@@ -58,7 +61,12 @@ class MediaReader:
 
     def statistics(self) -> dict[str, float]:
         """The share of media that came out of the cache so far, for the log; without a cache an empty dict."""
-        return {"cache_hit_ratio": round(self.cache.statistics()["hit_ratio"], 4)} if self.cache else {}
+        ratios = {}
+        if self.cache:
+            ratios["cache_hit_ratio"] = round(self.cache.statistics()["hit_ratio"], 4)
+        if self.features and self.features.is_open:
+            ratios["feature_hit_ratio"] = round(self.features.statistics()["hit_ratio"], 4)
+        return ratios
 
     def _fetch_and_read(self, read: Callable, whole: bool, item: dict, budget: vision.Budget):
         (item,) = fetch.localise([item], self.settings, whole_images=whole)

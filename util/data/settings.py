@@ -54,11 +54,17 @@ class FetchSettings:
 
 @dataclass
 class CacheSettings:
-    """Where decoded frames are kept."""
+    """Where decoded frames are kept, and what a frozen tower makes of them."""
 
     cache_dir: str | None = setting(
         None, "keep decoded, resized frames in this folder (a local disk); default: do not", group="data", harmless=True
     )
     cache_max_gib: float = setting(
         100.0, "largest size of --cache_dir; what was used longest ago goes first", group="data", above=0, harmless=True
+    )
+    keep_features: Literal["auto", "off"] = setting(
+        "auto",
+        "auto: with --cache_dir and an untrained vision tower, what it makes of each image is kept there, too",
+        group="data",
+        harmless=True,
     )

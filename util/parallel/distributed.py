@@ -156,7 +156,9 @@ def refuse_idle_ranks(steps: Steps, config: Config, world: World) -> None:
 class EvenCollator(Collator):
     """Gives a rank that has no picture four blank patches, which no token sees and whose gradient is zero.
 
-    Gradients are summed layer by layer over all ranks: a rank that left out the vision tower would stop them all.
+    Gradients are summed layer by layer over all ranks, and the tower's weights are gathered so: a rank that left out
+    the vision tower would stop them all. It sees the blank patches also where the features of all pictures were kept,
+    as those of another rank may not be.
     """
 
     def __call__(self, samples: list[Sample]) -> Batch:
@@ -167,7 +169,7 @@ class EvenCollator(Collator):
         return replace(
             batch,
             image_patches=torch.zeros(grid.patches, 3 * PATCH**2, dtype=torch.uint8),
-            grid_thw=torch.tensor([grid[:3]]),
+            grid_thw=torch.cat([batch.grid_thw, torch.tensor([grid[:3]])]),
             vision_position_ids=patch_positions(grid),
             vision_segments=Segments.of([grid.patches]),
         )

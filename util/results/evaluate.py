@@ -160,7 +160,7 @@ class Answerer:
         """
         batch = Collator()([whole for _, whole in pairs])
         there = batch.to(self.device)
-        visual = self.packed.visual_tokens(there) if len(batch.vision_position_ids) else None
+        visual = self.packed.visual_tokens(there) if len(batch.visual_index) else None
         losses, likeliest = self.packed.score(there, visual).cpu()
         owner = torch.bucketize(batch.supervised_index, batch.segments.cu_seqlens[1:], right=True)
         rows = self.prompts_of(there, self.packed.embed(there, visual))
