@@ -44,7 +44,7 @@ from util.config import Config, parse_arguments
 from util.cost import flops
 from util.cost.measure import measure
 from util.cost.memory import GIB, peak_bytes
-from util.dataset import Samples, load_examples
+from util.dataset import Samples, Size, load_examples
 from util.log import versions
 from util.model import (
     choose_device,
@@ -333,28 +333,31 @@ def summarise(blocks: list[dict | None], samples: int, tokens: int, work_flops: 
     return figures
 
 
-def main(arguments: list[str]) -> None:
-    own, config = parse(arguments)
+def make_work(directory: Path, own: argparse.Namespace, config: Config) -> tuple[Work, list[Size]]:
+    """Data of --size in `directory`, its steps for both loops, and the size of each sample."""
     device = choose_device(config.device)
     model_config, processor = describe_model(own)
     budget = Budget.of(config)
     set_budget(processor, budget)
+    count = (own.warmup + own.steps) * config.global_batch_size
+    data = make_data(directory, own, count, config.seed)
+    samples = Samples(load_examples([str(data)], processor), processor, budget)
+    sizes = measure(samples, config.max_tokens)
+    planned = training_steps(sizes, samples.examples, config)
+    steps = [step.micro_batches for step in islice(planned.after(0), planned.per_epoch)]
+    # The plain loop takes the samples of a step in the order they come, sorted by length by nobody.
+    plain_steps = []
+    for step in steps:
+        members = sorted(index for micro in step for index in micro)
+        size = own.micro_batch_size or len(members)
+        plain_steps.append([members[i : i + size] for i in range(0, len(members), size)])
+    return Work(config, model_config, processor, samples, steps, plain_steps, device), sizes
 
+
+def main(arguments: list[str]) -> None:
+    own, config = parse(arguments)
     with tempfile.TemporaryDirectory() as directory:
-        count = (own.warmup + own.steps) * config.global_batch_size
-        data = make_data(Path(directory), own, count, config.seed)
-        samples = Samples(load_examples([str(data)], processor), processor, budget)
-        sizes = measure(samples, config.max_tokens)
-        planned = training_steps(sizes, samples.examples, config)
-        steps = [step.micro_batches for step in islice(planned.after(0), planned.per_epoch)]
-        # The plain loop takes the samples of a step in the order they come, sorted by length by nobody.
-        plain_steps = []
-        for step in steps:
-            members = sorted(index for micro in step for index in micro)
-            size = own.micro_batch_size or len(members)
-            plain_steps.append([members[i : i + size] for i in range(0, len(members), size)])
-        work = Work(config, model_config, processor, samples, steps, plain_steps, device)
-
+        work, sizes = make_work(Path(directory), own, config)
         loops = {"ours": our_loop, "plain": the_plain_loop} if own.compare else {"ours": our_loop}
         first_losses = check_equal_work(work) if own.compare else None
         blocks: dict[str, list[dict | None]] = {name: [] for name in loops}
@@ -362,6 +365,7 @@ def main(arguments: list[str]) -> None:
             for name, loop in loops.items():
                 blocks[name].append(measure_block(loop, work, own.warmup))
 
+    device, model_config, steps, plain_steps = work.device, work.model_config, work.steps, work.plain_steps
     measured = [index for step in steps[own.warmup :] for micro in step for index in micro]
     tokens = sum(sizes[index].tokens for index in measured)
     padded = sum(
