@@ -67,7 +67,7 @@ def train(config: Config) -> str:
     run = Run(config, device, resumed)
     counts = memory.count_parameters(model_config, config)
     needs = memory.forecast(model_config, counts, config, dtype, steps.survey.heaviest)
-    print_plan(config, run, path, dtype, counts, needs, samples, sizes, steps, held_out, evaluation)
+    print_plan(config, run, path, dtype, counts, needs, samples, sizes, steps, held_out, evaluation, model_config)
     memory.check(model_config, config, dtype, device, steps.survey, needs)
     disk.check(run.directory, counts, config, dtype)
 
@@ -133,7 +133,7 @@ def train(config: Config) -> str:
 
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         values["data_seconds"] = round(data_seconds, 4)
-        work = flops.training_flops(model_config, sizes.trained(planned.own_samples), config)
+        work = flops.work_by_part(model_config, sizes.trained(planned.own_samples), config)
         run.log_step(planned, {**values, **totals, **reader.statistics()}, work)
 
         is_last = step == len(steps)

@@ -74,7 +74,7 @@ def train(config: Config) -> str:
     shards = distributed.shard_group(config, world)
     needs = memory.forecast(model_config, counts, config, dtype, steps.survey.heaviest, shards)
     if world.is_first:
-        print_plan(config, run, path, dtype, counts, needs, samples, sizes, steps, held_out, evaluation)
+        print_plan(config, run, path, dtype, counts, needs, samples, sizes, steps, held_out, evaluation, model_config)
     memory.check(model_config, config, dtype, device, steps.survey, needs, shards)
     disk.check(run.directory, counts, config, dtype)
 
@@ -145,8 +145,8 @@ def train(config: Config) -> str:
 
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         values["data_seconds"] = round(data_seconds, 4)
-        work = flops.training_flops(model_config, sizes.trained(planned.own_samples), config)
-        watch.end(work, data_seconds)
+        work = flops.work_by_part(model_config, sizes.trained(planned.own_samples), config)
+        watch.end(sum(work.values()), data_seconds)
         run.log_step(planned, {**values, **totals, **reader.statistics()}, work)
 
         is_last = step == len(steps)

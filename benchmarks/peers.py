@@ -12,7 +12,6 @@ take a data collator. It is given the plain loop's, so that it trains on exactly
 assistant says, and nothing else. Gradient checkpointing, which TRL switches on unasked, is off unless
 --trl_checkpointing is given.
 """
-# ruff: noqa: E402
 
 import argparse
 import dataclasses
@@ -28,7 +27,9 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as run_command sets it; for all three, as they share a process
+# as run_command sets them, for all three, as they share a process; read when torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 
@@ -36,6 +37,7 @@ from benchmarks import plain_loop, train_step
 from benchmarks.report import origin, write_result
 from benchmarks.train_step import Work
 from util.command_line import UserError, run_command
+from util.cost import flops
 from util.log import versions
 
 Timed = Callable[[Work], tuple[list[float], list[float]]]  # -> the loss of each step, and the time when it was done
@@ -210,6 +212,7 @@ def main(arguments: list[str]) -> None:
         "samples": len(measured),
         "tokens": sum(size.tokens for size in measured),
         "supervised_tokens": sum(size.supervised for size in measured),
+        "work": flops.shares_in_words(flops.work_by_part(work.model_config, measured, config)),
         "first_loss": {**first_losses, **{name: values[0] for name, values in losses.items()}},
         "block_seconds": seconds,
         "samples_per_second": {
@@ -228,7 +231,8 @@ def gpu_name(device: torch.device) -> str | None:
 def print_table(result: dict) -> None:
     print(
         f"{result['device']}, {result['threads']} threads, {result['dtype']}, load {result['load_average']}\n"
-        f"{result['samples']} samples, {result['tokens']:,} tokens, {result['supervised_tokens']:,} supervised"
+        f"{result['samples']} samples, {result['tokens']:,} tokens, {result['supervised_tokens']:,} supervised; "
+        f"work: {result['work']}"
     )
     for name, speed in result["samples_per_second"].items():
         ratio = (result["ours_is_times_as_fast_as"] or {}).get(name)

@@ -371,7 +371,8 @@ def main(arguments: list[str]) -> None:
     padded = sum(
         len(micro) * max(sizes[index].tokens for index in micro) for step in plain_steps[own.warmup :] for micro in step
     )
-    work_flops = flops.training_flops(model_config, [sizes[index] for index in measured], config)
+    parts = flops.work_by_part(model_config, [sizes[index] for index in measured], config)
+    work_flops = sum(parts.values())
     peak = flops.peak_flops(device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     result = {
@@ -388,6 +389,11 @@ def main(arguments: list[str]) -> None:
             "padding_of_plain": round(1 - tokens / padded, 4),
             "micro_batches_of_ours": sum(map(len, steps[own.warmup :])),
             "micro_batches_of_plain": sum(map(len, plain_steps[own.warmup :])),
+        },
+        "work": {
+            "flops": work_flops,
+            "shares": {part: round(share, 4) for part, share in flops.shares(parts).items()},
+            "in_words": flops.shares_in_words(parts),
         },
         "first_loss": first_losses,
         "loops": {name: summarise(found, len(measured), tokens, work_flops, peak) for name, found in blocks.items()},
@@ -412,6 +418,7 @@ def print_table(result: dict) -> None:
         f"{result['device']}, {result['threads']} threads, {result['dtype']}\n"
         f"{data['samples']} samples, {data['tokens']:,} tokens ({data['supervised_tokens']:,} supervised), "
         f"{data['patches']:,} patches; the plain loop pads {data['padding_of_plain']:.0%} of its positions\n"
+        f"work: {result['work']['in_words']}\n"
         f"{'':6}{'samples/s':>10}{'(min)':>10}{'tokens/s':>11}{'(min)':>11}{'peak memory':>15}{'MFU':>8}"
     )
     for name, figures in result["loops"].items():

@@ -2,7 +2,7 @@
 
 ground: command_line, config, run_folder, signals, ranks: what everyone asks.
 walk: dataset, conversation, vision, collator, loss: one sample, from a data file to its loss.
-loop: model, attention, tensors, optimizer, steps, checkpoint, guard, log, plan, tiny_model: what the scripts call.
+loop: model, attention, head, tensors, optimizer, steps, checkpoint, guard, log, plan, tiny_model: what scripts call.
 rooms: data (where bytes come from), formats (other people's data), adapters (LoRA and its kin), cost (what is known
 before training), publish (what leaves), results (answers and scores), agent (a model that acts), parallel (several
 ranks). Each says in its docstring what enters, what leaves, and what it may import.

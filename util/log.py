@@ -96,8 +96,11 @@ class Run:
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         return open(path, "a", buffering=1, encoding="utf-8")
 
-    def log_step(self, step: Step, values: dict, step_flops: float) -> None:
-        """One optimizer step: a line in metrics.jsonl, its samples in samples.jsonl, and the bar."""
+    def log_step(self, step: Step, values: dict, work: dict[str, float]) -> None:
+        """One optimizer step: a line in metrics.jsonl, its samples in samples.jsonl, and the bar.
+
+        `work`: its floating-point operations by part.
+        """
         seconds = time.perf_counter() - self.last
         values = self.tally.take(values)
         self.trained_seconds += seconds
@@ -110,7 +113,8 @@ class Run:
             "peak_memory_gib": round(memory.peak_bytes(self.device) / GIB, 3),
         }
         if self.peak_flops:
-            line["mfu"] = round(step_flops / seconds / self.peak_flops, 4)
+            line["mfu"] = round(sum(work.values()) / seconds / self.peak_flops, 4)
+        line |= {f"flops_{part}": round(share, 4) for part, share in flops.shares(work).items()}  # of the step's
         self.write(self.metrics, line)
         self.write(self.samples, {"step": step.number, "samples": step.samples})
         beside = {
@@ -210,7 +214,7 @@ class SilentRun:
 
     def open(self, first_step: int, total_steps: int, model: str, dtype: torch.dtype) -> None: ...
 
-    def log_step(self, step: Step, values: dict, step_flops: float) -> None: ...
+    def log_step(self, step: Step, values: dict, work: dict[str, float]) -> None: ...
 
     def log_evaluation(self, step: int, totals: dict[str, float], scores: dict[str, float | None]) -> float:
         return mean_loss(totals)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2VLForConditionalGeneration
 
+from util import head
 from util.collator import Batch
 
 LOGIT_ROWS = 4096  # rows of logits that exist at a time; 4096 x 151,936 in fp32 are 2.3 GiB
@@ -129,6 +130,8 @@ class PackedLoss(nn.Module):
 
         Another loss begins here: docs/adding.md.
         """
+        if head.takes(self.model.lm_head, hidden):
+            return head.cross_entropies(hidden, self.model.lm_head.weight, target_ids)
         return F.cross_entropy(self.logits(hidden), target_ids, reduction="none")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -235,12 +235,23 @@ def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, devic
             new_tokens.train_rows(model, found)
     else:
         freeze(model, config.freeze)
+    set_embedding_gradient(model, device)
     if config.activation_checkpointing == "full":
         for layer in layers(model):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if config.compile:
         compile_layers(model.model.visual.blocks, model.model.language_model.layers)
     return model
+
+
+def set_embedding_gradient(model: Qwen2VLForConditionalGeneration, device: torch.device) -> None:
+    """On a CPU, let the gradient of a tied embedding be the rows of the tokens that occur, added to that of the head.
+
+    Else it is a whole matrix of zeros but for these, to be made, and added to the other. Where the head has a matrix of
+    its own nothing is saved: the optimizer wants a whole gradient.
+    """
+    embedding = model.get_input_embeddings()
+    embedding.sparse = device.type == "cpu" and embedding.weight is model.lm_head.weight
 
 
 def keep_float64(model: Qwen2VLForConditionalGeneration) -> None:

@@ -8,7 +8,7 @@ import torch
 from util.adapters import new_tokens
 from util.adapters.settings import ADAPTER_LEARNING_RATE
 from util.config import Config
-from util.cost import disk
+from util.cost import disk, flops
 from util.cost.measure import CUT, DEEP, FIRST, unlearned_in_words, unused_in_words, weighted_in_words
 from util.cost.memory import GIB, free_bytes, parts_in_words, peak_bytes
 from util.cost.sizes import Sizes
@@ -39,6 +39,7 @@ def print_plan(
     steps: Steps,
     held_out: Samples | None,
     evaluation: Steps | None,
+    model_config,
 ) -> None:
     """Print device, precision, parts, data, steps as arithmetic, memory and output path, a line each, and a sample.
 
@@ -49,6 +50,7 @@ def print_plan(
         **of_the_vocabulary(config, path, samples, sizes),
         **of_the_data(config, sizes, worker_count(config, run.device)),
         **of_the_steps(config, steps),
+        "work": work_in_words(config, sizes, steps, model_config),
         "memory": memory_in_words(needs, run.device),
         **({"answers": scoring_in_words(held_out, config)} if held_out and config.eval_samples else {}),
         "output": str(relative(run.directory)),
@@ -142,6 +144,13 @@ def of_the_steps(config: Config, steps: Steps) -> dict[str, str]:
         "each step": f"{survey.fewest} to {survey.most} packed micro-batches of at most {config.max_tokens:,} tokens",
         "learning rate": learning_rate_in_words(config),
     }
+
+
+def work_in_words(config: Config, sizes: Sizes, steps: Steps, model_config) -> str:
+    """Where the floating-point operations of the first epoch lie, which says what to freeze or to make smaller."""
+    epoch = steps.order(0)
+    work = flops.epoch_work(model_config, sizes, epoch[sizes.is_usable[epoch]], config)
+    return f"{flops.shares_in_words(work)} ({sum(work.values()) / 1e12:,.3g} TFLOPs an epoch)"
 
 
 def learning_rate_in_words(config: Config) -> str:

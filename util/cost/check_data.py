@@ -240,7 +240,8 @@ def forecast(config: Config, path: str, samples, sizes, device) -> dict[str, str
     epoch = steps.order(0)
     epoch = epoch[sizes.is_usable[epoch]]
     tokens = int(sizes.tokens[epoch].sum())
-    work = flops.training_flops(model_config, [sizes.columns()], config)[epoch].sum()
+    parts = flops.epoch_work(model_config, sizes, epoch, config)
+    work = sum(parts.values())
     rate, source = training_rate(device, dtype)
     if rate:
         seconds = work / rate
@@ -252,6 +253,7 @@ def forecast(config: Config, path: str, samples, sizes, device) -> dict[str, str
         "steps": f"{len(steps):,} of at most {config.global_batch_size} samples in {config.epochs} epoch(s), "
         f"{steps.survey.fewest} to {steps.survey.most} forward passes each",
         "tokens": f"{tokens:,} an epoch",
+        "work": f"{flops.shares_in_words(parts)}, counted in FLOPs",
         "memory": f"{needed / memory.GIB:.2f} GiB at the peak on {device}{fits}: {memory.parts_in_words(needs)}",
         "time": f"{took}; evaluating, saving and waiting for data come on top",
     }
