@@ -1,10 +1,10 @@
 """Ours, the plain loop and TRL's SFTTrainer on the same conversations, taking turns.
 
     python benchmarks/peers.py --size tiny --vocabulary official --blocks 3 --out benchmarks/results/peers_tiny.json
-    python benchmarks/peers.py --size tiny --loops ours plain
+    python benchmarks/peers.py --size tiny --steps 2 --loops ours plain
 
-TRL is installed for this alone (`pip install trl datasets`), in any environment that has the project's packages; where
-it is not there, the others are timed without it. Every flag of benchmarks/train_step.py and of finetune.py works too.
+TRL is installed for this alone (`pip install -r requirements-peers.txt`); where it is not there, the others are timed
+without it. Every flag of benchmarks/train_step.py and of finetune.py works too.
 
 All three train the same weights (float32 on a CPU) in the same steps on the same samples with AdamW, and load their
 data in the training process. TRL refuses packing and padding-free batches for vision data and knows no videos; it does
@@ -37,60 +37,58 @@ from benchmarks import plain_loop, train_step
 from benchmarks.report import origin, write_result
 from benchmarks.train_step import Work
 from util.command_line import UserError, run_command
+from util.config import Config
 from util.cost import flops
 from util.log import versions
 
-Timed = Callable[[Work], tuple[list[float], list[float]]]  # -> the loss of each step, and the time when it was done
+LOOPS = ("ours", "plain", "trl")
+# -> the loss of each step, and the time when it was done, by the wall and of this process on its cores
+Timed = Callable[[Work], tuple[list[float], list[tuple[float, float]]]]
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, argparse.Namespace, object]:
-    """This file's own flags, those of train_step.py, and the settings of a run."""
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--loops", nargs="+", choices=("ours", "plain", "trl"), help="default: those that are there")
-    parser.add_argument("--samples", type=int, default=96, help="measured samples of a block")
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
+    """The flags of train_step.py and of this file, and the settings of a run: 12 steps of 8 unless said otherwise."""
+    parser = train_step.parser_of(__doc__)
+    parser.add_argument("--loops", nargs="+", choices=LOOPS, help="of these, ours among them")
     parser.add_argument("--trl_checkpointing", action="store_true", help="TRL with its default gradient checkpointing")
-    own, others = parser.parse_known_args(arguments)
-    if not {"--size", "--help", "-h"} & set(others):
-        others = ["--size", "tiny", *others]
-    if "--global_batch_size" not in others:
-        others = ["--global_batch_size", "8", *others]
-    step, config = train_step.parse(others)
-    if own.samples % config.global_batch_size:
-        raise UserError(f"--samples {own.samples} are no whole steps of --global_batch_size {config.global_batch_size}")
-    step.steps = own.samples // config.global_batch_size
+    parser.set_defaults(steps=12)
+    own, config = train_step.parse(arguments, parser, defaults=["--global_batch_size", "8"])
     has_trl = importlib.util.find_spec("trl") is not None
     if own.loops and "trl" in own.loops and not has_trl:
-        raise UserError("--loops trl: TRL is not installed; pip install trl datasets")
-    own.loops = own.loops or (["ours", "plain", "trl"] if has_trl else ["ours", "plain"])
-    return own, step, config
+        raise UserError("--loops trl: TRL is not installed; pip install -r requirements-peers.txt")
+    if own.loops and "ours" not in own.loops:
+        raise UserError("--loops: ours is what the others are compared with")
+    own.loops = own.loops or [name for name in LOOPS if name != "trl" or has_trl]
+    return own, config
 
 
 # ---- the loops -------------------------------------------------------------------------------------------------------
 
 
-def timed(loop: Callable, work: Work) -> tuple[list[float], list[float]]:
+def now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def timed(loop: Callable, work: Work) -> tuple[list[float], list[tuple[float, float]]]:
     """A loop of train_step.py, which yields the loss of each step."""
     losses, times = [], []
     for loss in loop(work):
         losses.append(loss)
-        times.append(time.perf_counter())
+        times.append(now())
     return losses, times
 
 
-def trl_loop(work: Work, checkpointing: bool) -> tuple[list[float], list[float]]:
+def trl_loop(work: Work, checkpointing: bool) -> tuple[list[float], list[tuple[float, float]]]:
     """SFTTrainer over the samples of all steps in their order, one micro-batch a step."""
     import transformers
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, arguments, state, control, **unused) -> None:
-            times.append(time.perf_counter())
+            times.append(now())
 
     examples = work.plain_examples
 
@@ -150,12 +148,13 @@ def loops_of(own: argparse.Namespace) -> dict[str, Timed]:
 # ---- the clock -------------------------------------------------------------------------------------------------------
 
 
-def measure_block(loop: Timed, work: Work, warmup: int) -> tuple[float, list[float]]:
+def measure_block(loop: Timed, work: Work, warmup: int) -> tuple[dict[str, float], list[float]]:
     """Seconds of the steps after the warm-up, from fresh weights, and the loss of every step."""
     train_step.release(work.device)
     losses, times = loop(work)
     assert len(losses) == len(times) == len(work.steps), f"{len(losses)} losses of {len(work.steps)} steps"
-    return times[-1] - times[warmup - 1], losses
+    wall, cores = (round(last - first, 4) for first, last in zip(times[warmup - 1], times[-1], strict=True))
+    return {"wall": wall, "cores": cores}, losses
 
 
 def check_losses(losses: dict[str, list[float]], work: Work) -> None:
@@ -172,56 +171,59 @@ def check_losses(losses: dict[str, list[float]], work: Work) -> None:
             )
 
 
-def ratios(seconds: dict[str, list[float]]) -> dict[str, dict]:
-    """How many times faster ours is than each other: of neighbouring blocks, so that drift cancels."""
+def ratios(blocks: dict[str, list[dict[str, float]]], clock: str) -> dict[str, dict[str, float]]:
+    """How many times faster ours is than each other by a clock: of neighbouring blocks, so that drift cancels."""
     found = {}
-    for name in seconds.keys() - {"ours"}:
-        pairs = [other / ours for other, ours in zip(seconds[name], seconds["ours"], strict=True)]
+    for name in [name for name in blocks if name != "ours"]:
+        pairs = [other[clock] / ours[clock] for other, ours in zip(blocks[name], blocks["ours"], strict=True)]
         found[name] = {"median": round(statistics.median(pairs), 3), "min": round(min(pairs), 3)}
     return found
 
 
 def main(arguments: list[str]) -> None:
-    own, step, config = parse(arguments)
+    own, config = parse(arguments)
     loops = loops_of(own)
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    blocks: dict[str, list[dict[str, float]]] = {name: [] for name in loops}
     losses: dict[str, list[float]] = {}
     load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as directory:
-        work, sizes = train_step.make_work(Path(directory), step, config)
+        work, sizes = train_step.make_work(Path(directory), own, config)
         first_losses = train_step.check_equal_work(work)
-        for _ in range(step.blocks):
+        for _ in range(own.blocks):
             for name, loop in loops.items():
-                spent, losses[name] = measure_block(loop, work, step.warmup)
-                seconds[name].append(round(spent, 4))
+                seconds, losses[name] = measure_block(loop, work, own.warmup)
+                blocks[name].append(seconds)
             load.append(os.getloadavg()[0])
-    if "ours" in loops:
-        check_losses(losses, work)
+    check_losses(losses, work)
 
-    measured = [sizes[index] for planned in work.steps[step.warmup :] for micro in planned for index in micro]
-    found = versions()
-    if "trl" in loops:
-        found["trl"] = importlib.metadata.version("trl")
+    measured = [sizes[index] for planned in work.steps[own.warmup :] for micro in planned for index in micro]
     result = {
         **origin("peers.py", arguments, device=gpu_name(work.device)),
-        "versions": found,
+        "versions": versions_of(own.loops),
         "threads": torch.get_num_threads(),
         "load_average": [round(value, 2) for value in load],
         "dtype": str(work.dtype).removeprefix("torch."),
-        "settings": {**vars(step), "out": None, **vars(own), "config": dataclasses.asdict(config)},
+        "settings": {**vars(own), "out": str(own.out) if own.out else None, "config": dataclasses.asdict(config)},
         "samples": len(measured),
         "tokens": sum(size.tokens for size in measured),
         "supervised_tokens": sum(size.supervised for size in measured),
         "work": flops.shares_in_words(flops.work_by_part(work.model_config, measured, config)),
         "first_loss": {**first_losses, **{name: values[0] for name, values in losses.items()}},
-        "block_seconds": seconds,
-        "samples_per_second": {
-            name: round(len(measured) / statistics.median(values), 3) for name, values in seconds.items()
-        },
-        "ours_is_times_as_fast_as": ratios(seconds) if "ours" in loops else None,
+        "seconds": blocks,
+        "samples_per_second": {name: speed(found, len(measured)) for name, found in blocks.items()},
+        "ours_is_times_as_fast_as": ratios(blocks, "wall"),
+        "of_time_on_cores_others_take_times_ours": ratios(blocks, "cores"),
     }
     print_table(result)
-    write_result(result, step.out)
+    write_result(result, own.out)
+
+
+def speed(blocks: list[dict[str, float]], samples: int) -> float:
+    return round(samples / statistics.median(block["wall"] for block in blocks), 3)
+
+
+def versions_of(loops: list[str]) -> dict[str, str]:
+    return {**versions(), **({"trl": importlib.metadata.version("trl")} if "trl" in loops else {})}
 
 
 def gpu_name(device: torch.device) -> str | None:
@@ -235,7 +237,7 @@ def print_table(result: dict) -> None:
         f"work: {result['work']}"
     )
     for name, speed in result["samples_per_second"].items():
-        ratio = (result["ours_is_times_as_fast_as"] or {}).get(name)
+        ratio = result["ours_is_times_as_fast_as"].get(name)
         told = f"ours is {ratio['median']:.2f} times as fast ({ratio['min']:.2f} in its worst pair)" if ratio else ""
         print(f"{name:6}{speed:8.2f} samples/s  {told}")
 

@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -76,8 +76,9 @@ MIXES = {  # shares of samples with one image, two images, a video, text alone
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 3e-2}  # of the loss, between the two loops
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
-    summary, _, rest = __doc__.partition("\n\n")
+def parser_of(documentation: str) -> argparse.ArgumentParser:
+    """The flags of this file, for a script that is described by `documentation`."""
+    summary, _, rest = documentation.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -95,12 +96,20 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     )
     parser.add_argument("--layers", type=int, help="only this many layers in the tower and in the language model")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
+    return parser
+
+
+def parse(
+    arguments: list[str], parser: argparse.ArgumentParser | None = None, defaults: Iterable[str] = ()
+) -> tuple[argparse.Namespace, Config]:
+    """The flags that are named here, and the settings of a run; `defaults`: of these, before what the user says."""
+    parser = parser or parser_of(__doc__)
     own, others = parser.parse_known_args(arguments)
     # Both loops load their data in the same process unless told otherwise, and keep one learning rate.
-    defaults = ["--num_workers", "0", "--schedule", "constant", "--warmup_ratio", "0"]
+    defaults = [*defaults, "--num_workers", "0", "--schedule", "constant", "--warmup_ratio", "0"]
     if own.size == "tiny":
         defaults += ["--min_pixels", "3136"]
-    return own, parse_arguments(summary, defaults + others)
+    return own, parse_arguments(parser.description, defaults + others)
 
 
 # ---- model and data --------------------------------------------------------------------------------------------------

@@ -9,8 +9,6 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-ROWS_AT_WORK = 8  # of logits that one pass takes after another: 8 x 151,936 in fp32 are 5 MB, which caches hold
-
 
 def takes(head: nn.Module, hidden: torch.Tensor) -> bool:
     """Whether `cross_entropies` gives what this head and torch's cross-entropy give: the head is a plain matrix, on a
@@ -31,31 +29,26 @@ def cross_entropies(hidden: torch.Tensor, weight: torch.Tensor, target_ids: torc
 
 
 class HeadLoss(torch.autograd.Function):
-    """With z the logits, m the largest and s the sum of exp(z - m): the loss is m + log s - z[target], and its gradient
-    for z is (exp(z - m) - s at the target) / s. The division is left to the (S, D) matrices of the backward pass."""
+    """With p the softmax of the logits z, the loss is -log p[target] and its gradient for z is p - 1 at the target."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+        targets = target_ids[:, None]  # (S, 1), as all that follow but the first
         logits = hidden @ weight.T  # (S, C)
-        of_targets = logits.gather(1, target_ids[:, None])  # (S, 1)
-        largest = torch.empty_like(of_targets)
-        sums = torch.empty_like(of_targets)
-        for rows, their_largest, their_sums in zip(
-            logits.split(ROWS_AT_WORK), largest.split(ROWS_AT_WORK), sums.split(ROWS_AT_WORK), strict=True
-        ):
-            torch.amax(rows, dim=1, keepdim=True, out=their_largest)
-            rows.sub_(their_largest).exp_()
-            torch.sum(rows, dim=1, keepdim=True, out=their_sums)
-        losses = largest + sums.log() - of_targets
-        logits.scatter_add_(1, target_ids[:, None], -sums)  # the gradient now, times its row's sum
-        ctx.save_for_backward(hidden, weight, logits, sums)
-        return losses[:, 0]
+        of_targets = logits.gather(1, targets)
+        largest = logits.amax(1, keepdim=True)
+        probabilities = torch.softmax(logits, dim=1, out=logits)  # in their place, row by row
+        # log(sum(exp(z))) is z - log p of any token. The target's p may round to 0; that of the likeliest cannot.
+        log_sum = largest - probabilities.amax(1, keepdim=True).log()
+        of_logits = probabilities.scatter_add_(1, targets, torch.full_like(of_targets, -1))
+        ctx.save_for_backward(hidden, weight, of_logits)
+        return (log_sum - of_targets)[:, 0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_losses: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        hidden, weight, of_logits, sums = ctx.saved_tensors
-        scale = of_losses[:, None] / sums  # (S, 1)
+        hidden, weight, of_logits = ctx.saved_tensors
+        scale = of_losses[:, None]  # of the small matrices: the large one is not written again
         of_hidden = (of_logits @ weight) * scale if ctx.needs_input_grad[0] else None
         of_weight = of_logits.T @ (hidden * scale) if ctx.needs_input_grad[1] else None
         return of_hidden, of_weight, None
