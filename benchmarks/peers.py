@@ -6,7 +6,9 @@
 TRL is installed for this alone (`pip install -r requirements-peers.txt`); where it is not there, the others are timed
 without it. Every flag of benchmarks/train_step.py and of finetune.py works too.
 
-All three train the same weights (float32 on a CPU) in the same steps on the same samples with AdamW, and load their
+Each block is a process of its own, as a user would start it. Ours has the environment that finetune.py makes for itself
+(threads that sleep soon, large pages), the others torch's own, with the first of these too, since on a machine that is
+shared spinning threads would slow them alone. All three train the same weights (float32 on a CPU) in the same steps on the same samples with AdamW, and load their
 data in the training process. TRL refuses packing and padding-free batches for vision data and knows no videos; it does
 take a data collator. It is given the plain loop's, so that it trains on exactly the labels of the others: what the
 assistant says, and nothing else. Gradient checkpointing, which TRL switches on unasked, is off unless
@@ -17,8 +19,10 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,9 +31,6 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# as run_command sets them, for all three, as they share a process; read when torch is imported
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 
@@ -50,6 +51,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     """The flags of train_step.py and of this file, and the settings of a run: 12 steps of 8 unless said otherwise."""
     parser = train_step.parser_of(__doc__)
     parser.add_argument("--loops", nargs="+", choices=LOOPS, help="of these, ours among them")
+    parser.add_argument("--block", choices=LOOPS, help="measure one block of it in this process, for the others")
     parser.add_argument("--trl_checkpointing", action="store_true", help="TRL with its default gradient checkpointing")
     parser.set_defaults(steps=12)
     own, config = train_step.parse(arguments, parser, defaults=["--global_batch_size", "8"])
@@ -136,25 +138,35 @@ def trl_loop(work: Work, checkpointing: bool) -> tuple[list[float], list[tuple[f
     return losses, times
 
 
-def loops_of(own: argparse.Namespace) -> dict[str, Timed]:
+def loop_of(own: argparse.Namespace) -> Timed:
     every = {
         "ours": partial(timed, train_step.our_loop),
         "plain": partial(timed, train_step.the_plain_loop),
         "trl": partial(trl_loop, checkpointing=own.trl_checkpointing),
     }
-    return {name: every[name] for name in own.loops}
+    return every[own.block]
 
 
 # ---- the clock -------------------------------------------------------------------------------------------------------
 
 
-def measure_block(loop: Timed, work: Work, warmup: int) -> tuple[dict[str, float], list[float]]:
+def measure_block(loop: Timed, work: Work, warmup: int) -> dict:
     """Seconds of the steps after the warm-up, from fresh weights, and the loss of every step."""
-    train_step.release(work.device)
     losses, times = loop(work)
     assert len(losses) == len(times) == len(work.steps), f"{len(losses)} losses of {len(work.steps)} steps"
     wall, cores = (round(last - first, 4) for first, last in zip(times[warmup - 1], times[-1], strict=True))
-    return {"wall": wall, "cores": cores}, losses
+    return {"wall": wall, "cores": cores, "losses": losses}
+
+
+def block_of(name: str, arguments: list[str]) -> dict:
+    """What `measure_block` gives in a process of its own."""
+    environment = {"GOMP_SPINCOUNT": "10000", **os.environ}
+    environment.pop("THP_MEM_ALLOC_ENABLE", None)
+    if name == "ours":
+        environment["THP_MEM_ALLOC_ENABLE"] = "1"
+    command = [sys.executable, __file__, *arguments, "--block", name]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def check_losses(losses: dict[str, list[float]], work: Work) -> None:
@@ -182,18 +194,19 @@ def ratios(blocks: dict[str, list[dict[str, float]]], clock: str) -> dict[str, d
 
 def main(arguments: list[str]) -> None:
     own, config = parse(arguments)
-    loops = loops_of(own)
-    blocks: dict[str, list[dict[str, float]]] = {name: [] for name in loops}
-    losses: dict[str, list[float]] = {}
-    load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as directory:
         work, sizes = train_step.make_work(Path(directory), own, config)
+        if own.block:
+            print(json.dumps(measure_block(loop_of(own), work, own.warmup)))
+            return
         first_losses = train_step.check_equal_work(work)
+        blocks: dict[str, list[dict]] = {name: [] for name in own.loops}
+        load = [os.getloadavg()[0]]
         for _ in range(own.blocks):
-            for name, loop in loops.items():
-                seconds, losses[name] = measure_block(loop, work, own.warmup)
-                blocks[name].append(seconds)
+            for name in own.loops:
+                blocks[name].append(block_of(name, arguments))
             load.append(os.getloadavg()[0])
+    losses = {name: [block.pop("losses") for block in found][0] for name, found in blocks.items()}
     check_losses(losses, work)
 
     measured = [sizes[index] for planned in work.steps[own.warmup :] for micro in planned for index in micro]
