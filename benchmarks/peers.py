@@ -7,12 +7,12 @@ TRL is installed for this alone (`pip install -r requirements-peers.txt`); where
 without it. Every flag of benchmarks/train_step.py and of finetune.py works too.
 
 Each block is a process of its own, as a user would start it. Ours has the environment that finetune.py makes for itself
-(threads that sleep soon, large pages), the others torch's own, with the first of these too, since on a machine that is
-shared spinning threads would slow them alone. All three train the same weights (float32 on a CPU) in the same steps on the same samples with AdamW, and load their
-data in the training process. TRL refuses packing and padding-free batches for vision data and knows no videos; it does
-take a data collator. It is given the plain loop's, so that it trains on exactly the labels of the others: what the
-assistant says, and nothing else. Gradient checkpointing, which TRL switches on unasked, is off unless
---trl_checkpointing is given.
+(threads that sleep soon, large pages); the others have torch's own but for the first, without which a machine that is
+shared would slow them alone. All three train the same weights (float32 on a CPU) in the same steps on the same samples
+with AdamW, and load their data in the training process. TRL refuses packing and padding-free batches for vision data
+and knows no videos; it does take a data collator. It is given the plain loop's, so that it trains on exactly the labels
+of the others: what the assistant says, and nothing else. Gradient checkpointing, which TRL switches on unasked, is off
+unless --trl_checkpointing is given.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from util.config import Config
 from util.cost import flops
 from util.log import versions
 
+CLOCKS = ("wall", "cores")  # the second: of the process, on all its cores
 LOOPS = ("ours", "plain", "trl")
 # -> the loss of each step, and the time when it was done, by the wall and of this process on its cores
 Timed = Callable[[Work], tuple[list[float], list[tuple[float, float]]]]
@@ -160,10 +161,8 @@ def measure_block(loop: Timed, work: Work, warmup: int) -> dict:
 
 def block_of(name: str, arguments: list[str]) -> dict:
     """What `measure_block` gives in a process of its own."""
-    environment = {"GOMP_SPINCOUNT": "10000", **os.environ}
-    environment.pop("THP_MEM_ALLOC_ENABLE", None)
-    if name == "ours":
-        environment["THP_MEM_ALLOC_ENABLE"] = "1"
+    large_pages = "1" if name == "ours" else "0"  # as finetune.py sets them, and as torch does
+    environment = {"GOMP_SPINCOUNT": "10000", **os.environ, "THP_MEM_ALLOC_ENABLE": large_pages}
     command = [sys.executable, __file__, *arguments, "--block", name]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -206,7 +205,7 @@ def main(arguments: list[str]) -> None:
             for name in own.loops:
                 blocks[name].append(block_of(name, arguments))
             load.append(os.getloadavg()[0])
-    losses = {name: [block.pop("losses") for block in found][0] for name, found in blocks.items()}
+    losses = {name: found[0]["losses"] for name, found in blocks.items()}
     check_losses(losses, work)
 
     measured = [sizes[index] for planned in work.steps[own.warmup :] for micro in planned for index in micro]
@@ -222,7 +221,9 @@ def main(arguments: list[str]) -> None:
         "supervised_tokens": sum(size.supervised for size in measured),
         "work": flops.shares_in_words(flops.work_by_part(work.model_config, measured, config)),
         "first_loss": {**first_losses, **{name: values[0] for name, values in losses.items()}},
-        "seconds": blocks,
+        "seconds": {
+            name: {clock: [block[clock] for block in found] for clock in CLOCKS} for name, found in blocks.items()
+        },
         "samples_per_second": {name: speed(found, len(measured)) for name, found in blocks.items()},
         "ours_is_times_as_fast_as": ratios(blocks, "wall"),
         "of_time_on_cores_others_take_times_ours": ratios(blocks, "cores"),
