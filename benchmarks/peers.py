@@ -42,7 +42,6 @@ from util.config import Config
 from util.cost import flops
 from util.log import versions
 
-CLOCKS = ("wall", "cores")  # the second: of the process, on all its cores
 LOOPS = ("ours", "plain", "trl")
 # -> the loss of each step, and the time when it was done, by the wall and of this process on its cores
 Timed = Callable[[Work], tuple[list[float], list[tuple[float, float]]]]
@@ -221,15 +220,17 @@ def main(arguments: list[str]) -> None:
         "supervised_tokens": sum(size.supervised for size in measured),
         "work": flops.shares_in_words(flops.work_by_part(work.model_config, measured, config)),
         "first_loss": {**first_losses, **{name: values[0] for name, values in losses.items()}},
-        "seconds": {
-            name: {clock: [block[clock] for block in found] for clock in CLOCKS} for name, found in blocks.items()
-        },
+        "seconds": {name: by_clock(found) for name, found in blocks.items()},
         "samples_per_second": {name: speed(found, len(measured)) for name, found in blocks.items()},
         "ours_is_times_as_fast_as": ratios(blocks, "wall"),
         "of_time_on_cores_others_take_times_ours": ratios(blocks, "cores"),
     }
     print_table(result)
     write_result(result, own.out)
+
+
+def by_clock(blocks: list[dict]) -> dict[str, list[float]]:
+    return {"wall": [block["wall"] for block in blocks], "cores": [block["cores"] for block in blocks]}
 
 
 def speed(blocks: list[dict[str, float]], samples: int) -> float:
