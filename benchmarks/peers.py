@@ -203,6 +203,7 @@ def main(arguments: list[str]) -> None:
         for _ in range(own.blocks):
             for name in own.loops:
                 blocks[name].append(block_of(name, arguments))
+                print(f"{name}: {blocks[name][-1]['wall']:.1f} s", file=sys.stderr, flush=True)  # a block takes minutes
             load.append(os.getloadavg()[0])
     losses = {name: found[0]["losses"] for name, found in blocks.items()}
     check_losses(losses, work)
