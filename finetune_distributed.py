@@ -19,7 +19,7 @@ def train(config: Config) -> str:
     import torch
 
     from util.checkpoint import Saver, compare_plan, load_checkpoint, read_state, resolve_resume
-    from util.collator import total_counts
+    from util.collator import Batch, total_counts
     from util.cost import disk, fastest, flops, memory
     from util.cost.budget import fit_memory
     from util.cost.measure import measure_all
@@ -63,7 +63,7 @@ def train(config: Config) -> str:
     distributed.refuse_idle_ranks(steps, config, world)
     shards = distributed.shard_group(config, world)
     counts = memory.count_parameters(model_config, config)
-    config, steps, needs, rung = fit_memory(config, steps, model_config, counts, dtype, device, resumed, shards)
+    config, steps, needs = fit_memory(config, steps, model_config, counts, dtype, device, resumed, shards)
 
     held_out = None
     evaluation = None
@@ -77,7 +77,7 @@ def train(config: Config) -> str:
     run = distributed.open_run(config, resumed, world)
     fastest.choose_kernels(config, model_config, device, dtype, sizes, steps)
     if world.is_first:
-        print_plan(config, run, path, dtype, counts, needs, rung, samples, sizes, steps, held_out, evaluation)
+        print_plan(config, run, path, dtype, counts, needs, samples, sizes, steps, held_out, evaluation, model_config)
     memory.check(model_config, config, dtype, device, steps.survey, needs, shards)
     disk.check(run.directory, counts, config, dtype)
 
@@ -95,7 +95,6 @@ def train(config: Config) -> str:
     run.open(first, len(steps), path, dtype)
     final = FinalModel(run, config, resumed, model, processor, budget, len(steps))
     saver = Saver(run.directory, config, len(steps), run.say, sizes.mark(), final.evaluations)
-    passes = distributed.EvenPasses(model, optimizer, device, steps, stop, saver, config)
     guard = FiniteGuard(run.say)
     watch = faults.Watch(world, model, run, saver, len(steps))
 
@@ -106,7 +105,15 @@ def train(config: Config) -> str:
         scores = evaluate_answers(model, held_out, device, config, stop)
         return run.log_evaluation(step, totals, scores)
 
+    def run_pass(batch: Batch, supervised_weight: float) -> torch.Tensor:
+        """Forward and backward of a micro-batch: adds to the gradients, and returns the sum of its losses."""
+        batch_loss_sum = model(batch.to(device))  # PackedLoss.forward, in util/loss.py
+        if batch_loss_sum.requires_grad:  # a text-only batch has no gradient where only the vision tower is trained
+            (batch_loss_sum / supervised_weight).backward()
+        return batch_loss_sum.detach()  # else it would keep the graphs of all micro-batches
+
     # ---- the loop
+    passes = distributed.EvenPasses(run_pass, model, optimizer, device, steps, stop, saver, config)
     if held_out and final.lacks_evaluation(first):  # a signal broke it off, after the step that is gone on from
         loss_there = stop.unless_stopped(evaluate, first, held_out, evaluation)
         final.note(first, loss_there, is_last=first == len(steps))
@@ -127,7 +134,7 @@ def train(config: Config) -> str:
         # One division, by the supervised tokens of the whole global batch (each counted by its weight, mostly 1), which
         # are known before the first backward: how samples are spread over micro-batches then changes nothing.
         supervised_weight = totals["supervised_weight"] or math.nan  # of none: NaN, and the guard skips the update
-        # Forward and backward of each micro-batch; where memory runs out, all of them again in smaller ones.
+        # run_pass on each of them; where memory runs out, on all of them again, as smaller ones.
         loss_sum = passes.run(step, micro_batches, supervised_weight)
         distributed.drop_blank_gradients(model, totals["visual_tokens"])
 
@@ -145,9 +152,9 @@ def train(config: Config) -> str:
 
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         values["data_seconds"] = round(data_seconds, 4)
-        work = flops.training_flops(model_config, sizes.trained(planned.own_samples), config)
-        work -= flops.kept_flops(model_config, micro_batches, config)
-        watch.end(work, data_seconds)
+        work = flops.work_by_part(model_config, sizes.trained(planned.own_samples), config)
+        work = flops.without_kept(work, model_config, micro_batches, config)
+        watch.end(sum(work.values()), data_seconds)
         run.log_step(planned, {**values, **totals, **reader.statistics()}, work)
 
         is_last = step == len(steps)

@@ -89,7 +89,8 @@ def row(name: str, changes: dict, already_run: list[dict]) -> dict:
     dtype = choose_dtype(asked.dtype, device)
     model_config = official_config(size)
     counts = memory.count_parameters(model_config, asked)
-    config, steps, needs, words = fit_memory(asked, planned_steps(asked), model_config, counts, dtype, device)
+    config, steps, needs = fit_memory(asked, planned_steps(asked), model_config, counts, dtype, device)
+    words = needs.chosen
     found = {"free_gib": round(memory.free_bytes(device) / GIB, 2), "chosen": words}
     try:
         memory.check(model_config, config, dtype, device, steps.survey, needs)

@@ -67,8 +67,11 @@ def computed() -> dict[str, dict[str, float]]:
     found = {}
     for name, changes in TRAINED.items():
         settings = Config(**changes)
-        whole = flops.training_flops(config, [Size(100 + image.tokens, 20, [image])], settings)
-        kept = flops.kept_flops(config, [replace(Collator()([]), kept_grids=[image])], settings)
+        size = Size(100 + image.tokens, 20, [image])
+        whole = flops.training_flops(config, [size], settings)
+        work = flops.work_by_part(config, [size], settings)
+        batch = replace(Collator()([]), kept_grids=[image])
+        kept = sum(work.values()) - sum(flops.without_kept(work, config, [batch], settings).values())
         found[name] = {
             "first_epoch_tflop": round(whole / 1e12, 3),
             "other_epochs_tflop": round((whole - kept) / 1e12, 3),

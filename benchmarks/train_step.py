@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -46,7 +46,7 @@ from util.config import Config, parse_arguments
 from util.cost import flops
 from util.cost.measure import measure
 from util.cost.memory import GIB, peak_bytes
-from util.dataset import Samples, load_examples
+from util.dataset import Samples, Size, load_examples
 from util.log import versions
 from util.model import (
     choose_device,
@@ -78,8 +78,9 @@ MIXES = {  # shares of samples with one image, two images, a video, text alone
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 3e-2}  # of the loss, between the two loops
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
-    summary, _, rest = __doc__.partition("\n\n")
+def parser_of(documentation: str) -> argparse.ArgumentParser:
+    """The flags of this file, for a script that is described by `documentation`."""
+    summary, _, rest = documentation.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -100,12 +101,20 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument(
         "--rows", type=Path, help="append a line of JSON for each block here, as soon as it is measured"
     )
+    return parser
+
+
+def parse(
+    arguments: list[str], parser: argparse.ArgumentParser | None = None, defaults: Iterable[str] = ()
+) -> tuple[argparse.Namespace, Config]:
+    """The flags that are named here, and the settings of a run; `defaults`: of these, before what the user says."""
+    parser = parser or parser_of(__doc__)
     own, others = parser.parse_known_args(arguments)
     # Both loops load their data in the same process unless told otherwise, and keep one learning rate.
-    defaults = ["--num_workers", "0", "--schedule", "constant", "--warmup_ratio", "0"]
+    defaults = [*defaults, "--num_workers", "0", "--schedule", "constant", "--warmup_ratio", "0"]
     if own.size == "tiny":
         defaults += ["--min_pixels", "3136"]
-    return own, parse_arguments(summary, defaults + others)
+    return own, parse_arguments(parser.description, defaults + others)
 
 
 def paths_of(own: argparse.Namespace) -> dict[str, str | None]:
@@ -386,28 +395,31 @@ def summarise(blocks: list[dict | None], samples: int, tokens: int, work_flops: 
     return figures
 
 
-def main(arguments: list[str]) -> None:
-    own, config = parse(arguments)
+def make_work(directory: Path, own: argparse.Namespace, config: Config) -> tuple[Work, list[Size]]:
+    """Data of --size in `directory`, its steps for both loops, and the size of each sample."""
     device = choose_device(config.device)
     model_config, processor = describe_model(own)
     budget = Budget.of(config)
     set_budget(processor, budget)
+    count = (own.warmup + own.steps) * config.global_batch_size
+    data = make_data(directory, own, count, config.seed)
+    samples = Samples(load_examples([str(data)], processor), processor, budget)
+    sizes = measure(samples, config.max_tokens)
+    planned = training_steps(sizes, samples.examples, config)
+    steps = [step.micro_batches for step in islice(planned.after(0), planned.per_epoch)]
+    # The plain loop takes the samples of a step in the order they come, sorted by length by nobody.
+    plain_steps = []
+    for step in steps:
+        members = sorted(index for micro in step for index in micro)
+        size = own.micro_batch_size or len(members)
+        plain_steps.append([members[i : i + size] for i in range(0, len(members), size)])
+    return Work(config, model_config, processor, samples, steps, plain_steps, device), sizes
 
+
+def main(arguments: list[str]) -> None:
+    own, config = parse(arguments)
     with tempfile.TemporaryDirectory() as directory:
-        count = (own.warmup + own.steps) * config.global_batch_size
-        data = make_data(Path(directory), own, count, config.seed)
-        samples = Samples(load_examples([str(data)], processor), processor, budget)
-        sizes = measure(samples, config.max_tokens)
-        planned = training_steps(sizes, samples.examples, config)
-        steps = [step.micro_batches for step in islice(planned.after(0), planned.per_epoch)]
-        # The plain loop takes the samples of a step in the order they come, sorted by length by nobody.
-        plain_steps = []
-        for step in steps:
-            members = sorted(index for micro in step for index in micro)
-            size = own.micro_batch_size or len(members)
-            plain_steps.append([members[i : i + size] for i in range(0, len(members), size)])
-        work = Work(config, model_config, processor, samples, steps, plain_steps, device)
-
+        work, sizes = make_work(Path(directory), own, config)
         loops = {"ours": our_loop, "plain": the_plain_loop} if own.compare else {"ours": our_loop}
         first_losses = check_equal_work(work) if own.compare else None
         blocks: dict[str, list[dict | None]] = {name: [] for name in loops}
@@ -419,12 +431,14 @@ def main(arguments: list[str]) -> None:
                     own.rows, {"row": f"{own.size} {own.data}, {name}", **row, **origin("train_step.py", arguments)}
                 )
 
+    device, model_config, steps, plain_steps = work.device, work.model_config, work.steps, work.plain_steps
     measured = [index for step in steps[own.warmup :] for micro in step for index in micro]
     tokens = sum(sizes[index].tokens for index in measured)
     padded = sum(
         len(micro) * max(sizes[index].tokens for index in micro) for step in plain_steps[own.warmup :] for micro in step
     )
-    work_flops = flops.training_flops(model_config, [sizes[index] for index in measured], config)
+    parts = flops.work_by_part(model_config, [sizes[index] for index in measured], config)
+    work_flops = sum(parts.values())
     peak = flops.peak_flops(device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     result = {
@@ -441,6 +455,11 @@ def main(arguments: list[str]) -> None:
             "padding_of_plain": round(1 - tokens / padded, 4),
             "micro_batches_of_ours": sum(map(len, steps[own.warmup :])),
             "micro_batches_of_plain": sum(map(len, plain_steps[own.warmup :])),
+        },
+        "work": {
+            "flops": work_flops,
+            "shares": {part: round(share, 4) for part, share in flops.shares(parts).items()},
+            "in_words": flops.shares_in_words(parts),
         },
         "first_loss": first_losses,
         "loops": {name: summarise(found, len(measured), tokens, work_flops, peak) for name, found in blocks.items()},
@@ -465,6 +484,7 @@ def print_table(result: dict) -> None:
         f"{result['device']}, {result['threads']} threads, {result['dtype']}\n"
         f"{data['samples']} samples, {data['tokens']:,} tokens ({data['supervised_tokens']:,} supervised), "
         f"{data['patches']:,} patches; the plain loop pads {data['padding_of_plain']:.0%} of its positions\n"
+        f"work: {result['work']['in_words']}\n"
         f"{'':6}{'samples/s':>10}{'(min)':>10}{'tokens/s':>11}{'(min)':>11}{'peak memory':>15}{'MFU':>8}"
     )
     for name, figures in result["loops"].items():

@@ -1,5 +1,6 @@
 """The benchmark runs, and measures equal work: it asserts that both loops see the same tokens and give the same loss."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+HAS_TRL = importlib.util.find_spec("trl") is not None
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "benchmarks" / "train_step.py", *arguments]
+def run(*arguments: str, script: str = "train_step.py", **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "benchmarks" / script, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
 
 
@@ -27,10 +30,51 @@ def test_train_step_compares_both_loops(tmp_path):
     assert result == json.loads(file.read_text())
     assert result["data"]["samples"] == 4
     assert result["ratio"]["median"] > 0
+    assert set(result["work"]["shares"]) == {"vision", "merger", "language_model", "head"}
+    assert sum(result["work"]["shares"].values()) == pytest.approx(1, abs=1e-3)
     assert abs(result["first_loss"]["ours"] - result["first_loss"]["plain"]) < 1e-3
     # one padded micro-batch a step: the mean of the plain loop is over the same tokens, so training stays the same
     ours, plain = (result["loops"][name]["losses"] for name in ("ours", "plain"))
     assert all(abs(a - b) < 1e-3 for a, b in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    "peer", ["plain", pytest.param("trl", marks=pytest.mark.skipif(not HAS_TRL, reason="TRL is not installed"))]
+)
+def test_peers_train_the_same_and_take_turns(peer, tmp_path):
+    file = tmp_path / "peers.json"
+    done = run(
+        "--size", "tiny", "--loops", "ours", peer, "--steps", "2", "--global_batch_size", "4", "--blocks", "2", "--warmup", "1",
+        "--device", "cpu", "--out", str(file), script="peers.py",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads(file.read_text())
+    assert result["samples"] == 8
+    assert [len(clocks["wall"]) for clocks in result["seconds"].values()] == [2, 2]
+    assert result["ours_is_times_as_fast_as"][peer]["min"] > 0
+    assert result["first_loss"][peer] == pytest.approx(result["first_loss"]["ours"], abs=1e-3)
+
+
+def test_peers_that_would_not_do_equal_work_end_with_an_error():
+    """A peer whose second step gives another loss: it was shown other samples, or trained at another rate."""
+    from types import SimpleNamespace
+
+    from benchmarks import peers
+
+    work = SimpleNamespace(plain_steps=[[[0]], [[1]]], dtype=torch.float32)
+    peers.check_losses({"ours": [2.0, 1.5], "plain": [2.0, 1.5]}, work)
+    with pytest.raises(AssertionError, match="step 2"):
+        peers.check_losses({"ours": [2.0, 1.5], "plain": [2.0, 1.7]}, work)
+
+
+def test_peers_without_trl_say_how_to_get_it():
+    if HAS_TRL:
+        pytest.skip("TRL is installed")
+    done = run("--size", "tiny", "--loops", "ours", "trl", script="peers.py")
+    assert done.returncode == 2
+    assert "requirements-peers.txt" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_real_size_without_its_config_is_a_clear_error(tmp_path):

@@ -72,7 +72,8 @@ def fit(monkeypatch):
         sizes = [Size(1000, 100, [Grid(1, 40, 80)])] * 79 + [Size(longest, 100, [Grid(1, 40, 80)])]
         of_all = Sizes.of([Finding(size) for size in sizes])
         steps = Steps(of_all, lambda epoch: np.arange(80), 80, 3, None, config)
-        chosen, planned, needs, words = fit_memory(config, steps, model_config, counts, torch.bfloat16, device, resumed)
+        chosen, planned, needs = fit_memory(config, steps, model_config, counts, torch.bfloat16, device, resumed)
+        words = needs.chosen
         names = ("max_tokens", "activation_checkpointing", "logit_rows", "optimizer")
         changes = {name: getattr(chosen, name) for name in names if getattr(chosen, name) != getattr(config, name)}
         assert chosen.asked == {name: getattr(config, name) for name in changes}

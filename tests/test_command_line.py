@@ -16,7 +16,7 @@ from tests.official import official_config
 from util import run_folder
 from util.command_line import COMMON_NAMES, UserError, harmless_settings, run_command, settings_parser
 from util.config import Config, parse_arguments
-from util.cost.flops import forward_flops
+from util.cost.flops import forward_flops, shares, shares_in_words, training_flops, work_by_part
 from util.cost.memory import count_parameters
 from util.dataset import Size
 from util.optimizer import parameter_groups
@@ -341,9 +341,44 @@ def test_official_parameter_counts(size, count):
 def test_work_is_counted_as_calculated_by_hand(size, language, quadratic, head):
     """The figures of a 1,000-token sample with one image of 5,476 patches, from the sizes of the published models."""
     grid = Grid(1, 74, 74)
-    flops = forward_flops(official_config(size), Size(tokens=1000, supervised=10, grids=[grid]))
-    assert flops["language_model"] == pytest.approx(language * 1000 + quadratic * 1000**2 + head * 10, rel=1e-3)
-    assert flops["vision"] == pytest.approx(1.2613e9 * 5476 + 163840 * 5476**2, rel=1e-3)
+    work = forward_flops(official_config(size), Size(tokens=1000, supervised=10, grids=[grid]))
+    assert work["language_model"] == pytest.approx(language * 1000 + quadratic * 1000**2, rel=1e-3)
+    assert work["head"] == pytest.approx(head * 10, rel=1e-3)
+    assert work["vision"] == pytest.approx(1.2613e9 * 5476 + 163840 * 5476**2, rel=1e-3)
+
+
+def test_work_of_a_part_that_is_frozen_trained_or_beside_adapters():
+    """Factors by hand: 3 with weights that learn, 2 where gradients only pass, 1 where none do."""
+    config, size = official_config("2b"), Size(tokens=1000, supervised=10, grids=[Grid(1, 74, 74)])
+    forward = forward_flops(config, size)
+    cases = {
+        "all": ({}, (3, 3, 3, 3)),
+        "tower frozen": ({"freeze": ["vision"]}, (1, 3, 3, 3)),
+        "tower and merger frozen": ({"freeze": ["vision", "merger"]}, (1, 1, 3, 3)),
+        "language model frozen": ({"freeze": ["language_model"]}, (3, 3, 2, 2)),
+        "adapters": ({"lora_rank": 8}, (1, 1, 2, 2)),
+    }
+    for name, (changes, factors) in cases.items():
+        work = work_by_part(config, [size], Config(**changes))
+        for part, factor in zip(("vision", "merger", "language_model", "head"), factors, strict=True):
+            assert work[part] == pytest.approx(factor * forward[part]), f"{name}: {part}"
+        assert training_flops(config, [size], Config(**changes)) == pytest.approx(sum(work.values()))
+    # 8 x (in + out) of each of the 7 matrices of 28 layers, 6 operations for each of them and token
+    adapters = 8 * 28 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
+    assert work["adapters"] == pytest.approx(6 * adapters * 1000)
+
+
+def test_work_in_words_and_shares():
+    """2B on 448 x 448: 1,024 patches and 300 tokens, of which 20 are supervised; shares by design's numbers."""
+    work = work_by_part(official_config("2b"), [Size(tokens=300, supervised=20, grids=[Grid(1, 32, 32)])], Config())
+    vision = 1.2613e9 * 1024 + 163840 * 1024**2
+    merger = 2 * (5120 * 5120 + 5120 * 1536) * 256
+    language = 2.620e9 * 300 + 86016 * 300**2
+    total = vision + merger + language + 0.467e9 * 20
+    assert shares(work)["vision"] == pytest.approx(vision / total, rel=1e-3)
+    assert sum(shares(work).values()) == pytest.approx(1)
+    assert shares_in_words(work) == "64 % vision tower, 35 % language model, 1 % merger"
+    assert shares({"vision": 0.0}) == {}
 
 
 MODEL_PATHS = [  # as it is typed, and what is said of it

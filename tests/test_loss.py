@@ -7,11 +7,12 @@ from PIL import Image
 from torch import nn
 from transformers import Qwen2VLForConditionalGeneration
 
+from util import head
 from util.collator import Collator
 from util.config import Config
 from util.cost.measure import measure
 from util.dataset import Samples, load_examples
-from util.model import build_model
+from util.model import build_model, prepare_model
 from util.packed_layers import rms_norm, rotate_patches
 from util.tensors import PARTS, part_of
 from util.vision import Budget
@@ -158,6 +159,65 @@ def test_loss_in_chunks_is_the_same(samples, tiny_path, processor, reference, mo
     assert loss == pytest.approx(reference["loss"], abs=1e-5)
     gap, where = worst(gradients, reference["gradients"])
     assert gap < 1e-5, f"gradient of {where} is off by {gap}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(0, 301), (1, 301), (19, 301), (5, 151_936)])
+@pytest.mark.parametrize("learns", ["both", "hidden", "weight"])
+def test_the_head_on_a_cpu_equals_torchs_cross_entropy(dtype, rows, vocabulary, learns):
+    """Losses and both gradients, each token with a gradient of its own, logits up to a thousand, a target twice."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, 16, generator=generator, dtype=dtype)
+    hidden[::2] *= 100  # the largest logit has all the probability there, and exp of it would be infinite
+    weight = torch.randn(vocabulary, 16, generator=generator, dtype=dtype)
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
+    targets[1:3] = 7
+    targets[::4] = (hidden @ weight.T).argmax(1)[::4]
+    of_losses = torch.rand(rows, generator=generator, dtype=dtype)
+    found = []
+    for loss in (
+        head.cross_entropies,
+        lambda h, w, target_ids: torch.nn.functional.cross_entropy(h @ w.T, target_ids, reduction="none"),
+    ):
+        ours = hidden.clone().requires_grad_(learns != "weight")
+        matrix = weight.clone().requires_grad_(learns != "hidden")
+        losses = loss(ours, matrix, targets)
+        losses.backward(of_losses)
+        found.append([losses.detach(), ours.grad, matrix.grad])
+    tolerance = {"atol": 1e-12, "rtol": 1e-12} if dtype == torch.float64 else {"atol": 1e-4, "rtol": 1e-5}
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine is None) == (theirs is None), "a gradient that nobody asked for, or none where one was"
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, **tolerance)
+
+
+def test_the_head_is_taken_whole_only_where_it_is_a_plain_matrix_on_a_cpu():
+    plain = nn.Linear(8, 32, bias=False)
+    hidden = torch.randn(3, 8)
+    assert head.takes(plain, hidden)
+    assert not head.takes(plain, hidden.bfloat16()), "a loss in bf16 has three digits"
+    assert not head.takes(plain, hidden.to("meta"))
+    assert not head.takes(nn.Linear(8, 32), hidden)
+    assert not head.takes(nn.Sequential(plain), hidden)
+    plain.register_forward_hook(lambda layer, inputs, output: 2 * output)  # as rows of new tokens have one
+    assert not head.takes(plain, hidden)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_gradient_of_the_embedding_is_whole(tied, samples, tiny_path, processor):
+    """Tied, rows are added to the head's gradient; of a matrix of its own AdamW could not use rows alone."""
+    source = Qwen2VLForConditionalGeneration.from_pretrained(tiny_path, dtype=torch.float64)
+    if not tied:
+        source.lm_head.weight = nn.Parameter(source.lm_head.weight.detach().clone())
+    model = prepare_model(source, Config(device="cpu", dtype="float64"), processor, CPU)
+    batch = Collator()([samples[0]])
+    model(batch).backward()
+    embedding = source.get_input_embeddings().weight
+    assert embedding.grad.layout == torch.strided
+    seen = torch.zeros(len(embedding), dtype=torch.bool)
+    seen[batch.input_ids] = True
+    assert embedding.grad[seen].abs().sum(1).min() > 0, "a token that occurs"
+    assert bool(embedding.grad[~seen].any()) == tied, "of the others only the head has a gradient"
 
 
 @pytest.mark.parametrize("frozen", [["vision"], ["vision", "merger"], ["language_model"], ["merger"]])

@@ -26,6 +26,7 @@ from util.data.entries import check_messages
 from util.formats import importers
 from util.model import build_model
 
+TIMED_LOOPS = ("benchmarks/train_step.py", "benchmarks/peers.py")
 TRAINING = (
     "finetune.py",
     "finetune_distributed.py",
@@ -180,7 +181,7 @@ def check_python(arguments: list[str]) -> str | None:
         return f"there is no {script}"
     if script in TRAINING:
         return read_by_its_parser(lambda words: parse_arguments("", words), flags)
-    if script == "benchmarks/train_step.py":  # what it does not know itself are settings of a training
+    if script in TIMED_LOOPS:  # what it does not know itself are settings of a training
         stopped: list[Stopped] = []
         problem = read_by_its_parser(lambda words: stopped.append(script_stopped(script, words)), flags)
         return problem or read_by_its_parser(lambda words: parse_arguments("", words), stopped[0].unknown)
@@ -269,6 +270,7 @@ def test_commands_are_seen_at_all():
         "python -m util check a.json --no_such_flag 3",
         "python -m util check a.json --epochs many",
         "python benchmarks/train_step.py --size tiny --no_such_flag 1",
+        "python benchmarks/peers.py --size tiny --loops ours mine",
         "python -m util.show a.json",
         "python test_on_trained_model.py --imag a.jpg",
         "python no_such_script.py",
@@ -298,7 +300,7 @@ def known_flags() -> set[str]:
     scripts = {words[1] for page in pages() for words in commands(read(page)) + commands_in_prose(read(page))
                if words[0] == "python" and words[1].endswith(".py")}  # fmt: skip
     for script in sorted(scripts - set(TRAINING) - set(FOREIGN_FLAGS)) + ["train_data/make_data.py"]:
-        usual = ["--size", "tiny"] if script == "benchmarks/train_step.py" else []
+        usual = ["--size", "tiny"] if script in TIMED_LOOPS else []
         usual = ["a_run"] if script == "docs/make_pictures.py" else usual
         usual = ["rows.jsonl"] if script == "benchmarks/rows.py" else usual
         if script == "benchmarks/serve_check.py":

@@ -126,6 +126,17 @@ class Quiet:
         raise Ended(why, 1)
 
 
+def passes_of(model):
+    """What the scripts give to Passes."""
+
+    def run_pass(batch, divisor):
+        loss_sum = model(batch)
+        (loss_sum / divisor).backward()
+        return loss_sum.detach()
+
+    return run_pass
+
+
 def step_of(samples, tiny_path, groups: list[list], **changes) -> tuple[float, dict, Quiet]:
     """Loss, gradients and what was said of the passes of one step in float64, divided by the weight of all samples."""
     config = Config(**{"data": [DATA], "device": "cpu", "dtype": "float64", "num_workers": 0, **changes})
@@ -135,7 +146,7 @@ def step_of(samples, tiny_path, groups: list[list], **changes) -> tuple[float, d
     micro_batches = [Collator()(group) for group in groups]
     weight = sum(batch.counts["supervised_weight"] for batch in micro_batches)
     stop = Quiet()
-    loss = Passes(model, optimizer, CPU, steps, stop, None).run(7, micro_batches, weight)
+    loss = Passes(passes_of(model), model, optimizer, CPU, steps, stop, None).run(7, micro_batches, weight)
     return loss.item() / weight, {name: p.grad for name, p in model.named_parameters()}, stop
 
 
@@ -180,7 +191,7 @@ def test_later_steps_keep_the_smaller_limit(samples, mixed, tiny_path, monkeypat
     config = Config(data=[DATA], device="cpu", dtype="float64", num_workers=0)
     model = build_model(config, str(tiny_path), samples.processor, CPU)
     steps = training_steps(measure_all(samples, config), samples.examples, config)
-    runner = Passes(model, build_optimizer(model, config), CPU, steps, Quiet(), None)
+    runner = Passes(passes_of(model), model, build_optimizer(model, config), CPU, steps, Quiet(), None)
     batch = Collator()(mixed)
     fault = Fault(monkeypatch, "forward", lambda number, tokens: tokens == len(batch.input_ids))
     runner.run(1, [batch], 1.0)

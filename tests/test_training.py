@@ -245,6 +245,9 @@ def test_metrics_and_run_directory(train):
     wanted = "step epoch loss learning_rate grad_norm samples tokens visual_tokens supervised_tokens step_seconds data_seconds tokens_per_second peak_memory_gib"
     assert set(wanted.split()) <= set(line)
     assert line["learning_rate"] > 0, "the first step must learn"
+    shares = [line[f"flops_{part}"] for part in ("vision", "merger", "language_model", "head")]
+    assert sum(shares) == pytest.approx(1, abs=1e-3), "the parts of a step's work"
+    assert all(share > 0 for share in shares)
     files = {path.name for path in run.iterdir()}
     assert {"model.safetensors", "config.json", "processor_config.json", "preprocessor_config.json", "chat_template.json",
             "chat_template.jinja", "tokenizer.json", "training_config.json", "metrics.jsonl", "loss.png"} <= files  # fmt: skip

@@ -88,8 +88,8 @@ class Batch:
         video_tokens = of_rows(of_videos, begin, end)
         image_patches, video_patches = patches_of(image_tokens), patches_of(video_tokens)
         grids = [Grid(*sizes) for sizes in self.grid_thw.tolist()]
-        seen = between(grids, image_tokens, 0) + between(grids, video_tokens, images)
-        kept_ones = between(self.kept_grids, kept_tokens, 0)
+        kept_ones = between(grids, kept_tokens, 0)
+        seen = between(grids, image_tokens, kept) + between(grids, video_tokens, kept + images)
         positions_of_videos = self.vision_position_ids[len(self.image_patches) :][video_patches]
         visual_index = torch.cat([of_kept[kept_tokens], of_images[image_tokens], of_videos[video_tokens]])
         target_weights = self.target_weights[targets]
@@ -104,13 +104,13 @@ class Batch:
             image_patches=self.image_patches[image_patches],
             video_patches=self.video_patches[video_patches],
             vision_position_ids=torch.cat([self.vision_position_ids[image_patches], positions_of_videos]),
-            grid_thw=joined([torch.tensor([grids[number][:3]]) for number in seen], torch.int64, 3),
+            grid_thw=joined([torch.tensor([grids[number][:3]]) for number in kept_ones + seen], torch.int64, 3),
             vision_segments=tower_segments([grids[number] for number in seen]),
             where=self.where[first:last],
             counts=count(last - first, end - begin, len(visual_index), target_weights),
             kept_features=self._features_of(kept_tokens),
             kept_grids=[self.kept_grids[number] for number in kept_ones],
-            unkept=[self.unkept[number] for number in seen],
+            unkept=[self.unkept[number - len(self.kept_grids)] for number in seen],
         )
 
     def _features_of(self, tokens: slice) -> torch.Tensor:

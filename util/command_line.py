@@ -338,6 +338,9 @@ def run_command(command: Callable, *arguments, name: str = "") -> None:
     # benchmarks/busy.py). It is read when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # A large tensor in memory given anew costs a fault for every 4 KB of it on a CPU; Linux has pages of 2 MB for who
+    # asks for them, and torch asks where this is set.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     name = name or sys.argv[0].rpartition("/")[2]
     run_folder.opened = None  # a command before this one may have trained in the same process
     try:

@@ -99,8 +99,11 @@ class Run:
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         return open(path, "a", buffering=1, encoding="utf-8")
 
-    def log_step(self, step: Step, values: dict, step_flops: float) -> None:
-        """One optimizer step: a line in metrics.jsonl, its samples in samples.jsonl, and the bar."""
+    def log_step(self, step: Step, values: dict, work: dict[str, float]) -> None:
+        """One optimizer step: a line in metrics.jsonl, its samples in samples.jsonl, and the bar.
+
+        `work`: its floating-point operations by part.
+        """
         seconds = time.perf_counter() - self.last
         compile_seconds = compilation.CLOCK.take()
         at_work = max(seconds - compile_seconds, 1e-9)  # compiling is not the speed of what is compiled
@@ -117,7 +120,8 @@ class Run:
         if compile_seconds:
             line["compile_seconds"] = round(compile_seconds, 4)
         if self.peak_flops:
-            line["mfu"] = round(step_flops / at_work / self.peak_flops, 4)
+            line["mfu"] = round(sum(work.values()) / at_work / self.peak_flops, 4)
+        line |= {f"flops_{part}": round(share, 4) for part, share in flops.shares(work).items()}  # of the step's
         self.write(self.metrics, line)
         self.write(self.samples, {"step": step.number, "samples": step.samples})
         beside = {
@@ -222,7 +226,7 @@ class SilentRun:
 
     def open(self, first_step: int, total_steps: int, model: str, dtype: torch.dtype) -> None: ...
 
-    def log_step(self, step: Step, values: dict, step_flops: float) -> None: ...
+    def log_step(self, step: Step, values: dict, work: dict[str, float]) -> None: ...
 
     def log_evaluation(self, step: int, totals: dict[str, float], scores: dict[str, float | None]) -> float:
         return mean_loss(totals)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2VLForConditionalGeneration
 
+from util import head
 from util.collator import Batch
 from util.data.features import FeatureWriter
 from util.packed_layers import rms_norm
@@ -146,6 +147,8 @@ class PackedLoss(nn.Module):
 
         Another loss begins here: docs/adding.md.
         """
+        if head.takes(self.model.lm_head, hidden):
+            return head.cross_entropies(hidden, self.model.lm_head.weight, target_ids)
         return F.cross_entropy(self.logits(hidden), target_ids, reduction="none")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

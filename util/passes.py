@@ -33,6 +33,7 @@ class Passes:
 
     def __init__(
         self,
+        run_pass: Callable[[Batch, float], torch.Tensor],
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
@@ -40,7 +41,8 @@ class Passes:
         stop: StopSignal,
         saver: Saver,
     ) -> None:
-        self.model, self.optimizer, self.device = model, optimizer, device
+        """`run_pass` (micro-batch, divisor): its forward and backward pass, which the scripts write out themselves."""
+        self.run_pass, self.model, self.optimizer, self.device = run_pass, model, optimizer, device
         self.longest = int(steps.sizes.tokens[steps.sizes.usable].max(initial=0))  # tokens of a sample
         self.stop, self.saver = stop, saver
         self.most_tokens: int | None = None  # of a micro-batch, since memory ran out
@@ -83,11 +85,8 @@ class Passes:
         return loss_sum
 
     def run_one(self, batch: Batch, divisor: float, is_last: bool) -> torch.Tensor:
-        """Forward and backward pass of one micro-batch; the sum of its losses."""
-        loss_sum = self.model(batch.to(self.device))  # PackedLoss.forward, in util/loss.py
-        if loss_sum.requires_grad:  # a text-only batch has no gradient where only the vision tower is trained
-            (loss_sum / divisor).backward()
-        return loss_sum.detach()  # else it would keep the graphs of all micro-batches
+        """The sum of losses of one micro-batch. On several ranks what `is_last` says matters (EvenPasses)."""
+        return self.run_pass(batch, divisor)
 
     def split(self, batches: Sequence[Batch]) -> list[Batch]:
         """The same samples in micro-batches of at most `most_tokens`, or of one sample."""

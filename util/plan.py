@@ -9,10 +9,10 @@ from util import compilation, frozen, ranks
 from util.adapters import new_tokens
 from util.adapters.settings import ADAPTER_LEARNING_RATE
 from util.config import Config
-from util.cost import disk
+from util.cost import disk, flops
 from util.cost.allocator import segments_expand
 from util.cost.measure import CUT, DEEP, FIRST, unlearned_in_words, unused_in_words, weighted_in_words
-from util.cost.memory import GIB, free_bytes, parts_in_words, peak_bytes, reserved_margin
+from util.cost.memory import GIB, Forecast, free_bytes, parts_in_words, peak_bytes, reserved_margin
 from util.cost.sizes import Sizes
 from util.data import bad_samples
 from util.data.entries import text_of
@@ -35,13 +35,13 @@ def print_plan(
     path: str,
     dtype: torch.dtype,
     counts: dict,
-    needs: dict[str, float],
-    rung: str,
+    needs: Forecast,
     samples: Samples,
     sizes: Sizes,
     steps: Steps,
     held_out: Samples | None,
     evaluation: Steps | None,
+    model_config,
 ) -> None:
     """Print device, precision, parts, data, steps as arithmetic, memory and output path, a line each, and a sample.
 
@@ -53,8 +53,9 @@ def print_plan(
         **of_the_vocabulary(config, path, samples, sizes),
         **of_the_data(config, sizes, worker_count(config, run.device)),
         **of_the_steps(config, steps),
+        "work": work_in_words(config, sizes, steps, model_config),
         "memory": memory_in_words(needs, run.device),
-        **({"memory budget": rung} if rung else {}),
+        **({"memory budget": needs.chosen} if needs.chosen else {}),
         **frozen.features_in_words(samples.reader, path, config, dtype, [steps.sizes, *of_evaluation]),
         **({"answers": scoring_in_words(held_out, config)} if held_out and config.eval_samples else {}),
         "output": str(relative(run.directory)),
@@ -158,6 +159,13 @@ def of_the_steps(config: Config, steps: Steps) -> dict[str, str]:
         "each step": f"{survey.fewest} to {survey.most} packed micro-batches of at most {config.max_tokens:,} tokens",
         "learning rate": learning_rate_in_words(config),
     }
+
+
+def work_in_words(config: Config, sizes: Sizes, steps: Steps, model_config) -> str:
+    """Where the floating-point operations of the first epoch lie, which says what to freeze or to make smaller."""
+    epoch = steps.order(0)
+    work = flops.epoch_work(model_config, sizes, epoch[sizes.is_usable[epoch]], config)
+    return f"{flops.shares_in_words(work)} ({sum(work.values()) / 1e12:,.3g} TFLOPs an epoch)"
 
 
 def learning_rate_in_words(config: Config) -> str:

@@ -15,7 +15,7 @@ from util.adapters.settings import untrained_parts
 from util.command_line import choices_of
 from util.config import Config
 from util.cost import flops, memory
-from util.cost.memory import GIB
+from util.cost.memory import GIB, Forecast
 from util.cost.settings import changed
 from util.loss import LOGIT_ROWS
 from util.steps import Steps
@@ -46,7 +46,7 @@ class Rung:
     config: Config
     steps: Steps
     seconds: float  # of all steps, by the estimate above
-    needs: dict[str, float]  # bytes by part
+    needs: Forecast  # bytes by part
     needed: float  # bytes of them all, and of what lies between them
 
 
@@ -157,9 +157,9 @@ def fit_memory(
     device: torch.device,
     resumed: Path | None = None,
     shards: int = 1,
-) -> tuple[Config, Steps, dict[str, float], str]:
-    """The settings and steps with which the run fits its memory budget, what it needs in bytes by part, and in words
-    what was chosen and what that costs.
+) -> tuple[Config, Steps, Forecast]:
+    """The settings and steps with which the run fits its memory budget, and what it needs in bytes by part, with
+    what was chosen and what that costs in words (`chosen`).
 
     What was typed stays as it is, and so does the mathematics, unless `--memory_budget_may_change_optimizer`. Where
     nothing fits, or nothing is to be chosen, all comes back as it was: `memory.check` refuses what is too large. On
@@ -169,19 +169,21 @@ def fit_memory(
     if budget is None:
         survey = steps.survey
         needs = memory.forecast(model_config, counts, config, dtype, survey.heaviest, shards, survey.most, device)
-        return config, steps, needs, ""
+        return config, steps, needs
     budget = min(ranks.gather_on_all(budget))
     planner = Planner(config, steps, model_config, counts, dtype, device, shards)
     asked = planner.rung({}, config)
     if asked.needed <= budget:  # most runs: no steps are planned anew
-        return config, steps, asked.needs, rung_in_words(asked, asked, budget)
+        asked.needs.chosen = rung_in_words(asked, asked, budget)
+        return config, steps, asked.needs
     for changes in [{}, *optimizers_allowed(config, device, resumed)]:
         chosen = planner.first_that_fits(changed(config, **changes), budget)
         if chosen:
             chosen.changes |= changes
             chosen.config.asked = {name: getattr(config, name) for name in chosen.changes}
-            return chosen.config, chosen.steps, chosen.needs, rung_in_words(chosen, asked, budget)
-    return config, steps, asked.needs, ""
+            chosen.needs.chosen = rung_in_words(chosen, asked, budget)
+            return chosen.config, chosen.steps, chosen.needs
+    return config, steps, asked.needs
 
 
 def is_open(config: Config, name: str) -> bool:

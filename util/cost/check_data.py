@@ -234,7 +234,7 @@ def forecast(config: Config, path: str, samples, sizes, device) -> dict[str, str
     dtype = choose_dtype(config.dtype, device)
     steps = training_steps(sizes, samples.examples, config)
     counts = memory.count_parameters(model_config, config)
-    config, steps, needs, rung = fit_memory(config, steps, model_config, counts, dtype, device)
+    config, steps, needs = fit_memory(config, steps, model_config, counts, dtype, device)
     needed = sum(needs.values())
     free = memory.free_bytes(device)
     margin = memory.reserved_margin(needs, device)
@@ -242,7 +242,8 @@ def forecast(config: Config, path: str, samples, sizes, device) -> dict[str, str
     epoch = steps.order(0)
     epoch = epoch[sizes.is_usable[epoch]]
     tokens = int(sizes.tokens[epoch].sum())
-    work = flops.training_flops(model_config, [sizes.columns()], config)[epoch].sum()
+    parts = flops.epoch_work(model_config, sizes, epoch, config)
+    work = sum(parts.values())
     rate, source = training_rate(device, dtype)
     if rate:
         seconds = work / rate
@@ -254,8 +255,9 @@ def forecast(config: Config, path: str, samples, sizes, device) -> dict[str, str
         "steps": f"{len(steps):,} of at most {config.global_batch_size} samples in {config.epochs} epoch(s), "
         f"{steps.survey.fewest} to {steps.survey.most} forward passes each",
         "tokens": f"{tokens:,} an epoch",
+        "work": f"{flops.shares_in_words(parts)}, counted in FLOPs",
         "memory": f"{needed / memory.GIB:.2f} GiB at the peak on {device}{fits}: {memory.parts_in_words(needs)}",
-        **({"memory budget": rung} if rung else {}),
+        **({"memory budget": needs.chosen} if needs.chosen else {}),
         "time": f"{took}; evaluating, saving and waiting for data come on top",
     }
 

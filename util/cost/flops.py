@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
 
 from util.adapters import lora, new_tokens
 from util.adapters.settings import untrained_parts
 from util.collator import Batch
 from util.config import Config
-from util.cost.sizes import Columns
+from util.cost.sizes import Columns, Sizes
 from util.dataset import Size
 
 # Dense bf16 peak by NVIDIA's datasheets, TFLOP/s, for names as torch.cuda.get_device_name gives them: the first pattern
@@ -27,10 +29,18 @@ PEAK_TFLOPS = {
     r"\bA[18]00\b": 312,  # SXM and PCIe alike
     r"\bL40S\b": 362,
 }
+IN_WORDS = {
+    "vision": "vision tower",
+    "merger": "merger",
+    "language_model": "language model",
+    "head": "head",
+    "adapters": "adapters",
+}
 
 
 def forward_flops(config, size: Size | Columns) -> dict[str, float]:
-    """Floating-point operations of one sample's forward pass, by part (a multiply-add counts as two).
+    """Floating-point operations of one sample's forward pass, by part (a multiply-add counts as two): the language
+    model's layers and its head apart, since the head sees supervised tokens alone.
 
     For the columns of n samples each value is an array (n,).
     """
@@ -40,23 +50,50 @@ def forward_flops(config, size: Size | Columns) -> dict[str, float]:
     layer_weights = 2 * width * width + 2 * width * key_value + 3 * width * text.intermediate_size
     language = 2 * layer_weights * layers * size.tokens
     language += 2 * width * layers * size.tokens**2  # causal: half of 4 s^2 D
-    language += 2 * width * text.vocab_size * size.supervised
+    head = 2 * width * text.vocab_size * size.supervised
     patch_weights = 3 * tower.temporal_patch_size * tower.patch_size**2 * tower.embed_dim
     block_weights = (4 + 2 * tower.mlp_ratio) * tower.embed_dim**2
     vision = 2 * (patch_weights + block_weights * tower.depth) * size.patches
     vision += 4 * tower.embed_dim * tower.depth * size.squares
     merged = tower.embed_dim * tower.spatial_merge_size**2
     merger = 2 * (merged * merged + merged * width) * (size.patches / tower.spatial_merge_size**2)
-    return {"vision": vision, "merger": merger, "language_model": language}
+    return {"vision": vision, "merger": merger, "language_model": language, "head": head}
 
 
 def training_flops(model_config, sizes: Iterable[Size | Columns], config: Config) -> float:
-    """Floating-point operations of forward and backward passes; of columns of n samples an array (n,).
+    """Floating-point operations of forward and backward passes; of columns of n samples an array (n,)."""
+    return sum(work_by_part(model_config, sizes, config).values())
+
+
+def work_by_part(model_config, sizes: Iterable[Size | Columns], config: Config) -> dict[str, float]:
+    """Of forward and backward passes the floating-point operations of each part; of columns of n samples each value is
+    an array (n,).
 
     A trained part counts 3 times its forward pass: once forward, and backward once each for the gradients of its inputs
     and of its weights. A frozen part counts once, or twice where gradients pass through it, to a part before it or to
-    adapters within it. The adapters themselves count 3 times.
+    adapters within it. The adapters themselves, and rows of new tokens beside them, count 3 times, as a part of their
+    own.
     """
+    factors = part_factors(config)
+    adapters = lora.count_adapters(model_config, config) if config.lora_rank else {}
+    rows = new_tokens.count_rows(model_config, config) / (1 if model_config.tie_word_embeddings else 2)  # of the head
+    merge = model_config.vision_config.spatial_merge_size**2
+    work: dict[str, Any] = dict.fromkeys(factors, 0.0)
+    if config.lora_rank:
+        work["adapters"] = 0.0
+    for size in sizes:
+        for part, operations in forward_flops(model_config, size).items():
+            work[part] = work[part] + factors[part] * operations
+        of_part = {"vision": size.patches, "merger": size.patches / merge, "language_model": size.tokens}
+        for part, number in adapters.items():
+            work["adapters"] = work["adapters"] + 6 * number * of_part[part]
+        if rows:
+            work["adapters"] = work["adapters"] + 6 * rows * size.supervised
+    return work
+
+
+def part_factors(config: Config) -> dict[str, int]:
+    """How many times its forward pass a part counts in training."""
     untrained = untrained_parts(config)
     factors = {}
     gradients_pass = False
@@ -69,27 +106,37 @@ def training_flops(model_config, sizes: Iterable[Size | Columns], config: Config
             factors[part] = 2
         else:
             factors[part] = 1
-    adapters = lora.count_adapters(model_config, config) if config.lora_rank else {}
-    rows = new_tokens.count_rows(model_config, config) / (1 if model_config.tie_word_embeddings else 2)  # of the head
-    merge = model_config.vision_config.spatial_merge_size**2
-    total = 0.0
-    for size in sizes:
-        forward = forward_flops(model_config, size)
-        total = total + sum(factor * forward[part] for part, factor in factors.items())
-        of_part = {"vision": size.patches, "merger": size.patches / merge, "language_model": size.tokens}
-        total = total + sum(6 * number * of_part[part] for part, number in adapters.items())
-        total = total + 6 * rows * size.supervised
-    return total
+    factors["head"] = factors["language_model"]  # it is frozen with it
+    return factors
 
 
-def kept_flops(model_config, batches: Iterable[Batch], config: Config) -> float:
-    """Of what `training_flops` counts, what batches did not compute as the features of a frozen tower were kept."""
-    parts = [part for part in ("vision", "merger") if part in untrained_parts(config)]
-    total = 0.0
+def shares(work: dict[str, float]) -> dict[str, float]:
+    """What part of all operations each part is; of none, none."""
+    total = sum(work.values())
+    return {part: operations / total for part, operations in work.items()} if total else {}
+
+
+def shares_in_words(work: dict[str, float]) -> str:
+    """`71 % vision tower, 24 % language model, 5 % head`, the largest first; what rounds to nothing is left out."""
+    found = sorted(shares(work).items(), key=lambda item: -item[1])
+    return ", ".join(f"{100 * share:.0f} % {IN_WORDS[part]}" for part, share in found if share >= 0.005)
+
+
+def epoch_work(model_config, sizes: Sizes, samples: np.ndarray, config: Config) -> dict[str, float]:
+    """The work of training once on these of all samples, by part."""
+    work = work_by_part(model_config, [sizes.columns()], config)
+    return {part: float(np.broadcast_to(of_samples, len(sizes))[samples].sum()) for part, of_samples in work.items()}
+
+
+def without_kept(work: dict[str, float], model_config, batches: Iterable[Batch], config: Config) -> dict[str, float]:
+    """Work by part, less what batches did not compute as the features of a frozen tower were kept."""
+    left = dict(work)
     for batch in batches:
         forward = forward_flops(model_config, Size(0, 0, batch.kept_grids))
-        total += sum(forward[part] for part in parts)
-    return total
+        for part in ("vision", "merger"):
+            if part in untrained_parts(config):
+                left[part] -= forward[part]
+    return left
 
 
 def peak_flops(device: torch.device) -> float | None:

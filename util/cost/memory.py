@@ -50,6 +50,7 @@ class Forecast(dict[str, float]):
     """Bytes by part at the moment of a training step that needs most; the values add up to what is allocated then."""
 
     moment: str = ""
+    chosen: str = ""  # what a memory budget chose for it, in words (budget.fit_memory)
 
 
 def forecast(

@@ -22,14 +22,12 @@ from transformers import Qwen2VLForConditionalGeneration
 from util import compilation, model, ranks
 from util.adapters import lora
 from util.attention import Segments
-from util.checkpoint import Saver
 from util.collator import Batch, Collator, patch_positions
 from util.command_line import Ended, UserError
 from util.config import Config
 from util.cost.flops import training_flops
 from util.cost.sizes import Sizes
 from util.dataset import Sample
-from util.guard import StopSignal
 from util.log import Run, SilentRun
 from util.loss import PackedLoss
 from util.model import choose_device, choose_dtype, layers, load_trainable, prepare_layers, shard
@@ -280,8 +278,8 @@ def drop_blank_gradients(packed: PackedLoss, visual_tokens: float) -> None:
 class EvenPasses(Passes):
     """The passes of all ranks: each has equally many, and gradients are averaged over them."""
 
-    def __init__(self, model, optimizer, device, steps: Steps, stop: StopSignal, saver: Saver, config: Config) -> None:
-        super().__init__(model, optimizer, device, steps, stop, saver)
+    def __init__(self, run_pass, model, optimizer, device, steps: Steps, stop, saver, config: Config) -> None:
+        super().__init__(run_pass, model, optimizer, device, steps, stop, saver)
         self.config = config
 
     def run_one(self, batch: Batch, divisor: float, is_last: bool) -> torch.Tensor:
