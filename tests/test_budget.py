@@ -49,13 +49,13 @@ def test_what_is_no_size_is_said(text):
 KEPT = {"none": 2.0, "selective": 1.0, "full": 0.2}  # GiB of 1,000 tokens
 
 
-def by_hand(model_config, counts, config, dtype, loads, *others) -> dict[str, float]:
+def by_hand(model_config, counts, config, dtype, loads, *others) -> memory.Forecast:
     """A forecast of round numbers: 10 GiB, what the layers keep, and 1.5 GiB of logits for 1,000 rows."""
     tokens, _, supervised = np.asarray(loads).max(axis=0)
     rows = min(supervised, config.logit_rows or 4096)
     states = {"adamw": 10, "adamw_flash": 4, "adamw_8bit": 5}[config.optimizer]
     kept = tokens * KEPT[config.activation_checkpointing]
-    return {"states": states * GIB, "layers": kept * GIB / 1000, "logits": 1.5 * rows * GIB / 1000}
+    return memory.Forecast(states=states * GIB, layers=kept * GIB / 1000, logits=1.5 * rows * GIB / 1000)
 
 
 @pytest.fixture

@@ -17,8 +17,15 @@ from util.collator import Batch
 from util.data.features import FeatureWriter
 from util.packed_layers import rms_norm
 
-# Rows of logits that exist at a time, where --logit_rows says nothing; 4096 x 151,936 in fp32 are 2.3 GiB.
+# Rows of logits that exist at a time, where --logit_rows says nothing. 4096 x 151,936 in fp32 are 2.3 GiB, and eager
+# three such tensors are there at the loss. Compiled, one in bf16 is left: four times as many rows take less.
 LOGIT_ROWS = 4096
+COMPILED_LOGIT_ROWS = 16384
+
+
+def most_logit_rows(asked: int | None, is_compiled: bool) -> int:
+    """How many rows of logits exist at a time; `asked`: --logit_rows."""
+    return asked or (COMPILED_LOGIT_ROWS if is_compiled else LOGIT_ROWS)
 
 
 class PackedLoss(nn.Module):
@@ -31,12 +38,12 @@ class PackedLoss(nn.Module):
     pixel_shift: torch.Tensor
 
     def __init__(
-        self, model: Qwen2VLForConditionalGeneration, processor, dtype: torch.dtype, logit_rows: int | None = None
+        self, model: Qwen2VLForConditionalGeneration, processor, dtype: torch.dtype, logit_rows: int = LOGIT_ROWS
     ) -> None:
         super().__init__()
         self.model: Any = model  # transformers' modules, whose own types say Tensor or Module of every part
         self.reshard_after_forward = False  # of its layers, where they are sharded: see shard in util/model.py
-        self.logit_rows = logit_rows or LOGIT_ROWS
+        self.logit_rows = logit_rows
         self.dtype = dtype  # of compute; the weights may be kept in a wider one
         self.kept: FeatureWriter | None = None  # of a frozen tower, where what it gives is kept: util/frozen.py
         wide = torch.promote_types(dtype, torch.float32)

@@ -18,7 +18,7 @@ from util.adapters import lora, new_tokens
 from util.command_line import UserError
 from util.config import OFFICIAL_MODEL, Config
 from util.cost import allocator
-from util.loss import PackedLoss
+from util.loss import PackedLoss, most_logit_rows
 from util.mixed_adamw import keep_as_halves
 from util.packed_layers import BLOCK, LAYER, pack
 from util.run_folder import complete_checkpoints
@@ -240,12 +240,18 @@ def prepare_model(
     an exact fp32. What lies under adapters is in the precision of compute already and needs none.
     """
     dtype = choose_dtype(config.dtype, device)
-    packed = PackedLoss(prepare_layers(model, config, device), processor, dtype, config.logit_rows).to(device)
+    packed = pack_loss(model, config, processor, device).to(device)
     if compilation.is_on(config.compile, device):
         compilation.compile_loss(packed)
     if dtype == torch.bfloat16:
         keep_all_as_halves(packed)
     return packed.train()
+
+
+def pack_loss(model: Qwen2VLForConditionalGeneration, config: Config, processor, device: torch.device) -> PackedLoss:
+    """The forward pass of util/loss.py over a model whose layers are prepared."""
+    rows = most_logit_rows(config.logit_rows, compilation.is_on(config.compile, device))
+    return PackedLoss(prepare_layers(model, config, device), processor, choose_dtype(config.dtype, device), rows)
 
 
 def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, device: torch.device):

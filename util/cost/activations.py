@@ -12,7 +12,7 @@ import torch
 from util.adapters import lora
 from util.adapters.settings import targets, untrained_parts
 from util.config import Config
-from util.loss import LOGIT_ROWS
+from util.loss import most_logit_rows
 from util.steps import Load
 from util.tensors import PARTS
 
@@ -54,7 +54,7 @@ def kept_by(model_config, config: Config, dtype: torch.dtype, load: Load, is_com
     tower = model_config.vision_config
     tokens, patches, supervised = map(int, load)
     compute = dtype.itemsize
-    rows = config.logit_rows or LOGIT_ROWS
+    rows = most_logit_rows(config.logit_rows, is_compiled)
     learns = parts_that_learn(config)
     tower_learns = "vision" in learns and patches > 0
     merger_learns = tower_learns or ("merger" in learns and patches > 0)

@@ -17,12 +17,12 @@ from util.config import Config
 from util.cost import flops, memory
 from util.cost.memory import GIB, Forecast
 from util.cost.settings import changed
-from util.loss import LOGIT_ROWS
+from util.loss import LOGIT_ROWS, most_logit_rows
 from util.steps import Steps
 from util.tensors import PARTS
 
 FEWEST_TOKENS = 4096  # of a micro-batch that is made smaller: below, matrix products no longer fill a GPU
-LOGIT_CHOICES = (None, 1024, 512)  # rows of logits at a time; None: LOGIT_ROWS
+LOGIT_CHOICES = (None, LOGIT_ROWS, 1024, 512)  # rows of logits at a time; None: as many as util/loss.py takes
 CHECKPOINTING = ("none", "selective", "full")
 SMALL_OPTIMIZERS = {"adamw_flash": "flashoptim", "adamw_8bit": "bitsandbytes"}  # and the package that each needs
 
@@ -143,7 +143,7 @@ class Planner:
         elif config.activation_checkpointing == "selective" and not self.is_compiled(config):
             total += SELECTIVE * self.training
         most = max((supervised for _, _, supervised in steps.survey.heaviest.tolist()), default=0)
-        if most > (config.logit_rows or LOGIT_ROWS):
+        if most > most_logit_rows(config.logit_rows, self.is_compiled(config)):
             total += self.head
         return total
 

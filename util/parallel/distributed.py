@@ -30,7 +30,7 @@ from util.cost.sizes import Sizes
 from util.dataset import Sample
 from util.log import Run, SilentRun
 from util.loss import PackedLoss
-from util.model import choose_device, choose_dtype, layers, load_trainable, prepare_layers, shard
+from util.model import choose_device, choose_dtype, layers, load_trainable, shard
 from util.passes import Passes
 from util.steps import Dealing, Steps
 from util.tensors import part_of, run_parameters, trained_parameters
@@ -212,10 +212,10 @@ def build_sharded(config: Config, path: str, model_config, processor, world: Wor
     dtype = choose_dtype(config.dtype, world.device)
     if world.is_first:
         read = load_trainable(config, path, torch.device("cpu"))
-        whole = PackedLoss(prepare_layers(read, config, world.device), processor, dtype, config.logit_rows)
+        whole = model.pack_loss(read, config, processor, world.device)
     with torch.device("meta"):
         bare = Qwen2VLForConditionalGeneration(model_config)
-        packed = PackedLoss(prepare_layers(bare, config, world.device), processor, dtype, config.logit_rows)
+        packed = model.pack_loss(bare, config, processor, world.device)
     take_precision(packed, from_first_rank(lambda: precision_of(whole)))
     shard(packed, dtype=dtype, **sharding_of(config, world))
     for layer, following in pairwise(layers(packed.model)):
@@ -249,9 +249,7 @@ def build_quantised(config: Config, path: str, model_config, processor, world: W
     """Every rank reads and keeps all weights, as 4 bits cannot be sharded; the adapters are sharded."""
     dtype = choose_dtype(config.dtype, world.device)
     quantised = load_trainable(config, path, world.device)
-    packed = PackedLoss(prepare_layers(quantised, config, world.device), processor, dtype, config.logit_rows).to(
-        world.device
-    )
+    packed = model.pack_loss(quantised, config, processor, world.device).to(world.device)
     for parameter in trained_parameters(packed).values():
         dist.broadcast(parameter.data, src=0)
     shard(packed, dtype=dtype, kept_whole=lora.frozen_parameters(packed), **sharding_of(config, world))
