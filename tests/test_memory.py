@@ -184,7 +184,7 @@ def errors_of_forecasts(table: Path) -> dict[str, float]:
 def test_what_was_measured_is_forecast_within_8_percent(table):
     """The allocator's peaks in real-size steps, as benchmarks/memory_table.py wrote them down."""
     errors = errors_of_forecasts(table)
-    assert len(errors) >= 30
+    assert len(errors) >= 40
     wrong = {name: f"{error:+.1%}" for name, error in errors.items() if abs(error) > WITHIN}
     assert not wrong
 

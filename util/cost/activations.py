@@ -188,9 +188,10 @@ def split(
     everything = sum(whole.values())
     if config.activation_checkpointing == "full":
         return whole["input"], everything - whole["input"]
-    if config.activation_checkpointing == "selective" and not is_compiled:
+    if config.activation_checkpointing == "selective":
         kept = whole["input"] + sum(whole[name] for name in products)
-        return kept, everything - whole["input"] - sum(whole[name] for name in stay)
+        # a compiled graph makes the rest anew where it is read, and never holds all of it
+        return kept, 0 if is_compiled else everything - whole["input"] - sum(whole[name] for name in stay)
     return everything, 0
 
 
