@@ -108,13 +108,8 @@ seven_call() {
 }
 
 peers_call() {
-    local common=(--size 2b --data mixed --num_workers 8 --blocks 2 --warmup 2 --out "$out/peers.json")
-    if [ -f benchmarks/peers.py ]; then
-        run "peers" benchmarks/peers.py "${common[@]}" --samples 64 ${extra[@]+"${extra[@]}"}
-    else
-        run "peers" benchmarks/train_step.py "${common[@]}" --steps 4 --compare --rows "$rows" \
-            ${extra[@]+"${extra[@]}"}
-    fi
+    run "peers" benchmarks/peers.py --size 2b --data mixed --num_workers 8 --blocks 2 --warmup 2 --steps 4 \
+        --out "$out/peers.json" ${extra[@]+"${extra[@]}"}
 }
 
 case $call in
