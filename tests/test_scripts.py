@@ -277,14 +277,9 @@ def test_the_run_opens_in_plain_transformers_and_answers_the_same(run, tmp_path)
         assert answerer.answers([prompt], 12)[0] == text
         batch = Collator()([prompt])
         batch.supervised_index = torch.tensor([len(batch.input_ids) - 1])
-        seen: list[torch.Tensor] = []
-        norm = answerer.packed.model.model.language_model.norm
-        hook = norm.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
-        batch.target_ids = torch.tensor([0])
+        packed = answerer.packed
         with torch.no_grad():
-            answerer.packed(batch)
-            ours = answerer.packed.model.lm_head(seen[0])[0]
-        hook.remove()
+            ours = packed.model.lm_head(packed.supervised_rows(batch, packed.embed(batch)))[0]
         torch.testing.assert_close(ours, torch.tensor(logits), atol=2e-3, rtol=0)
 
 

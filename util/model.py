@@ -264,12 +264,12 @@ def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, devic
             new_tokens.train_rows(model, found)
     else:
         freeze(model, config.freeze)
-    set_embedding_gradient(model, device)
+    set_embedding_gradient(model, choose_dtype(config.dtype, device), device)
     pack_layers(model, compilation.is_on(config.compile, device), config.activation_checkpointing)
     return model
 
 
-def set_embedding_gradient(model: Qwen2VLForConditionalGeneration, device: torch.device) -> None:
+def set_embedding_gradient(model: Qwen2VLForConditionalGeneration, dtype: torch.dtype, device: torch.device) -> None:
     """On a CPU, let the gradient of a tied embedding be the rows of the tokens that occur, added to that of the head.
 
     Else it is a whole matrix of zeros but for these, to be made, and added to the other. Where the head has a matrix of
@@ -277,7 +277,8 @@ def set_embedding_gradient(model: Qwen2VLForConditionalGeneration, device: torch
     """
     embedding = model.get_input_embeddings()
     is_tied = embedding.weight is model.lm_head.weight
-    embedding.sparse = device.type == "cpu" and is_tied and not ranks.are_several()  # FSDP2 reduces whole gradients
+    # One row after the other is added, which in bf16 would lose small ones; and FSDP2 reduces whole gradients.
+    embedding.sparse = device.type == "cpu" and dtype != torch.bfloat16 and is_tied and not ranks.are_several()
 
 
 def pack_layers(model: Qwen2VLForConditionalGeneration, is_compiled: bool = False, recomputing: str = "none") -> None:

@@ -55,6 +55,7 @@ class Part:
         return rule.Call(
             packed.capability(device), dtype, self.heads, self.shared, self.width, self.causal, pieces=len(lengths),
             longest=max(lengths), tokens=sum(lengths), runs=len(packed.runs_of(starts_of(lengths))),
+            shortest=min(lengths),
         )  # fmt: skip
 
 

@@ -294,6 +294,7 @@ def call_of(q: Tensor, k: Tensor, pieces: Pieces, causal: bool) -> rule.Call:
     return rule.Call(
         capability(q.device), q.dtype, q.shape[1], k.shape[1], q.shape[2], causal,
         pieces=sum(count for count, _ in pieces.runs), longest=pieces.longest, tokens=len(q), runs=len(pieces.runs),
+        shortest=min((length for _, length in pieces.runs), default=0),
     )  # fmt: skip
 
 

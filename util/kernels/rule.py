@@ -30,6 +30,8 @@ BLACKWELL = 10  # of data centres; the consumers' is 12, for which cuDNN and Fla
 # comes back only by chance, so it must be long for the plan to be worth it.
 SHORTEST_STACKED = 512
 SHORTEST_ALONE = 8192
+# Pieces of 1 to 4 rows failed on an H200 (torch 2.11), those of 5 and more did not.
+SHORTEST_DENSE = 16
 # Below, torch itself keeps cuDNN's kernels for any length away (torch.nn.attention.varlen).
 SHORTEST_CUDNN = 129
 
@@ -48,6 +50,7 @@ class Call:
     longest: int
     tokens: int
     runs: int  # of neighbours that have one length: 1 where all pieces are equal
+    shortest: int | None = None  # None: not known
 
     @property
     def bucket(self) -> str:
@@ -77,7 +80,8 @@ def serves(name: str, call: Call) -> bool:
     if call.capability == (0, 0) or call.dtype not in (torch.bfloat16, torch.float16):
         return False
     if name == "dense":
-        return call.capability >= (8, 0) and call.width % 8 == 0 and call.width <= 128 and call.longest > 1
+        is_long = min(call.longest, call.shortest or call.longest) >= SHORTEST_DENSE
+        return call.capability >= (8, 0) and call.width % 8 == 0 and call.width <= 128 and is_long
     if name == "cudnn":
         # Where torch's own varlen_attn calls it: not with grouped heads, and causal only from 2.15 on (pytorch#193630).
         plain = call.heads == call.shared and (not call.causal or VERSION >= (2, 15))
