@@ -40,7 +40,7 @@ def epochs_of(words: list[str], epochs: int, folder: Path, more: list[str]) -> l
     command += more
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     seconds = [0.0] * epochs
-    for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
+    for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         step = json.loads(line)
         if "step_seconds" in step:
             seconds[step["epoch"]] += step["step_seconds"]
