@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint and test. The first use makes .venv.
 #
-#   ./run_tests.sh                     everything that takes seconds, and the demonstration (about 16 minutes on 2 cores)
+#   ./run_tests.sh                     everything that takes seconds, and the demonstration (29 minutes on 2 busy cores)
 #   ./run_tests.sh --slow              the long tests too
 #   ./run_tests.sh -k positions -x     arguments of pytest (-n 0: in one process)
 #   ./run_tests.sh --cov=util          with coverage

@@ -61,9 +61,7 @@ tests_call() {
     mapfile -t files < <(grep -lE 'needs a GPU' tests/test_*.py)
     run "tests" -m pytest "${files[@]}" --gpu -v -p no:cacheprovider --junitxml "$out/tests.xml"
     "$python" benchmarks/rows.py "$rows" --tests "$out/tests.xml"
-    if [ -f benchmarks/attention.py ]; then
-        run "attention" benchmarks/attention.py --out "$out/attention.json" ${extra[@]+--smoke}
-    fi
+    run "attention" benchmarks/attention.py --out "$out/attention.json" ${extra[@]+--smoke}
 }
 
 mfu_call() {
@@ -97,10 +95,7 @@ seven_call() {
     mfu "7B LoRA" "${once[@]}" --compiled yes --cases text:2:8192 images_448:2:8192 --lora_rank 16
     mfu "7B in full, 8 bits" "${once[@]}" --compiled yes --cases text:2:16384 images_448:2:16384 \
         --optimizer adamw_8bit --activation_checkpointing full
-    if grep -q adamw_flash util/config.py; then
-        mfu "7B in full, flash" "${once[@]}" --compiled yes --cases text:2:8192 images_448:2:8192 \
-            --optimizer adamw_flash
-    fi
+    mfu "7B in full, flash" "${once[@]}" --compiled yes --cases text:2:8192 images_448:2:8192 --optimizer adamw_flash
     mfu "7B in full" "${once[@]}" --compiled yes --cases text:1:4096 images_448:1:4096 text:1:8192 \
         --activation_checkpointing full
     mfu "7B frozen tower" "${once[@]}" --compiled yes --cases images_448:2:8192 \

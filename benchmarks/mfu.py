@@ -15,7 +15,6 @@ written as soon as it is measured; one that fails is a row that says why, and th
 import argparse
 import dataclasses
 import gc
-import inspect
 import statistics
 import sys
 import time
@@ -39,8 +38,6 @@ from benchmarks.rows import write_row
 from benchmarks.train_step import (
     SCALES,
     describe_model,
-    kept_dtype,
-    new_optimizer,
     random_model,
     release,
     training_step,
@@ -52,6 +49,7 @@ from util.config import Config, parse_arguments
 from util.cost import flops, memory
 from util.log import versions
 from util.model import choose_device, choose_dtype, prepare_model
+from util.optimizer import build_optimizer
 
 GIB = memory.GIB
 SHRINK = {"tiny": 16}  # of texts and images, for models that are not of a published size
@@ -81,12 +79,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
 
 
 def compile_flags(compiled: str | None) -> list[str]:
-    """The flag that compiles or does not, whichever form the setting has."""
-    if compiled is None:
-        return []
-    if isinstance(Config.compile, bool):
-        return ["--compile" if compiled == "yes" else "--no-compile"]
-    return ["--compile", "on" if compiled == "yes" else "off"]
+    """The flag that compiles or does not; none where nothing was said."""
+    return ["--compile", "on" if compiled == "yes" else "off"] if compiled else []
 
 
 @dataclasses.dataclass
@@ -190,11 +184,11 @@ class Trained:
 
     def __init__(self, config: Config, described: tuple, device: torch.device, micro_batches: int) -> None:
         model_config, processor = described
-        model = random_model(model_config, config.seed, device, kept_dtype(config, device))
+        model = random_model(model_config, config.seed, device, choose_dtype(config.dtype, device))
         if config.quantize != "none":
             lora.quantise(model.to("cpu"), device)
         self.model = prepare_model(model.to(device), config, processor, device)
-        self.optimizer = new_optimizer(self.model, config, micro_batches)
+        self.optimizer = build_optimizer(self.model, config, micro_batches)
         self.has_several = micro_batches > 1
         self.clock = Clock(device)
         watch_parts(self.model, lambda name: self.clock.mark(name))
@@ -274,16 +268,9 @@ def flops_of_parts(model_config, sizes: list, config: Config) -> dict[str, float
     """Forward and backward FLOPs by part where all of the model is trained, else of none."""
     if config.lora_rank or untrained_parts(config):
         return {}
-    text = model_config.text_config
-    found = {"tower": 0.0, "language_model": 0.0, "head": 0.0}
-    for size in sizes:
-        forward = flops.forward_flops(model_config, size)
-        head = 2 * text.hidden_size * text.vocab_size * size.supervised
-        layers = forward["language_model"] - (0 if "head" in forward else head)
-        found["tower"] += 3 * (forward["vision"] + forward["merger"])
-        found["language_model"] += 3 * layers
-        found["head"] += 3 * head
-    return found
+    work = flops.work_by_part(model_config, sizes, config)
+    tower = work["vision"] + work["merger"]
+    return {"tower": tower, "language_model": work["language_model"], "head": work["head"]}
 
 
 def forecast_gib(model_config, config: Config, device: torch.device, steps: list) -> float:
@@ -291,10 +278,8 @@ def forecast_gib(model_config, config: Config, device: torch.device, steps: list
     dtype = choose_dtype(config.dtype, device)
     counts = memory.count_parameters(model_config, config)
     loads = [load for step in steps for load in step.loads]
-    known = inspect.signature(memory.forecast).parameters
-    told = {"passes": len(steps[0].loads), "device": device}
-    told = {name: value for name, value in told.items() if name in known}
-    return sum(memory.forecast(model_config, counts, config, dtype, loads, **told).values()) / GIB
+    passes = len(steps[0].loads)
+    return sum(memory.forecast(model_config, counts, config, dtype, loads, passes=passes, device=device).values()) / GIB
 
 
 def changed_settings(config: Config) -> dict:
@@ -305,7 +290,6 @@ def changed_settings(config: Config) -> dict:
 
 def main(arguments: list[str]) -> None:
     own, config = parse(arguments)
-    getattr(memory, "use_expandable_segments", lambda: None)()  # as a training does
     device = choose_device(config.device)
     described = describe_model(own)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None

@@ -15,7 +15,6 @@ import argparse
 import copy
 import dataclasses
 import gc
-import inspect
 import json
 import math
 import os
@@ -238,7 +237,7 @@ def our_loop(work: Work) -> Iterator[float]:
     """The loop of finetune.py, line by line, without its log; yields the loss of each step."""
     config, device, steps = work.config, work.device, work.steps
     model = prepare_model(work.model(), config, work.processor, device)
-    optimizer = new_optimizer(model, config, max(map(len, steps)))
+    optimizer = build_optimizer(model, config, max(map(len, steps)))
     loader = DataLoader(
         work.samples,
         batch_sampler=[micro for step in steps for micro in step],
@@ -250,21 +249,6 @@ def our_loop(work: Work) -> Iterator[float]:
     for number, step in enumerate(steps, 1):
         micro_batches = [next(batches) for _ in step]
         yield training_step(model, optimizer, micro_batches, number, len(steps), config, device)["loss"]
-
-
-# Whether a bf16 weight lies in the model as such, with the bits beside it that make it an exact fp32.
-HAS_HALVES = len(inspect.signature(clip_gradient).parameters) == 3
-
-
-def new_optimizer(model, config: Config, micro_batches: int) -> torch.optim.Optimizer:
-    """`micro_batches`: the most of a step."""
-    return build_optimizer(model, config, *([micro_batches] if HAS_HALVES else []))
-
-
-def kept_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The precision in which `prepare_model` takes weights that were published in bf16, as they all were."""
-    dtype = choose_dtype(config.dtype, device)
-    return dtype if config.lora_rank or HAS_HALVES else torch.promote_types(dtype, torch.float32)
 
 
 def training_step(
@@ -294,7 +278,7 @@ def training_step(
         loss_sum += batch_loss_sum.detach()
         mark("pass ends")
 
-    norm = clip_gradient(model, *([optimizer] if HAS_HALVES else []), config.max_grad_norm)
+    norm = clip_gradient(model, optimizer, config.max_grad_norm)
     began = time.perf_counter()
     grad_norm = norm.item()
     set_learning_rate(optimizer, number - 1, total, config)

@@ -131,7 +131,7 @@ class Planner:
         return max(work, launches * LAUNCH_SECONDS) + passes * gradients
 
     def is_compiled(self, config: Config) -> bool:
-        """Then layers keep no more than with `selective` anyway (util/recompute.py), and launch fewer kernels."""
+        """Then layers launch fewer kernels, and what `selective` makes anew is made inside of them."""
         return compilation.is_on(config.compile, self.device)
 
     def recomputed(self, config: Config, steps: Steps) -> float:
