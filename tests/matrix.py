@@ -296,9 +296,10 @@ class Workshop:
             for job in jobs:
                 found = [outcome_file(job["directory"], rank) for rank in range(ranks)]
                 told = [json.loads(file.read_text()) for file in found if file.exists()]
-                self.outcomes[job["name"]] = next(filter(None, told), None)
                 if len(told) < ranks:
-                    self.outcomes[job["name"]] = next(filter(None, told), f"the processes ended ({ended}): {said}")
+                    told.append(f"the processes ended ({ended}): {said}")
+                self.outcomes[job["name"]] = next(filter(None, told), None)
+                if ranks > 1 and any(told):  # all end with it, those too that had told that the same went wrong
                     break
             jobs = jobs[jobs.index(job) + 1 :]
 
@@ -385,6 +386,8 @@ def check_checkpoints_are_whole_and_wide(shop: Workshop, run: dict) -> None:
         narrow = [name for name, entry in weights.items() if entry.properties.dtype != torch.float32]
         assert not narrow, f"{path.name}: {len(narrow)} of {len(weights)} weights are not float32: {narrow[:4]}"
         assert len(weights) == len(names), f"{path.name}: {len(weights)} weights, {len(names)} were exported"
+        moments = {name for name in held if name.startswith("optimizer.") and not name.endswith(".step")}
+        assert moments, f"{path.name}: {len(weights)} weights, and no moments of any"
 
 
 def check_the_last_evaluation_comes_again(shop: Workshop, run: dict) -> None:

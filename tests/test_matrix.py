@@ -91,14 +91,8 @@ def test_a_run_leaves_what_it_must(run, workshop):
     assert not (problem := problem_of(workshop, run)), problem
 
 
-# On one process, where "1" was always seen, weights are no longer sharded. On two ranks it leaves no trace that a check
-# sees, and why is not known yet; its twin, "1, silently", is seen.
-UNSEEN = {"1": pytest.mark.xfail(reason="no check sees it since one process does not shard", strict=False)}
-
-
 @pytest.mark.parametrize(
-    "number",
-    [pytest.param(number, marks=UNSEEN.get(number, [] if in_short(number) else pytest.mark.slow)) for number in FAULTS],
+    "number", [pytest.param(number, marks=[] if in_short(number) else pytest.mark.slow) for number in FAULTS]
 )
 def test_a_fault_that_is_put_back_is_found(number, workshop):
     """By the check that is meant to, and the same run without it has nothing wrong."""

@@ -485,7 +485,10 @@ def take_state(optimizer: Any, parameter: nn.Parameter, kept: dict[str, Any]) ->
 def optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """What the optimizer trains, by name."""
     own = set(parameters_of(optimizer.param_groups))
-    return {name: parameter for name, parameter in run_parameters(model).items() if parameter in own}
+    found = {name: parameter for name, parameter in run_parameters(model).items() if parameter in own}
+    # Of a model that shows working copies none would be found, and a checkpoint lack all moments without a word.
+    assert len(found) == len(own), f"of the {len(own)} tensors that are trained, the model shows {len(found)}"
+    return found
 
 
 def resolve_resume(config: Config, latest: Path) -> Path | None:
