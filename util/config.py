@@ -12,6 +12,7 @@ from util.adapters.settings import ADAPTER_LEARNING_RATE, LoraSettings, TokenSet
 from util.command_line import UserError, out_of_range, parse, setting
 from util.cost.settings import MemorySettings, invalid_memory_settings
 from util.data.settings import CacheSettings, FetchSettings, SampleSettings
+from util.parallel.settings import ParallelSettings
 from util.publish.settings import (
     FinalSettings,
     HubSettings,
@@ -39,6 +40,7 @@ class Config(
     TokenSettings,
     TrackerSettings,
     HubSettings,
+    ParallelSettings,
 ):
     """The settings of a run: these, and those of what is optional, which stand in the settings.py of their rooms."""
 
@@ -214,17 +216,6 @@ class Config(
         True,
         "stop before loading weights when the model, or one checkpoint, will not fit the disk",
         group="saving",
-        harmless=True,
-    )
-
-    sharding: Literal["full", "gradients", "optimizer", "none"] = setting(
-        "full", "what is sharded: ZeRO 3, 2, 1 or plain data parallelism", group="many GPUs", harmless=True
-    )
-    shard_group_size: int | None = setting(
-        None,
-        "shard inside groups of this many, replicate between; default: over all",
-        group="many GPUs",
-        least=1,
         harmless=True,
     )
 

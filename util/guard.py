@@ -99,8 +99,11 @@ class StopSignal:
 
     def fetch(self, batches: Iterator[Batch], count: int) -> list[Batch]:
         """The batches of a step. Where one cannot be read, a stand-in, over which `end_if_unread` ends the run."""
+        found: list[Batch] = []
         try:
-            return [next(batches) for _ in range(count)]
+            while len(found) < count and not any(batch.counts["unread"] for batch in found):
+                found.append(next(batches))  # which may say that a rank with the same samples could not read it
+            return found
         except Exception as error:  # of whatever kind: bad data, a disk, a killed data worker, a bug in it
             self._note_failure(error)
             return [unread_batch()]

@@ -14,11 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from util import ranks
+from util.command_line import UserError
 from util.config import Config
 from util.cost.sizes import Sizes
 from util.dataset import Examples
 
 BLOCK = 2**16  # samples planned at a time
+SPLITS = ("context_parallel_size",)  # settings that say over how many ranks something is split
 
 Load = tuple[int, int, int]  # tokens, patches and supervised tokens of a micro-batch
 
@@ -180,10 +182,23 @@ class Steps:
 def training_steps(sizes: Sizes, examples: Examples, config: Config, dealing: Dealing | None = None) -> Steps:
     """Every epoch in its order, up to `--max_steps`."""
 
+    if dealing is None:
+        refuse_several_ranks(config)
+
     def order(epoch: int) -> np.ndarray:
         return examples.order(config.seed, epoch)
 
     return Steps(sizes, order, examples.epoch_samples, config.epochs, config.max_steps, config, dealing)
+
+
+def refuse_several_ranks(config: Config) -> None:
+    """Raise UserError for settings that split over several processes what this one alone is to train."""
+    for name in SPLITS:
+        if (size := getattr(config, name)) > 1:
+            raise UserError(
+                f"--{name} {size} needs {size} processes or a multiple of them, and finetune.py is one: "
+                f"NPROC_PER_NODE={size} ./finetune_distributed.sh --{name} {size}"
+            )
 
 
 def held_out_steps(sizes: Sizes, config: Config, dealing: Dealing | None = None) -> Steps:

@@ -71,7 +71,7 @@ def forecast(
     full sharding also keeps whole copies on each. What lies beside what is allocated: `reserved_margin`.
     """
     is_compiled = device is not None and compilation.is_on(config.compile, device)
-    loads = list(micro_batches)
+    loads = [load_of_rank(load, config) for load in micro_batches]
     several = shards > 1 or ranks.are_several()
     states = kept_states(model_config, counts, config, dtype, shards)
     # Of parts that no gradient ever reaches, as the tower's where there is text alone, neither gradients nor moments
@@ -90,6 +90,15 @@ def forecast(
             whole.moment = name
             found.append(whole)
     return max(found, key=lambda parts: sum(parts.values()))
+
+
+def load_of_rank(load: Load, config: Config) -> Load:
+    """Of a micro-batch what the fullest of the ranks has that share its row. Of the tokens an equal part; what is
+    supervised may stand together in one of the parts."""
+    tokens, patches, supervised = (int(number) for number in load)
+    ranks_of_row = config.context_parallel_size
+    tokens = -(-tokens // ranks_of_row)
+    return tokens, -(-patches // ranks_of_row), min(supervised, tokens)
 
 
 def kept_states(model_config, counts: dict, config: Config, dtype: torch.dtype, shards: int) -> dict[str, float]:

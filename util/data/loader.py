@@ -66,9 +66,16 @@ def told_of_dead_workers(batches) -> Iterator:
 
 
 def packed_batches(
-    samples, micro_batches: Iterable[list[int]], collate: Callable, config, device: torch.device
+    samples,
+    micro_batches: Iterable[list[int]],
+    collate: Callable,
+    config,
+    device: torch.device,
+    is_pinned: bool = True,
 ) -> Loader:
     """The packed batch of each of `micro_batches`, lists of sample numbers, made in data workers.
+
+    `is_pinned`: for a GPU they are in memory that it can copy from while it computes.
 
     Raises DataError where a sample cannot be read; with `--on_bad_sample skip` the batch does without and counts it.
     """
@@ -77,7 +84,7 @@ def packed_batches(
         batch_sampler=micro_batches,
         collate_fn=LenientCollator(collate),
         num_workers=worker_count(config, device),
-        pin_memory=device.type == "cuda",
+        pin_memory=is_pinned and device.type == "cuda",
     )
 
 

@@ -21,6 +21,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from util import compilation, model, ranks
 from util.adapters import lora
+from util.adapters.settings import untrained_parts
 from util.attention import Segments
 from util.collator import Batch, Collator, patch_positions
 from util.command_line import Ended, UserError
@@ -30,7 +31,9 @@ from util.cost.sizes import Sizes
 from util.dataset import Sample
 from util.log import Run, SilentRun
 from util.loss import PackedLoss
-from util.model import choose_device, choose_dtype, layers, load_trainable, shard
+from util.model import choose_attention, choose_device, choose_dtype, layers, load_trainable, shard
+from util.parallel import context
+from util.parallel.layout import Layout, Place
 from util.passes import Passes
 from util.steps import Dealing, Steps
 from util.tensors import part_of, run_parameters, trained_parameters
@@ -46,6 +49,18 @@ class World:
     rank: int
     size: int
     device: torch.device
+    layout: Layout = None  # type: ignore[assignment]  # of its own data on every rank
+    row_ranks: list[int] = None  # type: ignore[assignment]  # that work on the same samples, this one among them
+    row_group: dist.ProcessGroup | None = None  # theirs, where there are others; on the CPU
+    context_group: dist.ProcessGroup | None = None  # of the ranks that have the parts of the same rows
+
+    def __post_init__(self) -> None:
+        self.layout = self.layout or Layout(self.size)
+        self.row_ranks = self.row_ranks or [self.rank]
+
+    @property
+    def place(self) -> Place:
+        return self.layout.place(self.rank)
 
     @property
     def is_first(self) -> bool:
@@ -82,7 +97,7 @@ def join_group(config: Config, timeout: float) -> World:
         # 30 seconds later than asked for, so that faults.Watch comes first: it can say where every rank is.
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout + 30), **alone)
         atexit.register(dist.destroy_process_group)
-    world = World(dist.get_rank(), dist.get_world_size(), device)
+    world = make_world(config, device)
     if config.optimizer != "adamw" and world.size > 1:
         raise UserError(
             f"--optimizer {config.optimizer}: its moments are quantised in blocks, which cannot be handed to another "
@@ -90,6 +105,29 @@ def join_group(config: Config, timeout: float) -> World:
             "them"
         )
     return world
+
+
+def make_world(config: Config, device: torch.device) -> World:
+    """This process in the layout that the settings ask for. All ranks call, as they make groups together."""
+    rank, size = ranks.rank_and_size()
+    layout = Layout.of(config, size)
+    refuse_what_rows_cannot_share(config, layout)
+    row_ranks = next(group for group in layout.row_groups() if rank in group)
+    world = World(rank, size, device, layout, row_ranks)
+    if layout.of_a_row > 1:
+        world.row_group, _ = dist.new_subgroups_by_enumeration(layout.row_groups(), backend="gloo")
+    if layout.context > 1:
+        world.context_group, _ = dist.new_subgroups_by_enumeration(layout.context_groups())
+    return world
+
+
+def refuse_what_rows_cannot_share(config: Config, layout: Layout) -> None:
+    """Raise UserError for settings that go by one rank for each row of samples."""
+    if layout.of_a_row > 1 and config.cache_dir and "vision" in untrained_parts(config):
+        raise UserError(
+            "--cache_dir keeps what a frozen vision tower gives for whole pictures of one rank, and with "
+            f"--context_parallel_size {layout.context} several ranks share them: leave --cache_dir out"
+        )
 
 
 def wait_for_all() -> None:
@@ -122,6 +160,8 @@ def from_first_rank(decide: Callable, *arguments):
 def open_run(config: Config, resumed: Path | None, world: World):
     """The Run on rank 0; on the other ranks a SilentRun that writes and prints nothing, with the same directory."""
     run = Run(config, world.device, resumed) if world.is_first else None
+    if run and run.peak_flops:
+        run.peak_flops *= world.layout.of_a_row  # what is logged as this rank's work is that of all who share its rows
     directory = from_first_rank(lambda: str(run.directory))
     return run or SilentRun(Path(directory))
 
@@ -130,23 +170,25 @@ def open_run(config: Config, resumed: Path | None, world: World):
 
 
 def dealing(sizes: Sizes, config: Config, model_config, world: World) -> Dealing:
-    """Deals the samples of each global batch to the ranks by their FLOPs.
+    """Deals the samples of each global batch to the ranks by their FLOPs; those that share a row are one.
 
     A global batch holds the same samples on any number of ranks.
     """
-    return Dealing(training_flops(model_config, [sizes.columns()], config), world.rank, world.size)
+    return Dealing(training_flops(model_config, [sizes.columns()], config), world.place.data, world.layout.data)
 
 
 def refuse_idle_ranks(steps: Steps, config: Config, world: World) -> None:
     """Raise UserError where a process would never have a sample: it would cost a GPU and give nothing."""
     if not (idle := steps.survey.idle_ranks):
         return
-    ways = [f"start at most {world.size - idle}"]
-    if config.global_batch_size < world.size <= steps.epoch_samples:
-        ways.insert(0, f"give at least --global_batch_size {world.size}")
+    shared = world.layout.of_a_row
+    hands = world.layout.data  # each has samples of its own
+    ways = [f"start at most {(hands - idle) * shared}"]
+    if config.global_batch_size < hands <= steps.epoch_samples:
+        ways.insert(0, f"give at least --global_batch_size {hands}")
     raise UserError(
-        f"{idle} of the {world.size} processes would never have a sample: no step has more than {world.size - idle} "
-        f"(--global_batch_size {config.global_batch_size}, {steps.epoch_samples:,} samples an epoch); "
+        f"{idle * shared} of the {world.size} processes would never have a sample: no step has more than "
+        f"{hands - idle} (--global_batch_size {config.global_batch_size}, {steps.epoch_samples:,} samples an epoch); "
         + ", or ".join(ways)
     )
 
@@ -201,6 +243,9 @@ def build_model(config: Config, path: str, model_config, processor, world: World
         return model.build_model(config, path, processor, world.device)
     build = build_sharded if config.quantize == "none" else build_quantised
     packed = build(config, path, model_config, processor, world)
+    if world.context_group:
+        dtype = choose_dtype(config.dtype, world.device)
+        context.split_attention(packed, choose_attention(config.attention, world.device, dtype), world.context_group)
     if compilation.is_on(config.compile, world.device):
         compilation.compile_loss(packed)
     torch.manual_seed(config.seed + world.rank)  # dropout draws anew on every rank
@@ -210,12 +255,13 @@ def build_model(config: Config, path: str, model_config, processor, world: World
 def build_sharded(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
     """Rank 0 alone reads the weights; the others begin without memory for them."""
     dtype = choose_dtype(config.dtype, world.device)
+    kind = kind_of_loss(world)
     if world.is_first:
         read = load_trainable(config, path, torch.device("cpu"))
-        whole = model.pack_loss(read, config, processor, world.device)
+        whole = model.pack_loss(read, config, processor, world.device, kind)
     with torch.device("meta"):
         bare = Qwen2VLForConditionalGeneration(model_config)
-        packed = model.pack_loss(bare, config, processor, world.device)
+        packed = model.pack_loss(bare, config, processor, world.device, kind)
     take_precision(packed, from_first_rank(lambda: precision_of(whole)))
     shard(packed, dtype=dtype, **sharding_of(config, world))
     for layer, following in pairwise(layers(packed.model)):
@@ -228,6 +274,10 @@ def build_sharded(config: Config, path: str, model_config, processor, world: Wor
             buffer.copy_(whole.get_buffer(name))
         dist.broadcast(buffer, src=0)
     return packed
+
+
+def kind_of_loss(world: World) -> type[PackedLoss]:
+    return context.ContextLoss if world.context_group else PackedLoss
 
 
 def precision_of(module: torch.nn.Module) -> dict[str, torch.dtype]:
@@ -249,7 +299,7 @@ def build_quantised(config: Config, path: str, model_config, processor, world: W
     """Every rank reads and keeps all weights, as 4 bits cannot be sharded; the adapters are sharded."""
     dtype = choose_dtype(config.dtype, world.device)
     quantised = load_trainable(config, path, world.device)
-    packed = model.pack_loss(quantised, config, processor, world.device).to(world.device)
+    packed = model.pack_loss(quantised, config, processor, world.device, kind_of_loss(world)).to(world.device)
     for parameter in trained_parameters(packed).values():
         dist.broadcast(parameter.data, src=0)
     shard(packed, dtype=dtype, kept_whole=lora.frozen_parameters(packed), **sharding_of(config, world))
@@ -279,10 +329,11 @@ class EvenPasses(Passes):
     def __init__(self, run_pass, model, optimizer, device, steps: Steps, stop, saver, config: Config) -> None:
         super().__init__(run_pass, model, optimizer, device, steps, stop, saver)
         self.config = config
+        self.averaged = Layout.of(config, dist.get_world_size()).of_a_weight  # ranks whose gradients become their mean
 
     def run_one(self, batch: Batch, divisor: float, is_last: bool) -> torch.Tensor:
         before_backward(self.model, self.config, is_last)
-        return super().run_one(batch, divisor / dist.get_world_size(), is_last)
+        return super().run_one(batch, divisor / self.averaged, is_last)
 
 
 def before_backward(packed: PackedLoss, config: Config, is_last: bool) -> None:

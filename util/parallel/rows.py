@@ -1,0 +1,82 @@
+"""The batches of ranks that work on the same samples: one of them reads a batch, and hands each its share.
+
+So each file is decoded once, and whether a sample is skipped is decided once. Reading takes turns: of the batches of a
+row group its first rank reads the first, the second rank the second, and so on, each ahead of time in data workers of
+its own.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import chain, islice, tee
+
+import torch.distributed as dist
+
+from util.collator import Batch, Collator
+from util.data import loader
+from util.guard import unread_batch
+from util.parallel import context
+
+
+def packed_batches(samples, micro_batches: Iterable[list[int]], collate: Callable, config, world):
+    """As loader.packed_batches, for a rank of `world`: the batches, or this rank's shares of them."""
+    if world.layout.of_a_row == 1:
+        return loader.packed_batches(samples, micro_batches, collate, config, world.device)
+    return SharedBatches(samples, micro_batches, config, world)
+
+
+class SharedBatches:
+    """Iterates over this rank's shares of its group's batches. All ranks of the group must iterate together."""
+
+    def __init__(self, samples, micro_batches: Iterable[list[int]], config, world) -> None:
+        self.world = world
+        self.turn = world.row_ranks.index(world.rank)
+        # Two of the same list: one that the loader reads ahead of time, one that says how many batches there are.
+        self.planned, ahead = tee(micro_batches)
+        mine = islice(ahead, self.turn, None, len(world.row_ranks))
+        # Not pinned: what is read is only handed on. A share is pinned when it is there.
+        self.own = loader.packed_batches(samples, mine, Collator(), config, world.device, is_pinned=False)
+
+    def __iter__(self) -> Iterator[Batch]:
+        ranks = self.world.row_ranks
+        own = iter(self.own)
+        for number, _ in enumerate(self.planned):
+            yield self.hand_on(own, ranks[number % len(ranks)])
+
+    def begin(self) -> Iterator[Batch]:
+        """An iterator over the shares. The first one is made at once, so that what is wrong with it is raised here."""
+        batches = iter(self)
+        for first in batches:
+            return chain([first], batches)
+        return batches
+
+    def hand_on(self, own: Iterator[Batch], reader: int) -> Batch:
+        """This rank's share of the next batch, which rank `reader` reads.
+
+        Raises there what reading it raises. The others get a share that says it was not read (guard.unread_batch).
+        """
+        shares: list[Batch] | None = None
+        failure = None
+        if reader == self.world.rank:
+            try:
+                shares = shares_of(next(own), self.world)
+            except Exception as error:  # of whatever kind: the others wait for this rank and must be told
+                failure = error
+                shares = [unread_batch()] * len(self.world.row_ranks)
+        box: list = [None]
+        dist.scatter_object_list(box, shares, src=reader, group=self.world.row_group)
+        if failure:
+            raise failure
+        share: Batch = box[0]
+        return share.pin_memory() if self.world.device.type == "cuda" else share
+
+
+def shares_of(batch: Batch, world) -> list[Batch]:
+    """Of a batch what each rank of a row group gets; what the log counts is counted by the first one alone."""
+    shares = context.parts_of(batch, world.layout.context)
+    uncounted = dict.fromkeys(batch.counts, 0)
+    found = []
+    for place in map(world.layout.place, world.row_ranks):
+        share = shares[place.context]
+        is_first = not found
+        found.append(replace(share, counts=batch.counts if is_first else uncounted))
+    return found
