@@ -42,11 +42,11 @@ def train(config: Config) -> str:
     torch.manual_seed(config.seed)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
+    resumed = resolve_resume(config, LATEST)
     path = find_model(config.model, device)
     model_config = load_config(path, config)
     processor = load_processor(path, config)
     collate = Collator()
-    resumed = resolve_resume(config, LATEST)
 
     # ---- data: checked, measured from file headers, and all steps surveyed before any weight is loaded
     # So a bad sample, or too little memory, stops the run within seconds and not after an hour of training.

@@ -43,11 +43,11 @@ def train(config: Config) -> str:
     config = faults.continue_after_restart(config)
     device = world.device
     dtype = choose_dtype(config.dtype, device)
+    resumed = distributed.from_first_rank(resolve_resume, config, LATEST)
     path = distributed.first_rank_first(find_model, config.model, device)
     model_config = load_config(path, config)
     processor = load_processor(path, config)
     collate = distributed.EvenCollator()
-    resumed = distributed.from_first_rank(resolve_resume, config, LATEST)
 
     # ---- data: checked, measured from file headers, and all steps surveyed before any weight is loaded
     # So a bad sample, or too little memory, stops the run within seconds and not after an hour of training.

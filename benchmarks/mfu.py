@@ -32,7 +32,7 @@ import json
 
 import torch
 
-from benchmarks import drawn, kernels
+from benchmarks import device_time, drawn
 from benchmarks.report import origin
 from benchmarks.rows import write_row
 from benchmarks.train_step import (
@@ -239,7 +239,7 @@ def measure(trained: Trained, case: Case, own, config: Config, model_config, dev
         row["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / GIB, 3)
     row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     if own.profile:
-        row["profile"] = kernels.profiled(lambda: trained.step(steps[0].batches, config, device), device)
+        row["profile"] = device_time.profiled(lambda: trained.step(steps[0].batches, config, device), device)
     return row
 
 
@@ -326,7 +326,7 @@ def main(arguments: list[str]) -> None:
             forget(device)
         if found := row.get("profile"):
             profiles[row["row"]] = found
-            print(kernels.table(found))
+            print(device_time.table(found))
             row["profile"] = {key: value for key, value in found.items() if key != "costliest"}
             own.profile.parent.mkdir(parents=True, exist_ok=True)
             own.profile.write_text(json.dumps({**common, "profiles": profiles}, indent=1) + "\n", encoding="utf-8")

@@ -291,6 +291,8 @@ def test_an_image_whose_pixels_end_early_is_named_by_the_data_worker(capsys, tmp
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--device", "toaster"], "--device toaster: not a device"),
         (["--resume", "nowhere"], "--resume nowhere: no checkpoint there"),
+        # the model of a run is looked for when it is known that there is a run
+        (["--resume", "nowhere", "--model", "no/such/folder"], "--resume nowhere: no checkpoint there"),
         (["--max_tokens", "20"], "above --max_tokens 20"),
     ],
 )

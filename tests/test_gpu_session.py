@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import drawn, kernels, mfu, real_run, rows, train_step
+from benchmarks import device_time, drawn, mfu, real_run, rows, train_step
 from tests.test_phantom import phantom  # noqa: F401  # the fixture
 from util.config import Config
 from util.cost import flops
@@ -127,7 +127,7 @@ def test_rows_are_written_one_by_one_and_a_failure_is_one_of_them(tmp_path):
     assert len(found[0]["data"]["loads"]) == 2
     profiles = json.loads((tmp_path / "profile.json").read_text())["profiles"]
     assert profiles.keys() == {found[0]["row"], found[2]["row"]}
-    assert len(profiles[found[0]["row"]]["costliest"]) == kernels.MOST_TOLD
+    assert len(profiles[found[0]["row"]]["costliest"]) == device_time.MOST_TOLD
 
 
 def test_rows_of_a_session_that_was_cut_are_read(tmp_path, capsys):
@@ -209,7 +209,7 @@ KERNELS = {
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_counts_to_its_kind(name):
-    assert kernels.group_of(name) == KERNELS[name]
+    assert device_time.group_of(name) == KERNELS[name]
 
 
 # ---- the rehearsal ---------------------------------------------------------------------------------------------------

@@ -213,7 +213,8 @@ def test_bytes_per_parameter(tiny_path, processor):
         model = build_model(config, str(tiny_path), processor, CPU)
         trained = optimizer.build_optimizer(model, config, micro_batches)
         for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+            dtype = torch.float32 if micro_batches > 1 else torch.bfloat16
+            parameter.grad = torch.zeros_like(parameter, dtype=dtype)
         trained.step()
         held = 0
         for parameter in model.parameters():

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 REMAINDER = "missing_bits"  # the attribute of a bf16 parameter that holds its remainder, int16
 PIECE = 2**26  # elements that are put together or cut in two at a time
+CACHED = 2**16  # elements that a CPU updates at a time: what is made on the way, 256 KiB each, stays in its cache
 
 
 # ---- one fp32 as two halves -----------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ class MixedAdamW(torch.optim.Optimizer):
         parameters = parameters_of(self.param_groups)
         self.together = together or [[parameter] for parameter in parameters]
         self.gradient_factor: torch.Tensor | None = None  # of the next step's gradients: see `clip_gradient`
-        self.update = compiled_update() if parameters[0].device.type == "cuda" else update
+        self.update = compiled_update() if parameters[0].device.type == "cuda" else update_in_pieces
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -210,6 +211,25 @@ def update(
         # addcdiv takes no tensor as its factor, and a number would be compiled anew in each step
         exact.add_(mean.mul(step_size).div_(spread))
         split(exact, nearest, remainder)
+
+
+def update_in_pieces(
+    weights: list[torch.Tensor],
+    remainders: list[torch.Tensor],
+    means: list[torch.Tensor],
+    squares: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    numbers: torch.Tensor,
+    factor: torch.Tensor,
+    beta1: float,
+    beta2: float,
+) -> None:
+    """As `update`, a few elements at a time, which changes nothing but time."""
+    tensors = zip(weights, remainders, means, squares, gradients, strict=True)
+    for number, (*states, gradient) in enumerate(tensors):
+        flat = [*(state.view(-1) for state in states), gradient.reshape(-1)]
+        for piece in zip(*(tensor.split(CACHED) for tensor in flat), strict=True):
+            update(*([part] for part in piece), numbers[number : number + 1], factor, beta1, beta2)
 
 
 # ---- compiled, on a GPU ---------------------------------------------------------------------------------------------

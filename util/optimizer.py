@@ -69,10 +69,20 @@ def updated_together(model: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def sum_gradients_in_fp32(model: nn.Module) -> None:
-    """Let the gradients of several passes be added up in fp32: a sum in bf16 would lose what small ones add to it."""
+    """Let the gradients of several passes be added up in fp32: a sum in bf16 would lose what small ones add to it.
+
+    The first pass's gradient is widened, and each one after it added as it is, in bf16, to the sum in fp32: in one
+    kernel, where torch's own `grad_dtype = torch.float32` widens every one of them and then adds.
+    """
     for parameter in run_parameters(model).values():
-        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
-            parameter.grad_dtype = torch.float32
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16 and parameter.grad_dtype is not None:
+            parameter.grad_dtype = None  # a gradient need not have the precision of its weight
+            parameter.register_post_accumulate_grad_hook(widen_gradient)
+
+
+def widen_gradient(parameter: torch.Tensor) -> None:
+    if parameter.grad is not None and parameter.grad.dtype == torch.bfloat16:
+        parameter.grad = parameter.grad.float()
 
 
 def learning_rate_factor(step: int, total: int, config: Config) -> float:
