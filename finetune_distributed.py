@@ -46,6 +46,7 @@ def train(config: Config) -> str:
     resumed = distributed.from_first_rank(resolve_resume, config, LATEST)
     path = distributed.first_rank_first(find_model, config.model, device)
     model_config = load_config(path, config)
+    distributed.check_model(model_config, world)
     processor = load_processor(path, config)
     collate = distributed.EvenCollator()
 

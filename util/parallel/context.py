@@ -5,16 +5,17 @@ the head and its loss) for these alone. Three things need more than that:
 
     the vision tower     no patch sees beyond its image or pair of frames, so whole ones are dealt to the ranks
     its visual tokens    each is sent to the one rank in whose part of the row it stands
-    attention            rank:   0      1      2      3          0      1      2      3
-      (Ulysses,                tokens of all heads      --->   all tokens of some heads
-      arXiv 2309.14509)       [ 0-9 ][10-19][20-29][30-39]    [head 0][head 1][head 2][head 3]
+    attention            rank:   0      1      2      3          0       1       2       3
+      (Ulysses,                tokens of all heads      --->    all tokens of some heads
+      arXiv 2309.14509)       [ 0-9 ][10-19][20-29][30-39]    [heads 0, 1][2, 3][4, 5][6, 7]
 
-    Before attention each rank gives away the heads that are not its own, and after it the tokens. Where the heads
-    cannot be dealt evenly, keys and values of all tokens are gathered instead, and queries stay where they are.
+    Before attention each rank gives away the heads that are not its own, and after it the tokens. Both are one
+    all-to-all. Where C does not divide the heads, some ranks have one more than others.
 
 Letters in shapes: C ranks, T tokens of the row, V visual tokens, H heads, H_kv key-value heads, W a head's width.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -24,13 +25,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
-from torch.nn.attention.bias import causal_lower_right
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from util.attention import BACKENDS, NAME, Segments
 from util.collator import Batch, patch_positions, tower_segments
+from util.command_line import UserError
 from util.loss import PackedLoss
 from util.vision import MERGE, PATCH, Grid
 
@@ -219,8 +220,7 @@ def split_attention(packed: ContextLoss, backend: str, group: dist.ProcessGroup)
         q, k, v = (rows.squeeze(0).transpose(0, 1) for rows in (query, key, value))
         if not isinstance(segments, RowSegments):
             return attend(q, k, v, segments, causal=module.is_causal, scale=scaling)[None], None
-        spread = by_heads if heads_can_be_dealt(q.shape[1], k.shape[1], dist.get_world_size(group)) else by_queries
-        return spread(q, k, v, segments, scaling, attend, group)[None], None
+        return attend_by_heads(q, k, v, segments, scaling, attend, group)[None], None
 
     name = f"{NAME}row_parts_{backend}"
     AttentionInterface.register(name, torch.compiler.disable(attention))
@@ -228,12 +228,39 @@ def split_attention(packed: ContextLoss, backend: str, group: dist.ProcessGroup)
     packed.model.config.text_config._attn_implementation = name
 
 
-def heads_can_be_dealt(heads: int, key_value_heads: int, ranks: int) -> bool:
-    """Whether each rank can have as many heads as another, and the key-value heads that these need."""
-    return heads % ranks == 0 and (key_value_heads % ranks == 0 or ranks % key_value_heads == 0)
+@dataclass(frozen=True)
+class Heads:
+    """The heads for which a rank attends."""
+
+    queries: slice
+    keys: slice  # the key-value heads that these read; a neighbour may read the same ones
+    readers: list[int]  # for each of its queries the key-value head that it reads, counted from the first of `keys`
+
+    @property
+    def counts(self) -> list[int]:
+        """How many heads of queries, keys and values these are."""
+        keys = self.keys.stop - self.keys.start
+        return [len(self.readers), keys, keys]
+
+    def spread(self, heads: torch.Tensor) -> torch.Tensor:
+        """Keys or values (T, its key-value heads, W), one for each query head where not all are read equally often."""
+        times = {self.readers.count(number) for number in self.readers}
+        return heads if len(times) == 1 else heads[:, self.readers]
 
 
-def by_heads(
+def deal_heads(heads: int, key_value_heads: int, ranks: int) -> list[Heads]:
+    """The heads of each rank: neighbours, as many as another has or one more."""
+    group = heads // key_value_heads  # query heads that read the same key-value head
+    cuts = [heads * rank // ranks for rank in range(ranks + 1)]
+    found = []
+    for begin, end in pairwise(cuts):
+        first = begin // group
+        readers = [head // group - first for head in range(begin, end)]
+        found.append(Heads(slice(begin, end), slice(first, first + readers[-1] + 1), readers))
+    return found
+
+
+def attend_by_heads(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -244,49 +271,31 @@ def by_heads(
 ) -> torch.Tensor:
     """Ulysses: q (T / C, H, W), k and v (T / C, H_kv, W) -> (T / C, H, W), attention over all T tokens."""
     ranks = dist.get_world_size(group)
-    # with fewer key-value heads than ranks, several ranks get a copy of the same one
-    copies = max(1, ranks // k.shape[1])
-    k = k.repeat_interleave(copies, 1)
-    v = v.repeat_interleave(copies, 1)
-    q, k, v = (heads_to_ranks(heads, group) for heads in (q, k, v))
-    mixed = attend(q, k, v, segments, causal=True, scale=scale)  # (T, H / C, W)
-    # back: of each rank's tokens all heads
-    parts = exchange(mixed, *[[len(mixed) // ranks] * ranks] * 2, group)
-    return torch.cat(parts.chunk(ranks), dim=1)
+    dealt = deal_heads(q.shape[1], k.shape[1], ranks)
+    own = dealt[dist.get_rank(group)]
+    # Of this rank's tokens each rank gets its heads, and this one its heads of all tokens.
+    pieces = [torch.cat([q[:, some.queries], k[:, some.keys], v[:, some.keys]], dim=1) for some in dealt]
+    shape = (len(q), sum(own.counts), q.shape[2])
+    q, k, v = torch.cat(exchange_pieces(pieces, [shape] * ranks, group)).split(own.counts, dim=1)
+    mixed = attend(q, own.spread(k), own.spread(v), segments, causal=True, scale=scale)
+    # And back: of its tokens a rank gets all heads.
+    shapes = [(shape[0], some.counts[0], shape[2]) for some in dealt]
+    return torch.cat(exchange_pieces(list(mixed.chunk(ranks)), shapes, group), dim=1)
 
 
-def heads_to_ranks(heads: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """(T / C, H, W) -> (T, H / C, W): all tokens of this rank's heads."""
-    ranks = dist.get_world_size(group)
-    dealt = torch.cat(heads.chunk(ranks, dim=1))  # the heads of the first rank for all tokens here, then the next's
-    return exchange(dealt, *[[len(heads)] * ranks] * 2, group)
+def exchange_pieces(pieces: list[torch.Tensor], shapes: list[tuple[int, ...]], group: Any) -> list[torch.Tensor]:
+    """A piece to each rank of a group -> the pieces of these shapes that they send; gradients travel back."""
+    sent = [piece.numel() for piece in pieces]
+    received = [math.prod(shape) for shape in shapes]
+    numbers = exchange(torch.cat([piece.flatten() for piece in pieces]), received, sent, group)
+    return [piece.view(shape) for piece, shape in zip(numbers.split(received), shapes, strict=True)]
 
 
-def by_queries(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    segments: Segments,
-    scale: float,
-    attend: Callable,
-    group: dist.ProcessGroup,
-) -> torch.Tensor:
-    """The same where heads cannot be dealt: keys and values of all tokens are gathered, queries stay where they are.
-
-    The last tokens of a segment see most of it, so ranks have unlike work.
-    """
-    k, v = (wait(all_gather_tensor_autograd(heads.contiguous(), 0, group)) for heads in (k, v))  # (T, H_kv, W)
-    copies = q.shape[1] // k.shape[1]
-    begin = dist.get_rank(group) * len(q)
-    end = begin + len(q)
-    found = []
-    for first, last in pairwise(segments.host_starts.tolist()):
-        own = range(max(first, begin), min(last, end))  # queries of this segment that are here
-        if not own:
-            continue
-        queries = q[own.start - begin : own.stop - begin].transpose(0, 1)[None]
-        keys, values = (heads[first : own.stop].repeat_interleave(copies, 1).transpose(0, 1)[None] for heads in (k, v))
-        seen = causal_lower_right(len(own), own.stop - first)  # a query sees what stands before it in its segment
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=scale)
-        found.append(mixed[0].transpose(0, 1))
-    return torch.cat(found)
+def check_sizes(model_config, ranks: int) -> None:
+    """Raise UserError where there are more ranks for a row than heads."""
+    heads = model_config.text_config.num_attention_heads
+    if ranks > heads:
+        raise UserError(
+            f"--context_parallel_size {ranks}: each rank attends for heads of its own, and this model has {heads}; "
+            f"use at most {heads}"
+        )

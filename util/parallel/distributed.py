@@ -166,6 +166,12 @@ def open_run(config: Config, resumed: Path | None, world: World):
     return run or SilentRun(Path(directory))
 
 
+def check_model(model_config, world: World) -> None:
+    """Raise UserError where the model cannot be split as the layout has it."""
+    if world.layout.context > 1:
+        context.check_sizes(model_config, world.layout.context)
+
+
 # ---- which rank trains which sample ---------------------------------------------------------------------------------
 
 
