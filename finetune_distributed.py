@@ -45,6 +45,7 @@ def train(config: Config) -> str:
     dtype = choose_dtype(config.dtype, device)
     path = distributed.first_rank_first(find_model, config.model, device)
     model_config = load_config(path, config)
+    distributed.check_model(model_config, world)
     processor = load_processor(path, config)
     collate = distributed.EvenCollator()
     resumed = distributed.from_first_rank(resolve_resume, config, LATEST)
