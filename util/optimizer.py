@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -129,11 +130,34 @@ def clip_gradient(model: nn.Module, optimizer: Any, max_norm: float) -> torch.Te
     """
     trained: list[Any] = [p for p in run_parameters(model).values() if p.grad is not None]
     if not trained or trained[0].dtype != torch.bfloat16:
-        norm = torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return clip_wide(trained, max_norm or math.inf)
     norms = torch._foreach_norm([p.grad for p in trained], 2, dtype=torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(norms))
     optimizer.gradient_factor = None
     if max_norm:  # as torch.nn.utils.clip_grad_norm_ has it
         optimizer.gradient_factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return norm
+
+
+def clip_wide(trained: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """As torch.nn.utils.clip_grad_norm_, also for gradients on several meshes, which that refuses (pytorch#180346).
+
+    Each mesh's norm is that of all its ranks, in which an element that several of them have counts once.
+    """
+    by_mesh: dict[Any, list[nn.Parameter]] = {}
+    for parameter in trained:
+        by_mesh.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    if len(by_mesh) <= 1:
+        return whole_norm(torch.nn.utils.clip_grad_norm_(trained, max_norm))
+    norms = []
+    for parameters in by_mesh.values():
+        norms.append(whole_norm(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])))
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    for parameters in by_mesh.values():
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def whole_norm(norm: Any) -> torch.Tensor:
+    """The norm over all ranks, of gradients of which each has a part."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

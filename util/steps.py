@@ -20,7 +20,7 @@ from util.cost.sizes import Sizes
 from util.dataset import Examples
 
 BLOCK = 2**16  # samples planned at a time
-SPLITS = ("context_parallel_size",)  # settings that say over how many ranks something is split
+SPLITS = ("context_parallel_size", "tensor_parallel_size")  # settings that say over how many ranks something is split
 
 Load = tuple[int, int, int]  # tokens, patches and supervised tokens of a micro-batch
 

@@ -6,7 +6,7 @@ moments over a DeviceMesh, and four settings of it are ZeRO 3, 2, 1 and plain da
 
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
@@ -32,7 +32,7 @@ from util.dataset import Sample
 from util.log import Run, SilentRun
 from util.loss import PackedLoss
 from util.model import choose_attention, choose_device, choose_dtype, layers, load_trainable, shard
-from util.parallel import context
+from util.parallel import context, tensor
 from util.parallel.layout import Layout, Place
 from util.passes import Passes
 from util.steps import Dealing, Steps
@@ -125,8 +125,8 @@ def refuse_what_rows_cannot_share(config: Config, layout: Layout) -> None:
     """Raise UserError for settings that go by one rank for each row of samples."""
     if layout.of_a_row > 1 and config.cache_dir and "vision" in untrained_parts(config):
         raise UserError(
-            "--cache_dir keeps what a frozen vision tower gives for whole pictures of one rank, and with "
-            f"--context_parallel_size {layout.context} several ranks share them: leave --cache_dir out"
+            "--cache_dir keeps what a frozen vision tower gives for whole pictures of one rank, and of "
+            f"{layout.in_words()} several share them: leave --cache_dir out"
         )
 
 
@@ -170,6 +170,8 @@ def check_model(model_config, world: World) -> None:
     """Raise UserError where the model cannot be split as the layout has it."""
     if world.layout.context > 1:
         context.check_sizes(model_config, world.layout.context)
+    if world.layout.tensor > 1:
+        tensor.check_sizes(model_config, world.layout.tensor)
 
 
 # ---- which rank trains which sample ---------------------------------------------------------------------------------
@@ -226,21 +228,23 @@ class EvenCollator(Collator):
 
 def shard_group(config: Config, world: World) -> int:
     """How many ranks share one copy of the weights. Raises UserError where that does not divide the ranks."""
-    group = config.shard_group_size or world.size
+    ranks = world.layout.of_a_weight
+    group = config.shard_group_size or ranks
     if config.sharding == "none":
         group = 1
-    if world.size % group:
-        raise UserError(f"--shard_group_size {group} does not divide the {world.size} processes")
+    if ranks % group:
+        which = "" if ranks == world.size else " that have the same weights"
+        raise UserError(f"--shard_group_size {group} does not divide the {ranks} processes{which}")
     return group
 
 
 def make_mesh(config: Config, world: World) -> DeviceMesh:
-    """(ranks,) to shard over all; (replicas, group) to shard inside groups of `--shard_group_size` ranks."""
+    """All ranks by axes: `shard`, over which weights are sharded, and around it those that have more than one rank:
+    outside `replicate`, of groups of `--shard_group_size` ranks, and inside `tensor`."""
     group = shard_group(config, world)
-    if group == world.size:
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    shape = (world.size // group, group)
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    sizes = {"replicate": world.layout.of_a_weight // group, "shard": group, tensor.AXIS: world.layout.tensor}
+    axes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    return init_device_mesh(world.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
 
 def build_model(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
@@ -269,7 +273,10 @@ def build_sharded(config: Config, path: str, model_config, processor, world: Wor
         bare = Qwen2VLForConditionalGeneration(model_config)
         packed = model.pack_loss(bare, config, processor, world.device, kind)
     take_precision(packed, from_first_rank(lambda: precision_of(whole)))
-    shard(packed, dtype=dtype, **sharding_of(config, world))
+    mesh = make_mesh(config, world)
+    if isinstance(packed, tensor.TensorLoss):
+        tensor.split(packed, mesh[tensor.AXIS], config.sequence_parallel)
+    shard(packed, dtype=dtype, **sharding_of(config, mesh))
     for layer, following in pairwise(layers(packed.model)):
         layer.set_modules_to_forward_prefetch([following])
     packed.to_empty(device=world.device)
@@ -283,7 +290,13 @@ def build_sharded(config: Config, path: str, model_config, processor, world: Wor
 
 
 def kind_of_loss(world: World) -> type[PackedLoss]:
-    return context.ContextLoss if world.context_group else PackedLoss
+    """The forward pass of ranks that share a row: each way of sharing adds what it needs."""
+    kinds: list[type[PackedLoss]] = []
+    if world.layout.tensor > 1:
+        kinds.append(tensor.TensorLoss)
+    if world.layout.context > 1:
+        kinds.append(context.ContextLoss)
+    return type("SharedLoss", tuple(kinds), {}) if len(kinds) > 1 else [*kinds, PackedLoss][0]
 
 
 def precision_of(module: torch.nn.Module) -> dict[str, torch.dtype]:
@@ -308,13 +321,16 @@ def build_quantised(config: Config, path: str, model_config, processor, world: W
     packed = model.pack_loss(quantised, config, processor, world.device, kind_of_loss(world)).to(world.device)
     for parameter in trained_parameters(packed).values():
         dist.broadcast(parameter.data, src=0)
-    shard(packed, dtype=dtype, kept_whole=lora.frozen_parameters(packed), **sharding_of(config, world))
+    mesh = make_mesh(config, world)
+    shard(packed, dtype=dtype, kept_whole=lora.frozen_parameters(packed), **sharding_of(config, mesh))
     return packed
 
 
-def sharding_of(config: Config, world: World) -> dict:
-    """Over which ranks to shard, and whether a layer's weights are freed between its passes, which only ZeRO-3 does."""
-    return {"mesh": make_mesh(config, world), "reshard_after_forward": config.sharding == "full"}
+def sharding_of(config: Config, mesh: DeviceMesh) -> dict:
+    """Over which axes to shard, and whether a layer's weights are freed between its passes, which only ZeRO-3 does."""
+    assert mesh.mesh_dim_names
+    axes = tuple(name for name in mesh.mesh_dim_names if name != tensor.AXIS)
+    return {"mesh": mesh[axes], "reshard_after_forward": config.sharding == "full"}
 
 
 def drop_blank_gradients(packed: PackedLoss, visual_tokens: float) -> None:
@@ -335,7 +351,16 @@ class EvenPasses(Passes):
     def __init__(self, run_pass, model, optimizer, device, steps: Steps, stop, saver, config: Config) -> None:
         super().__init__(run_pass, model, optimizer, device, steps, stop, saver)
         self.config = config
-        self.averaged = Layout.of(config, dist.get_world_size()).of_a_weight  # ranks whose gradients become their mean
+        layout = Layout.of(config, dist.get_world_size())
+        self.averaged = layout.of_a_weight  # ranks whose gradients become their mean
+        self.counts = layout.place(dist.get_rank()).tensor == 0  # the ranks of a tensor group have the same loss
+
+    def run(self, step: int, micro_batches: Sequence[Batch], divisor: float) -> torch.Tensor:
+        """As Passes has it; where several ranks have the same loss, one gives it, since all are added up."""
+        loss_sum = super().run(step, micro_batches, divisor)
+        if isinstance(self.model, tensor.TensorLoss):
+            tensor.agree(self.model)
+        return loss_sum if self.counts else torch.zeros_like(loss_sum)
 
     def run_one(self, batch: Batch, divisor: float, is_last: bool) -> torch.Tensor:
         before_backward(self.model, self.config, is_last)

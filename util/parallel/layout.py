@@ -42,12 +42,17 @@ class Layout:
     def of(cls, config: ParallelSettings, ranks: int) -> "Layout":
         """Raises UserError where the sizes that were asked for do not divide the ranks."""
         context = config.context_parallel_size
-        if ranks % context:
+        tensor = config.tensor_parallel_size
+        of_a_row = context * tensor
+        if ranks % of_a_row:
+            sizes = {"--context_parallel_size": context, "--tensor_parallel_size": tensor}
+            asked = [f"{flag} {size}" for flag, size in sizes.items() if size > 1]
+            verb = "does" if len(asked) == 1 else "do"
             raise UserError(
-                f"--context_parallel_size {context} does not divide the {ranks} processes: start a multiple of "
-                f"{context} with ./finetune_distributed.sh"
+                f"{' times '.join(asked)} {verb} not divide the {ranks} processes: start a multiple of {of_a_row} "
+                "with ./finetune_distributed.sh"
             )
-        return cls(ranks // context, context=context)
+        return cls(ranks // of_a_row, context=context, tensor=tensor)
 
     @property
     def ranks(self) -> int:
@@ -91,4 +96,6 @@ class Layout:
         words = [f"{self.data} with samples of their own"]
         if self.context > 1:
             words.append(f"each row split over {self.context}")
+        if self.tensor > 1:
+            words.append(f"each matrix in {self.tensor} parts")
         return f"{self.ranks} processes: {', '.join(words)}"

@@ -21,20 +21,22 @@ def packed_batches(samples, micro_batches: Iterable[list[int]], collate: Callabl
     """As loader.packed_batches, for a rank of `world`: the batches, or this rank's shares of them."""
     if world.layout.of_a_row == 1:
         return loader.packed_batches(samples, micro_batches, collate, config, world.device)
-    return SharedBatches(samples, micro_batches, config, world)
+    return SharedBatches(samples, micro_batches, collate, config, world)
 
 
 class SharedBatches:
     """Iterates over this rank's shares of its group's batches. All ranks of the group must iterate together."""
 
-    def __init__(self, samples, micro_batches: Iterable[list[int]], config, world) -> None:
+    def __init__(self, samples, micro_batches: Iterable[list[int]], collate: Callable, config, world) -> None:
         self.world = world
         self.turn = world.row_ranks.index(world.rank)
         # Two of the same list: one that the loader reads ahead of time, one that says how many batches there are.
         self.planned, ahead = tee(micro_batches)
         mine = islice(ahead, self.turn, None, len(world.row_ranks))
+        # A batch whose parts are handed out has blank patches added in each part that has no picture.
+        collate = Collator() if world.layout.context > 1 else collate
         # Not pinned: what is read is only handed on. A share is pinned when it is there.
-        self.own = loader.packed_batches(samples, mine, Collator(), config, world.device, is_pinned=False)
+        self.own = loader.packed_batches(samples, mine, collate, config, world.device, is_pinned=False)
 
     def __iter__(self) -> Iterator[Batch]:
         ranks = self.world.row_ranks

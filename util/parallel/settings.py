@@ -4,7 +4,7 @@ Only the standard library is imported here, because settings are part of the com
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from util.command_line import setting
 
@@ -30,3 +30,38 @@ class ParallelSettings:
         least=1,
         harmless=True,
     )
+    tensor_parallel_size: int = setting(
+        1,
+        "keep a part of every matrix on each of this many ranks, for layers that one GPU cannot hold; must divide the "
+        "key-value heads",
+        group="many GPUs",
+        least=1,
+        harmless=True,
+    )
+    sequence_parallel: bool = setting(
+        False,
+        "between the matrices of --tensor_parallel_size, keep a part of the rows on each rank, too: less memory",
+        group="many GPUs",
+        harmless=True,
+    )
+
+
+def invalid_parallel_settings(config: Any) -> list[str]:
+    """A message for each setting that what several ranks share cannot be used with. `config`: a Config."""
+    found = []
+    size = config.tensor_parallel_size
+    if config.sequence_parallel and size == 1:
+        found.append("--sequence_parallel needs --tensor_parallel_size: it is about the rows between parts of matrices")
+    if size == 1:
+        return found
+    if config.lora_rank:
+        found.append(
+            f"--lora_rank {config.lora_rank} with --tensor_parallel_size {size}: adapters are not cut into parts. Frozen "
+            "weights need little memory on each rank with --sharding full; leave --tensor_parallel_size out"
+        )
+    if config.eval_samples:
+        found.append(
+            f"--eval_samples {config.eval_samples} with --tensor_parallel_size {size}: a rank answers with whole "
+            "weights, of which each has a part. Give --eval_samples 0, and test the model when it is trained"
+        )
+    return found
