@@ -45,6 +45,7 @@ def train(config: Config) -> str:
     dtype = choose_dtype(config.dtype, device)
     path = distributed.first_rank_first(find_model, config.model, device)
     model_config = load_config(path, config)
+    distributed.check_model(model_config, world)
     processor = load_processor(path, config)
     collate = distributed.EvenCollator()
     resumed = distributed.from_first_rank(resolve_resume, config, LATEST)
@@ -86,7 +87,7 @@ def train(config: Config) -> str:
     first = read_state(resumed)["step"] if resumed else 0
     batches = packed_batches(samples, steps.micro_batches(first), collate, config, world).begin()
 
-    model = distributed.build_model(config, path, model_config, processor, world)
+    model = distributed.build_model(config, path, model_config, processor, world, sizes)
     optimizer = build_optimizer(model, config, steps.survey.most)
     if resumed:
         load_checkpoint(resumed, model, optimizer)

@@ -12,7 +12,7 @@ from util.adapters.settings import ADAPTER_LEARNING_RATE, LoraSettings, TokenSet
 from util.command_line import UserError, out_of_range, parse, setting
 from util.cost.settings import MemorySettings, invalid_memory_settings
 from util.data.settings import CacheSettings, FetchSettings, SampleSettings
-from util.parallel.settings import ParallelSettings
+from util.parallel.settings import ParallelSettings, invalid_parallel_settings
 from util.publish.settings import (
     FinalSettings,
     HubSettings,
@@ -236,6 +236,7 @@ class Config(
         found += invalid_final_settings(self)
         found += missing_trackers(self)
         found += invalid_hub_settings(self)
+        found += invalid_parallel_settings(self)
         if found:
             raise UserError("\n".join(found))
 

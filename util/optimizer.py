@@ -27,7 +27,8 @@ def build_optimizer(model: nn.Module, config: Config, micro_batches: int = 1) ->
         if next(model.parameters()).device.type == "cpu":
             raise UserError(f"--optimizer {config.optimizer} needs a GPU; use --optimizer adamw")
         return small_adamw.BUILD[config.optimizer](groups)
-    if all(parameter.dtype == torch.bfloat16 for parameter in parameters_of(groups)):
+    trained = list(parameters_of(groups))
+    if trained and all(parameter.dtype == torch.bfloat16 for parameter in trained):
         return MixedAdamW(groups, updated_together(model), betas=(0.9, 0.999))
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
@@ -49,7 +50,8 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
             if chosen:
                 decay = config.weight_decay if decays else 0.0
                 groups.append({"params": chosen, "weight_decay": decay, "peak": rate, "lr": rate})
-    return groups
+    # a stage of a pipeline may have nothing that is trained
+    return groups or [{"params": [], "weight_decay": 0.0, "peak": config.learning_rate, "lr": config.learning_rate}]
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -117,7 +119,12 @@ def clip_gradient(model: nn.Module, optimizer: Any, max_norm: float) -> torch.Te
     The gradients of bf16 weights are not scaled here, where they would be rounded once more: the optimizer does so as
     it reads them. Their norm is added up in fp32.
     """
-    trained: list[Any] = [p for p in run_parameters(model).values() if p.grad is not None]
+    named = {name: p for name, p in run_parameters(model).items() if p.grad is not None}
+    trained: list[Any] = list(named.values())
+    if over_stages := getattr(model, "norm_over_stages", None):  # of a pipeline, other ranks have other layers
+        norm = over_stages(named)
+        torch.nn.utils.clip_grads_with_norm_(trained, max_norm or math.inf, norm)
+        return norm
     if not trained or trained[0].dtype != torch.bfloat16:
         norm = torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -6,9 +6,10 @@ moments over a DeviceMesh, and four settings of it are ZeRO 3, 2, 1 and plain da
 
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -26,13 +27,14 @@ from util.attention import Segments
 from util.collator import Batch, Collator, patch_positions
 from util.command_line import Ended, UserError
 from util.config import Config
+from util.cost import stages
 from util.cost.flops import training_flops
 from util.cost.sizes import Sizes
 from util.dataset import Sample
 from util.log import Run, SilentRun
 from util.loss import PackedLoss
 from util.model import choose_attention, choose_device, choose_dtype, layers, load_trainable, shard
-from util.parallel import context
+from util.parallel import context, pipeline
 from util.parallel.layout import Layout, Place
 from util.passes import Passes
 from util.steps import Dealing, Steps
@@ -53,6 +55,7 @@ class World:
     row_ranks: list[int] = None  # type: ignore[assignment]  # that work on the same samples, this one among them
     row_group: dist.ProcessGroup | None = None  # theirs, where there are others; on the CPU
     context_group: dist.ProcessGroup | None = None  # of the ranks that have the parts of the same rows
+    pipe: pipeline.Pipe | None = None  # its stage among others, where there are several
 
     def __post_init__(self) -> None:
         self.layout = self.layout or Layout(self.size)
@@ -118,6 +121,7 @@ def make_world(config: Config, device: torch.device) -> World:
         world.row_group, _ = dist.new_subgroups_by_enumeration(layout.row_groups(), backend="gloo")
     if layout.context > 1:
         world.context_group, _ = dist.new_subgroups_by_enumeration(layout.context_groups())
+    world.pipe = pipeline.Pipe.of(layout, rank)
     return world
 
 
@@ -125,8 +129,8 @@ def refuse_what_rows_cannot_share(config: Config, layout: Layout) -> None:
     """Raise UserError for settings that go by one rank for each row of samples."""
     if layout.of_a_row > 1 and config.cache_dir and "vision" in untrained_parts(config):
         raise UserError(
-            "--cache_dir keeps what a frozen vision tower gives for whole pictures of one rank, and with "
-            f"--context_parallel_size {layout.context} several ranks share them: leave --cache_dir out"
+            "--cache_dir keeps what a frozen vision tower gives for whole pictures of one rank, and of "
+            f"{layout.in_words()} several share them: leave --cache_dir out"
         )
 
 
@@ -166,15 +170,23 @@ def open_run(config: Config, resumed: Path | None, world: World):
     return run or SilentRun(Path(directory))
 
 
+def check_model(model_config, world: World) -> None:
+    """Raise UserError where the model cannot be split as the layout has it."""
+    stages.refuse_too_few_layers(model_config.text_config.num_hidden_layers, world.layout.pipeline)
+
+
 # ---- which rank trains which sample ---------------------------------------------------------------------------------
 
 
 def dealing(sizes: Sizes, config: Config, model_config, world: World) -> Dealing:
     """Deals the samples of each global batch to the ranks by their FLOPs; those that share a row are one.
 
-    A global batch holds the same samples on any number of ranks.
+    A global batch holds the same samples on any number of ranks. A pipeline gets at least twice as many rows as it has
+    stages: with fewer, its stages wait for each other most of the time.
     """
-    return Dealing(training_flops(model_config, [sizes.columns()], config), world.place.data, world.layout.data)
+    costs = training_flops(model_config, [sizes.columns()], config)
+    rows = 2 * world.layout.pipeline if world.pipe else 1
+    return Dealing(costs, world.place.data, world.layout.data, rows)
 
 
 def refuse_idle_ranks(steps: Steps, config: Config, world: World) -> None:
@@ -220,29 +232,36 @@ class EvenCollator(Collator):
 
 def shard_group(config: Config, world: World) -> int:
     """How many ranks share one copy of the weights. Raises UserError where that does not divide the ranks."""
-    group = config.shard_group_size or world.size
+    ranks = world.layout.of_a_weight
+    group = config.shard_group_size or ranks
     if config.sharding == "none":
         group = 1
-    if world.size % group:
-        raise UserError(f"--shard_group_size {group} does not divide the {world.size} processes")
+    if ranks % group:
+        which = "" if ranks == world.size else " that have the same weights"
+        raise UserError(f"--shard_group_size {group} does not divide the {ranks} processes{which}")
     return group
 
 
 def make_mesh(config: Config, world: World) -> DeviceMesh:
-    """(ranks,) to shard over all; (replicas, group) to shard inside groups of `--shard_group_size` ranks."""
+    """All ranks by axes: `shard`, over which weights are sharded, and around it those that have more than one rank:
+    `replicate`, of groups of `--shard_group_size` ranks, and outermost `pipeline`."""
     group = shard_group(config, world)
-    if group == world.size:
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    shape = (world.size // group, group)
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    sizes = {"pipeline": world.layout.pipeline, "replicate": world.layout.of_a_weight // group, "shard": group}
+    axes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    return init_device_mesh(world.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
 
-def build_model(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
-    """As model.build_model does, but sharded over the ranks."""
+def build_model(
+    config: Config, path: str, model_config, processor, world: World, sizes: Sizes | None = None
+) -> PackedLoss:
+    """As model.build_model does, but sharded over the ranks. `sizes`: of the training data, by whose work a model is
+    cut into stages."""
     if world.size == 1:
         return model.build_model(config, path, processor, world.device)
-    build = build_sharded if config.quantize == "none" else build_quantised
-    packed = build(config, path, model_config, processor, world)
+    if config.quantize != "none":
+        packed = build_quantised(config, path, model_config, processor, world)
+    else:
+        packed = build_sharded(config, path, model_config, processor, world, sizes)
     if world.context_group:
         dtype = choose_dtype(config.dtype, world.device)
         context.split_attention(packed, choose_attention(config.attention, world.device, dtype), world.context_group)
@@ -252,10 +271,13 @@ def build_model(config: Config, path: str, model_config, processor, world: World
     return packed.train()
 
 
-def build_sharded(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
+def build_sharded(
+    config: Config, path: str, model_config, processor, world: World, sizes: Sizes | None = None
+) -> PackedLoss:
     """Rank 0 alone reads the weights; the others begin without memory for them."""
     dtype = choose_dtype(config.dtype, world.device)
     kind = kind_of_loss(world)
+    whole = None
     if world.is_first:
         read = load_trainable(config, path, torch.device("cpu"))
         whole = model.pack_loss(read, config, processor, world.device, kind)
@@ -263,21 +285,34 @@ def build_sharded(config: Config, path: str, model_config, processor, world: Wor
         bare = Qwen2VLForConditionalGeneration(model_config)
         packed = model.pack_loss(bare, config, processor, world.device, kind)
     take_precision(packed, from_first_rank(lambda: precision_of(whole)))
+    if world.pipe:
+        assert isinstance(packed, pipeline.StageLoss)
+        assert sizes is not None
+        pipeline.cut(packed, world.pipe, stages.stages_of(model_config, config, sizes)[world.pipe.index].layers)
     shard(packed, dtype=dtype, **sharding_of(config, world))
     for layer, following in pairwise(layers(packed.model)):
         layer.set_modules_to_forward_prefetch([following])
     packed.to_empty(device=world.device)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(packed, whole.state_dict() if world.is_first else {}, options=options)
+    if world.pipe:
+        pipeline.hand_out(packed, whole, world.device)
+    else:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(packed, whole.state_dict() if whole else {}, options=options)
     for name, buffer in packed.named_buffers():  # constants that no checkpoint holds, such as the rotary frequencies
-        if world.is_first:
+        if whole:
             buffer.copy_(whole.get_buffer(name))
         dist.broadcast(buffer, src=0)
     return packed
 
 
 def kind_of_loss(world: World) -> type[PackedLoss]:
-    return context.ContextLoss if world.context_group else PackedLoss
+    """The forward pass of ranks that share a row: each way of sharing adds what it needs."""
+    kinds: list[type[PackedLoss]] = []
+    if world.layout.pipeline > 1:
+        kinds.append(pipeline.StageLoss)
+    if world.layout.context > 1:
+        kinds.append(context.ContextLoss)
+    return type("SharedLoss", tuple(kinds), {}) if len(kinds) > 1 else [*kinds, PackedLoss][0]
 
 
 def precision_of(module: torch.nn.Module) -> dict[str, torch.dtype]:
@@ -308,7 +343,10 @@ def build_quantised(config: Config, path: str, model_config, processor, world: W
 
 def sharding_of(config: Config, world: World) -> dict:
     """Over which ranks to shard, and whether a layer's weights are freed between its passes, which only ZeRO-3 does."""
-    return {"mesh": make_mesh(config, world), "reshard_after_forward": config.sharding == "full"}
+    mesh = make_mesh(config, world)
+    assert mesh.mesh_dim_names
+    axes = tuple(name for name in mesh.mesh_dim_names if name != "pipeline")
+    return {"mesh": mesh[axes], "reshard_after_forward": config.sharding == "full"}
 
 
 def drop_blank_gradients(packed: PackedLoss, visual_tokens: float) -> None:
@@ -330,6 +368,15 @@ class EvenPasses(Passes):
         super().__init__(run_pass, model, optimizer, device, steps, stop, saver)
         self.config = config
         self.averaged = Layout.of(config, dist.get_world_size()).of_a_weight  # ranks whose gradients become their mean
+
+    def attempt(self, micro_batches: Sequence[Batch], divisor: float) -> torch.Tensor | None:
+        """As Passes has it, one micro-batch after the other; in a pipeline several are under way."""
+        if not isinstance(self.model, pipeline.StageLoss):
+            return super().attempt(micro_batches, divisor)
+        prepare = partial(before_backward, self.model, self.config)
+        loss_sum = pipeline.one_forward_one_backward(self.model, micro_batches, divisor / self.averaged, prepare)
+        self.model.add_tied_gradients()
+        return loss_sum
 
     def run_one(self, batch: Batch, divisor: float, is_last: bool) -> torch.Tensor:
         before_backward(self.model, self.config, is_last)
