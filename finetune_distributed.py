@@ -87,7 +87,7 @@ def train(config: Config) -> str:
     first = read_state(resumed)["step"] if resumed else 0
     batches = packed_batches(samples, steps.micro_batches(first), collate, config, world).begin()
 
-    model = distributed.build_model(config, path, model_config, processor, world)
+    model = distributed.build_model(config, path, model_config, processor, world, sizes)
     optimizer = build_optimizer(model, config, steps.survey.most)
     if resumed:
         load_checkpoint(resumed, model, optimizer)

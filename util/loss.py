@@ -53,6 +53,10 @@ class PackedLoss(nn.Module):
         self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
         self.register_buffer("pixel_shift", -mean / std, persistent=False)
 
+    def whole_form(self) -> Any:
+        """The model with all its modules, as it is written: of its weights only the names count."""
+        return self.model
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """The cross-entropies of all supervised tokens, each times its weight, summed up: a scalar in fp32 (fp64 where
         the model's weights are)."""
@@ -85,14 +89,19 @@ class PackedLoss(nn.Module):
 
     def supervised_rows(self, batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
         """Embeddings (T, D) -> the hidden states (S, D) whose next token is supervised: the head sees no other row."""
+        hidden = self.decode(batch, embeddings)
+        # A prompt's tokens have no target: the head, 152,000 logits wide, skips them.
+        supervised = hidden.index_select(0, batch.supervised_index)
+        # the norm works row by row, so the others can do without
+        return rms_norm(self.model.model.language_model.norm, supervised)
+
+    def decode(self, batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
+        """The decoder layers: (T, D) -> (T, D)."""
         language_model = self.model.model.language_model
         hidden = embeddings  # (T, D)
         cos, sin = language_model.rotary_emb(hidden, batch.position_ids[:, None])  # (1, T, width of a head) each
         # transformers' own model would build a mask of T x T; these layers take where each sample begins and ends.
-        hidden = self.run_layers(language_model.layers, hidden, (cos[0], sin[0]), batch.segments)
-        # A prompt's tokens have no target: the head, 152,000 logits wide, skips them.
-        supervised = hidden.index_select(0, batch.supervised_index)
-        return rms_norm(language_model.norm, supervised)  # the norm works row by row, so the others can do without
+        return self.run_layers(language_model.layers, hidden, (cos[0], sin[0]), batch.segments)
 
     def embed(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
         """The row's embeddings (T, D), visual tokens in their places; `visual` (V, D) where they are known already."""

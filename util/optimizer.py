@@ -28,7 +28,8 @@ def build_optimizer(model: nn.Module, config: Config, micro_batches: int = 1) ->
         if next(model.parameters()).device.type == "cpu":
             raise UserError(f"--optimizer {config.optimizer} needs a GPU; use --optimizer adamw")
         return small_adamw.BUILD[config.optimizer](groups)
-    if all(parameter.dtype == torch.bfloat16 for parameter in parameters_of(groups)):
+    trained = list(parameters_of(groups))
+    if trained and all(parameter.dtype == torch.bfloat16 for parameter in trained):
         return MixedAdamW(groups, updated_together(model), betas=(0.9, 0.999))
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
@@ -50,7 +51,8 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
             if chosen:
                 decay = config.weight_decay if decays else 0.0
                 groups.append({"params": chosen, "weight_decay": decay, "peak": rate, "lr": rate})
-    return groups
+    # a stage of a pipeline may have nothing that is trained
+    return groups or [{"params": [], "weight_decay": 0.0, "peak": config.learning_rate, "lr": config.learning_rate}]
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -128,9 +130,13 @@ def clip_gradient(model: nn.Module, optimizer: Any, max_norm: float) -> torch.Te
     The gradients of bf16 weights are not scaled here, where they would be rounded once more: the optimizer does so as
     it reads them. Their norm is added up in fp32.
     """
-    trained: list[Any] = [p for p in run_parameters(model).values() if p.grad is not None]
-    if not trained or trained[0].dtype != torch.bfloat16:
-        return clip_wide(trained, max_norm or math.inf)
+    named = {name: p for name, p in run_parameters(model).items() if p.grad is not None}
+    trained: list[Any] = list(named.values())
+    over_stages = getattr(model, "norm_over_stages", None)  # of a pipeline, other ranks have other layers
+    if over_stages or not trained or trained[0].dtype != torch.bfloat16:
+        norm = over_stages(named) if over_stages else total_norm([p.grad for p in trained])
+        scale_gradients(trained, max_norm or math.inf, norm)
+        return norm
     norms = torch._foreach_norm([p.grad for p in trained], 2, dtype=torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(norms))
     optimizer.gradient_factor = None
@@ -139,23 +145,27 @@ def clip_gradient(model: nn.Module, optimizer: Any, max_norm: float) -> torch.Te
     return norm
 
 
-def clip_wide(trained: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """As torch.nn.utils.clip_grad_norm_, also for gradients on several meshes, which that refuses (pytorch#180346).
+def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The norm of all gradients, also of those on several meshes, which torch's own refuses (pytorch#180346).
 
     Each mesh's norm is that of all its ranks, in which an element that several of them have counts once.
     """
+    by_mesh: dict[Any, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        by_mesh.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
+    norms = [whole_norm(torch.nn.utils.get_total_norm(some)) for some in by_mesh.values()]
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def scale_gradients(trained: Sequence[nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
+    """Scale gradients whose norm is `norm` to at most `max_norm`, those of each mesh together."""
     by_mesh: dict[Any, list[nn.Parameter]] = {}
     for parameter in trained:
         by_mesh.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
-    if len(by_mesh) <= 1:
-        return whole_norm(torch.nn.utils.clip_grad_norm_(trained, max_norm))
-    norms = []
-    for parameters in by_mesh.values():
-        norms.append(whole_norm(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])))
-    norm = torch.linalg.vector_norm(torch.stack(norms))
     for parameters in by_mesh.values():
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
 
 
 def whole_norm(norm: Any) -> torch.Tensor:

@@ -20,7 +20,8 @@ from util.cost.sizes import Sizes
 from util.dataset import Examples
 
 BLOCK = 2**16  # samples planned at a time
-SPLITS = ("context_parallel_size", "tensor_parallel_size")  # settings that say over how many ranks something is split
+# settings that say over how many ranks something is split
+SPLITS = ("pipeline_parallel_size", "context_parallel_size", "tensor_parallel_size")
 
 Load = tuple[int, int, int]  # tokens, patches and supervised tokens of a micro-batch
 
@@ -50,6 +51,7 @@ class Dealing:
     costs: np.ndarray | None = None
     rank: int = 0
     ranks: int = 1
+    rows: int = 1  # micro-batches that a step is dealt to at least, where it has as many samples; from 2 on by cost
 
 
 @dataclass
@@ -162,7 +164,12 @@ class Steps:
         samples, there, tokens, hands = (
             np.take_along_axis(column, longest_first, axis=1) for column in (samples, there, tokens, hands)
         )
-        rows = first_fit(tokens, there, hands, dealing.ranks, config.max_tokens, config.micro_batch_size)
+        limits = config.max_tokens, config.micro_batch_size
+        if dealing.costs is not None and dealing.rows > 1:
+            costs = np.where(there, dealing.costs[samples], 0.0)
+            rows = even_rows(costs, tokens, there, hands, dealing.ranks, dealing.rows, *limits)
+        else:
+            rows = first_fit(tokens, there, hands, dealing.ranks, *limits)
         return Block(samples, there, hands, rows)
 
     def _survey(self) -> "Survey":
@@ -247,6 +254,48 @@ def first_fit(
             wider = ((0, 0), (0, 0), (0, used.shape[2]))
             used = np.pad(used, wider)
             members = np.pad(members, wider)
+    return rows
+
+
+def even_rows(
+    costs: np.ndarray,
+    tokens: np.ndarray,
+    there: np.ndarray,
+    hands: np.ndarray,
+    ranks: int,
+    least: int,
+    max_tokens: int,
+    micro_batch_size: int | None,
+) -> np.ndarray:
+    """Deal the samples of each step, costs and tokens (N, G), to micro-batches (N, G) of equal cost of their ranks.
+
+    The costliest first, each to that of `least` micro-batches which costs least so far and has room; where none has,
+    to a further one. First-fit fills the first ones and leaves little for the last, behind which stages of a pipeline
+    would wait.
+    """
+    steps = np.arange(len(tokens))
+    loads = np.zeros((len(tokens), ranks, least))
+    used = np.zeros(loads.shape, dtype=np.int64)  # tokens of each micro-batch
+    members = np.zeros_like(used)
+    rows = np.zeros(tokens.shape, dtype=np.int64)
+    for column in np.argsort(-costs, axis=1, kind="stable").T:
+        if members[:, :, -1].any():  # a further one may be needed
+            wider = ((0, 0), (0, 0), (0, 1))
+            loads = np.pad(loads, wider)
+            used = np.pad(used, wider)
+            members = np.pad(members, wider)
+        hand = hands[steps, column]
+        beside = members[steps, hand]  # (N, micro-batches)
+        own_tokens = tokens[steps, column]
+        fits = used[steps, hand] + own_tokens[:, None] <= max_tokens
+        fits &= beside < (micro_batch_size or tokens.shape[1])
+        further = (np.arange(fits.shape[1]) >= least) & (beside == 0)
+        key = np.where(fits | (beside == 0), loads[steps, hand], np.inf)
+        row = np.where(further, np.finfo(float).max, key).argmin(axis=1)
+        rows[steps, column] = row
+        loads[steps, hand, row] += costs[steps, column]
+        used[steps, hand, row] += own_tokens
+        members[steps, hand, row] += there[steps, column]
     return rows
 
 

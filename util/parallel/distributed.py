@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -26,13 +27,14 @@ from util.attention import Segments
 from util.collator import Batch, Collator, patch_positions
 from util.command_line import Ended, UserError
 from util.config import Config
+from util.cost import stages
 from util.cost.flops import training_flops
 from util.cost.sizes import Sizes
 from util.dataset import Sample
 from util.log import Run, SilentRun
 from util.loss import PackedLoss
 from util.model import choose_attention, choose_device, choose_dtype, layers, load_trainable, shard
-from util.parallel import context, tensor
+from util.parallel import context, pipeline, tensor
 from util.parallel.layout import Layout, Place
 from util.passes import Passes
 from util.steps import Dealing, Steps
@@ -53,6 +55,7 @@ class World:
     row_ranks: list[int] = None  # type: ignore[assignment]  # that work on the same samples, this one among them
     row_group: dist.ProcessGroup | None = None  # theirs, where there are others; on the CPU
     context_group: dist.ProcessGroup | None = None  # of the ranks that have the parts of the same rows
+    pipe: pipeline.Pipe | None = None  # its stage among others, where there are several
 
     def __post_init__(self) -> None:
         self.layout = self.layout or Layout(self.size)
@@ -118,6 +121,7 @@ def make_world(config: Config, device: torch.device) -> World:
         world.row_group, _ = dist.new_subgroups_by_enumeration(layout.row_groups(), backend="gloo")
     if layout.context > 1:
         world.context_group, _ = dist.new_subgroups_by_enumeration(layout.context_groups())
+    world.pipe = pipeline.Pipe.of(layout, rank)
     return world
 
 
@@ -172,6 +176,7 @@ def check_model(model_config, world: World) -> None:
         context.check_sizes(model_config, world.layout.context)
     if world.layout.tensor > 1:
         tensor.check_sizes(model_config, world.layout.tensor)
+    stages.refuse_too_few_layers(model_config.text_config.num_hidden_layers, world.layout.pipeline)
 
 
 # ---- which rank trains which sample ---------------------------------------------------------------------------------
@@ -180,9 +185,12 @@ def check_model(model_config, world: World) -> None:
 def dealing(sizes: Sizes, config: Config, model_config, world: World) -> Dealing:
     """Deals the samples of each global batch to the ranks by their FLOPs; those that share a row are one.
 
-    A global batch holds the same samples on any number of ranks.
+    A global batch holds the same samples on any number of ranks. A pipeline gets at least twice as many rows as it has
+    stages: with fewer, its stages wait for each other most of the time.
     """
-    return Dealing(training_flops(model_config, [sizes.columns()], config), world.place.data, world.layout.data)
+    costs = training_flops(model_config, [sizes.columns()], config)
+    rows = 2 * world.layout.pipeline if world.pipe else 1
+    return Dealing(costs, world.place.data, world.layout.data, rows)
 
 
 def refuse_idle_ranks(steps: Steps, config: Config, world: World) -> None:
@@ -240,19 +248,26 @@ def shard_group(config: Config, world: World) -> int:
 
 def make_mesh(config: Config, world: World) -> DeviceMesh:
     """All ranks by axes: `shard`, over which weights are sharded, and around it those that have more than one rank:
-    outside `replicate`, of groups of `--shard_group_size` ranks, and inside `tensor`."""
+    outside `pipeline` and, of groups of `--shard_group_size` ranks, `replicate`; inside `tensor`."""
     group = shard_group(config, world)
-    sizes = {"replicate": world.layout.of_a_weight // group, "shard": group, tensor.AXIS: world.layout.tensor}
+    layout = world.layout
+    sizes = {"pipeline": layout.pipeline, "replicate": layout.of_a_weight // group, "shard": group}
+    sizes[tensor.AXIS] = layout.tensor
     axes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
     return init_device_mesh(world.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
 
-def build_model(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
-    """As model.build_model does, but sharded over the ranks."""
+def build_model(
+    config: Config, path: str, model_config, processor, world: World, sizes: Sizes | None = None
+) -> PackedLoss:
+    """As model.build_model does, but sharded over the ranks. `sizes`: of the training data, by whose work a model is
+    cut into stages."""
     if world.size == 1:
         return model.build_model(config, path, processor, world.device)
-    build = build_sharded if config.quantize == "none" else build_quantised
-    packed = build(config, path, model_config, processor, world)
+    if config.quantize != "none":
+        packed = build_quantised(config, path, model_config, processor, world)
+    else:
+        packed = build_sharded(config, path, model_config, processor, world, sizes)
     if world.context_group:
         dtype = choose_dtype(config.dtype, world.device)
         context.split_attention(packed, choose_attention(config.attention, world.device, dtype), world.context_group)
@@ -262,10 +277,13 @@ def build_model(config: Config, path: str, model_config, processor, world: World
     return packed.train()
 
 
-def build_sharded(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
+def build_sharded(
+    config: Config, path: str, model_config, processor, world: World, sizes: Sizes | None = None
+) -> PackedLoss:
     """Rank 0 alone reads the weights; the others begin without memory for them."""
     dtype = choose_dtype(config.dtype, world.device)
     kind = kind_of_loss(world)
+    whole = None
     if world.is_first:
         read = load_trainable(config, path, torch.device("cpu"))
         whole = model.pack_loss(read, config, processor, world.device, kind)
@@ -274,16 +292,23 @@ def build_sharded(config: Config, path: str, model_config, processor, world: Wor
         packed = model.pack_loss(bare, config, processor, world.device, kind)
     take_precision(packed, from_first_rank(lambda: precision_of(whole)))
     mesh = make_mesh(config, world)
+    if world.pipe:
+        assert isinstance(packed, pipeline.StageLoss)
+        assert sizes is not None
+        pipeline.cut(packed, world.pipe, stages.stages_of(model_config, config, sizes)[world.pipe.index].layers)
     if isinstance(packed, tensor.TensorLoss):
         tensor.split(packed, mesh[tensor.AXIS], config.sequence_parallel)
     shard(packed, dtype=dtype, **sharding_of(config, mesh))
     for layer, following in pairwise(layers(packed.model)):
         layer.set_modules_to_forward_prefetch([following])
     packed.to_empty(device=world.device)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(packed, whole.state_dict() if world.is_first else {}, options=options)
+    if world.pipe:
+        pipeline.hand_out(packed, whole, world.device)
+    else:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(packed, whole.state_dict() if whole else {}, options=options)
     for name, buffer in packed.named_buffers():  # constants that no checkpoint holds, such as the rotary frequencies
-        if world.is_first:
+        if whole:
             buffer.copy_(whole.get_buffer(name))
         dist.broadcast(buffer, src=0)
     return packed
@@ -292,6 +317,8 @@ def build_sharded(config: Config, path: str, model_config, processor, world: Wor
 def kind_of_loss(world: World) -> type[PackedLoss]:
     """The forward pass of ranks that share a row: each way of sharing adds what it needs."""
     kinds: list[type[PackedLoss]] = []
+    if world.layout.pipeline > 1:
+        kinds.append(pipeline.StageLoss)
     if world.layout.tensor > 1:
         kinds.append(tensor.TensorLoss)
     if world.layout.context > 1:
@@ -310,8 +337,8 @@ def take_precision(bare: torch.nn.Module, precision: dict[str, torch.dtype]) -> 
     `module.to(dtype)` would cast the buffers, too: with rotary frequencies in bf16 the angles of a long row are wrong
     by whole radians.
     """
-    for name, tensor in [*bare.named_parameters(), *bare.named_buffers()]:
-        tensor.data = tensor.data.to(precision[name])
+    for name, held in [*bare.named_parameters(), *bare.named_buffers()]:
+        held.data = held.data.to(precision[name])
 
 
 def build_quantised(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
@@ -329,7 +356,7 @@ def build_quantised(config: Config, path: str, model_config, processor, world: W
 def sharding_of(config: Config, mesh: DeviceMesh) -> dict:
     """Over which axes to shard, and whether a layer's weights are freed between its passes, which only ZeRO-3 does."""
     assert mesh.mesh_dim_names
-    axes = tuple(name for name in mesh.mesh_dim_names if name != tensor.AXIS)
+    axes = tuple(name for name in mesh.mesh_dim_names if name not in ("pipeline", tensor.AXIS))
     return {"mesh": mesh[axes], "reshard_after_forward": config.sharding == "full"}
 
 
@@ -361,6 +388,15 @@ class EvenPasses(Passes):
         if isinstance(self.model, tensor.TensorLoss):
             tensor.agree(self.model)
         return loss_sum if self.counts else torch.zeros_like(loss_sum)
+
+    def attempt(self, micro_batches: Sequence[Batch], divisor: float) -> torch.Tensor | None:
+        """As Passes has it, one micro-batch after the other; in a pipeline several are under way."""
+        if not isinstance(self.model, pipeline.StageLoss):
+            return super().attempt(micro_batches, divisor)
+        prepare = partial(before_backward, self.model, self.config)
+        loss_sum = pipeline.one_forward_one_backward(self.model, micro_batches, divisor / self.averaged, prepare)
+        self.model.add_tied_gradients()
+        return loss_sum
 
     def run_one(self, batch: Batch, divisor: float, is_last: bool) -> torch.Tensor:
         before_backward(self.model, self.config, is_last)

@@ -157,8 +157,10 @@ class Watch:
             "compute_seconds_by_rank": [round(value, 4) for value in computing],
             "data_seconds_by_rank": [round(value, 4) for value in waiting],
         })  # fmt: skip
-        for text in name_slow_ranks(computing, work, waiting, self.step_seconds):
-            self.run.say(f"step {self.number}: {text}")
+        for ranks in self.world.layout.weight_groups():  # other stages have other work for the same samples
+            of_ranks = [[values[rank] for rank in ranks] for values in (computing, work, waiting)]
+            for text in name_slow_ranks(*of_ranks, self.step_seconds, ranks):
+                self.run.say(f"step {self.number}: {text}")
         self.work = self.data_seconds = self.step_seconds = 0.0
         self.marks.clear()
 
@@ -193,25 +195,28 @@ class Watch:
         os._exit(1)
 
 
-def name_slow_ranks(computing: list[float], work: list[float], waiting: list[float], step_seconds: float) -> list[str]:
+def name_slow_ranks(
+    computing: list[float], work: list[float], waiting: list[float], step_seconds: float, ranks: list[int] | None = None
+) -> list[str]:
     """A line for each rank that, against the median rank, computes slowly for its work or waits long for its data.
 
     computing and waiting: seconds by rank; work: FLOPs by rank; step_seconds: what the measured steps took together.
+    `ranks`: the numbers of those that are compared; None: all, counted from 0.
     """
+    ranks = ranks or list(range(len(work)))
     rates = {}  # seconds per FLOP of the ranks that had work
-    for rank, (seconds, flops) in enumerate(zip(computing, work, strict=True)):
+    for place, (seconds, flops) in enumerate(zip(computing, work, strict=True)):
         if flops:
-            rates[rank] = seconds / flops
+            rates[place] = seconds / flops
     lines = []
     if rates:
         usual = statistics.median_low(rates.values())
-        for rank, rate in rates.items():
+        for place, rate in rates.items():
             if rate > SLOW * usual:
-                own = computing[rank]
-                others = usual * work[rank]
-                lines.append(f"rank {rank} is slow: {own:.2f} s of computing for what takes the others {others:.2f} s")
+                own = f"rank {ranks[place]} is slow: {computing[place]:.2f} s of computing"
+                lines.append(f"{own} for what takes the others {usual * work[place]:.2f} s")
     usual = statistics.median_low(waiting)
-    for rank, seconds in enumerate(waiting):
+    for rank, seconds in zip(ranks, waiting, strict=True):
         if seconds - usual > STARVED * step_seconds:
             lines.append(f"rank {rank} waits for its data: {seconds:.2f} s, the others {usual:.2f} s (--num_workers)")
     return lines

@@ -13,7 +13,8 @@ Neighbours along the innermost axis are on one machine, where ranks talk fastest
 sharded; what differs along pipeline and tensor are the weights themselves.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from util.command_line import UserError
 from util.parallel.settings import ParallelSettings
@@ -41,18 +42,17 @@ class Layout:
     @classmethod
     def of(cls, config: ParallelSettings, ranks: int) -> "Layout":
         """Raises UserError where the sizes that were asked for do not divide the ranks."""
-        context = config.context_parallel_size
-        tensor = config.tensor_parallel_size
-        of_a_row = context * tensor
-        if ranks % of_a_row:
-            sizes = {"--context_parallel_size": context, "--tensor_parallel_size": tensor}
-            asked = [f"{flag} {size}" for flag, size in sizes.items() if size > 1]
-            verb = "does" if len(asked) == 1 else "do"
+        names = ("pipeline_parallel_size", "context_parallel_size", "tensor_parallel_size")
+        sizes = {name: getattr(config, name) for name in names}
+        asked = [f"--{name} {size}" for name, size in sizes.items() if size > 1]
+        together = math.prod(sizes.values())
+        if ranks % together:
+            do = "does" if len(asked) == 1 else "do"
             raise UserError(
-                f"{' times '.join(asked)} {verb} not divide the {ranks} processes: start a multiple of {of_a_row} "
-                "with ./finetune_distributed.sh"
+                f"{' times '.join(asked)} {do} not divide the {ranks} processes: start a multiple of {together} with "
+                "./finetune_distributed.sh"
             )
-        return cls(ranks // of_a_row, context=context, tensor=tensor)
+        return cls(ranks // together, *sizes.values())  # in the order of the fields
 
     @property
     def ranks(self) -> int:
@@ -76,17 +76,26 @@ class Layout:
 
     def row_groups(self) -> list[list[int]]:
         """The ranks that work on the same samples, for each place on the data axis."""
-        groups: list[list[int]] = [[] for _ in range(self.data)]
-        for rank in range(self.ranks):
-            groups[self.place(rank).data].append(rank)
-        return groups
+        return self.groups_along("pipeline", "context", "tensor")
 
     def context_groups(self) -> list[list[int]]:
         """The ranks that have the parts of the same rows."""
-        groups: dict[tuple, list[int]] = {}
+        return self.groups_along("context")
+
+    def pipelines(self) -> list[list[int]]:
+        """The ranks of all stages, the first one first, through which the same part of the same rows passes."""
+        return self.groups_along("pipeline")
+
+    def weight_groups(self) -> list[list[int]]:
+        """The ranks that compute with the same weights."""
+        return self.groups_along("data", "context")
+
+    def groups_along(self, *axes: str) -> list[list[int]]:
+        """The ranks that stand alike on all other axes, in their order, for each place on those."""
+        groups: dict[Place, list[int]] = {}
         for rank in range(self.ranks):
-            place = self.place(rank)
-            groups.setdefault((place.pipeline, place.data, place.tensor), []).append(rank)
+            elsewhere = replace(self.place(rank), **dict.fromkeys(axes, 0))
+            groups.setdefault(elsewhere, []).append(rank)
         return list(groups.values())
 
     def in_words(self) -> str:
@@ -94,6 +103,8 @@ class Layout:
         if self.of_a_row == 1:
             return ""
         words = [f"{self.data} with samples of their own"]
+        if self.pipeline > 1:
+            words.append(f"each row through {self.pipeline} stages")
         if self.context > 1:
             words.append(f"each row split over {self.context}")
         if self.tensor > 1:

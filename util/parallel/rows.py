@@ -2,7 +2,7 @@
 
 So each file is decoded once, and whether a sample is skipped is decided once. Reading takes turns: of the batches of a
 row group its first rank reads the first, the second rank the second, and so on, each ahead of time in data workers of
-its own.
+its own. Of a pipeline the ranks of the first stage alone read, as only these need pixels.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ from itertools import chain, islice, tee
 
 import torch.distributed as dist
 
-from util.collator import Batch, Collator
+from util.collator import Batch, Collator, tower_segments
 from util.data import loader
 from util.guard import unread_batch
 from util.parallel import context
@@ -29,17 +29,19 @@ class SharedBatches:
 
     def __init__(self, samples, micro_batches: Iterable[list[int]], collate: Callable, config, world) -> None:
         self.world = world
-        self.turn = world.row_ranks.index(world.rank)
+        self.readers = [rank for rank in world.row_ranks if world.layout.place(rank).pipeline == 0]
         # Two of the same list: one that the loader reads ahead of time, one that says how many batches there are.
         self.planned, ahead = tee(micro_batches)
-        mine = islice(ahead, self.turn, None, len(world.row_ranks))
-        # A batch whose parts are handed out has blank patches added in each part that has no picture.
-        collate = Collator() if world.layout.context > 1 else collate
-        # Not pinned: what is read is only handed on. A share is pinned when it is there.
-        self.own = loader.packed_batches(samples, mine, collate, config, world.device, is_pinned=False)
+        self.own: Iterable[Batch] = ()
+        if world.rank in self.readers:
+            mine = islice(ahead, self.readers.index(world.rank), None, len(self.readers))
+            # A batch whose parts are handed out has blank patches added in each part that has no picture.
+            collate = Collator() if world.layout.context > 1 else collate
+            # Not pinned: what is read is only handed on. A share is pinned when it is there.
+            self.own = loader.packed_batches(samples, mine, collate, config, world.device, is_pinned=False)
 
     def __iter__(self) -> Iterator[Batch]:
-        ranks = self.world.row_ranks
+        ranks = self.readers
         own = iter(self.own)
         for number, _ in enumerate(self.planned):
             yield self.hand_on(own, ranks[number % len(ranks)])
@@ -78,7 +80,20 @@ def shares_of(batch: Batch, world) -> list[Batch]:
     uncounted = dict.fromkeys(batch.counts, 0)
     found = []
     for place in map(world.layout.place, world.row_ranks):
-        share = shares[place.context]
+        share = shares[place.context] if place.pipeline == 0 else without_pictures(shares[place.context])
         is_first = not found
         found.append(replace(share, counts=batch.counts if is_first else uncounted))
     return found
+
+
+def without_pictures(batch: Batch) -> Batch:
+    """A share for a later stage of a pipeline, which the visual tokens reach as hidden states."""
+    return replace(
+        batch,
+        image_patches=batch.image_patches[:0],
+        video_patches=batch.video_patches[:0],
+        grid_thw=batch.grid_thw[:0],
+        vision_position_ids=batch.vision_position_ids[:0],
+        vision_segments=tower_segments([]),
+        visual_index=batch.visual_index[:0],
+    )

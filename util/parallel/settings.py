@@ -23,6 +23,13 @@ class ParallelSettings:
         least=1,
         harmless=True,
     )
+    pipeline_parallel_size: int = setting(
+        1,
+        "cut the layers into this many stages, one a rank, through which all rows pass (1F1B)",
+        group="many GPUs",
+        least=1,
+        harmless=True,
+    )
     context_parallel_size: int = setting(
         1,
         "split each packed row over this many ranks (sequence parallelism), for samples that one GPU cannot hold",
@@ -46,22 +53,28 @@ class ParallelSettings:
     )
 
 
+# what of a model is cut by which setting, so that a rank has not all of it
+CUTS = {
+    "pipeline_parallel_size": ("stages", "all layers, of which each has some"),
+    "tensor_parallel_size": ("parts", "whole weights, of which each has a part"),
+}
+
+
 def invalid_parallel_settings(config: Any) -> list[str]:
     """A message for each setting that what several ranks share cannot be used with. `config`: a Config."""
     found = []
-    size = config.tensor_parallel_size
-    if config.sequence_parallel and size == 1:
+    if config.sequence_parallel and config.tensor_parallel_size == 1:
         found.append("--sequence_parallel needs --tensor_parallel_size: it is about the rows between parts of matrices")
-    if size == 1:
-        return found
-    if config.lora_rank:
-        found.append(
-            f"--lora_rank {config.lora_rank} with --tensor_parallel_size {size}: adapters are not cut into parts. Frozen "
-            "weights need little memory on each rank with --sharding full; leave --tensor_parallel_size out"
-        )
-    if config.eval_samples:
-        found.append(
-            f"--eval_samples {config.eval_samples} with --tensor_parallel_size {size}: a rank answers with whole "
-            "weights, of which each has a part. Give --eval_samples 0, and test the model when it is trained"
-        )
+    for name, (pieces, needed) in CUTS.items():
+        size = getattr(config, name)
+        if size > 1 and config.lora_rank:
+            found.append(
+                f"--lora_rank {config.lora_rank} with --{name} {size}: adapters are not cut into {pieces}. Frozen "
+                f"weights need little memory on each rank with --sharding full; leave --{name} out"
+            )
+        if size > 1 and config.eval_samples:
+            found.append(
+                f"--eval_samples {config.eval_samples} with --{name} {size}: a rank answers with {needed}. "
+                "Give --eval_samples 0, and test the model when it is trained"
+            )
     return found
