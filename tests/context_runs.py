@@ -94,7 +94,9 @@ def changed_parts(change):
 
 def positions_from_the_beginning():
     """Each part has the positions with which the row begins."""
-    return changed_parts(lambda part, whole, _: replace(part, position_ids=whole.position_ids[:, : len(part.input_ids)]))
+    return changed_parts(
+        lambda part, whole, _: replace(part, position_ids=whole.position_ids[:, : len(part.input_ids)])
+    )
 
 
 def targets_of_the_neighbour():

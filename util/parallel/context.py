@@ -17,6 +17,7 @@ Letters in shapes: C ranks, T tokens of the row, V visual tokens, H heads, H_kv 
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -190,6 +191,7 @@ class ContextLoss(PackedLoss):
     """A PackedLoss that also takes parts of rows (RowPart), and then gives the sum of its part's cross-entropies."""
 
     group: dist.ProcessGroup
+    around_attention: Callable = nullcontext  # entered while attention runs, which waits for the other ranks
 
     def visual_tokens(self, batch: Batch) -> torch.Tensor:
         """Those that stand in this rank's part of the row, in the order of its `visual_index`."""
@@ -220,7 +222,8 @@ def split_attention(packed: ContextLoss, backend: str, group: dist.ProcessGroup)
         q, k, v = (rows.squeeze(0).transpose(0, 1) for rows in (query, key, value))
         if not isinstance(segments, RowSegments):
             return attend(q, k, v, segments, causal=module.is_causal, scale=scaling)[None], None
-        return attend_by_heads(q, k, v, segments, scaling, attend, group)[None], None
+        with packed.around_attention():
+            return attend_by_heads(q, k, v, segments, scaling, attend, group)[None], None
 
     name = f"{NAME}row_parts_{backend}"
     AttentionInterface.register(name, torch.compiler.disable(attention))

@@ -160,8 +160,10 @@ def from_first_rank(decide: Callable, *arguments):
 def open_run(config: Config, resumed: Path | None, world: World):
     """The Run on rank 0; on the other ranks a SilentRun that writes and prints nothing, with the same directory."""
     run = Run(config, world.device, resumed) if world.is_first else None
-    if run and run.peak_flops:
-        run.peak_flops *= world.layout.of_a_row  # what is logged as this rank's work is that of all who share its rows
+    if run:
+        run.layout = world.layout.in_words()
+        if run.peak_flops:  # what is logged as this rank's work is that of all who share its rows
+            run.peak_flops *= world.layout.of_a_row
     directory = from_first_rank(lambda: str(run.directory))
     return run or SilentRun(Path(directory))
 
