@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import finetune_distributed
 from tests.count_bytes import Count
 from util.attention import stacked_sdpa
-from util.command_line import UserError
+from util.command_line import Ended, UserError
 from util.config import Config
 from util.dataset import Samples
 from util.parallel import context
@@ -179,9 +179,9 @@ def main() -> None:
         with FAULTS[fault]() if fault else nullcontext(), reads_noted(read), Count() as count:
             try:
                 finetune_distributed.train(Config(**settings))
-            except UserError as error:
+            except (UserError, Ended) as error:
                 run.mkdir(exist_ok=True)
-                (run / f"refused_{dist.get_rank()}").write_text(str(error))
+                (run / f"ended_{dist.get_rank()}").write_text(str(error))
         found = {"read": read, "calls": count.calls, "bytes": count.bytes}
         Path(f"{run}_{dist.get_rank()}.json").write_text(json.dumps(found))
 

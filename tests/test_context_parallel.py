@@ -1,8 +1,12 @@
 """--context_parallel_size on 2, 3 and 4 real processes (gloo, CPU): the losses and weights of one process, and what each
 rank gets of a batch."""
 
+# ruff: noqa: F811  # data and start are fixtures of other files
+
 import json
+import re
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,13 +18,16 @@ import finetune
 from tests import runs
 from tests.official import official_config
 from tests.runs import metrics, weights
-from tests.test_distributed import data, gap, same, settings, torchrun  # noqa: F401  # data is a fixture
+from tests.test_distributed import data, gap, same, settings, torchrun  # noqa: F401
+from tests.test_faults import finish, launch
+from tests.test_signals import check, start  # noqa: F401
+from util.checkpoint import verify
 from util.collator import Collator
 from util.command_line import UserError
 from util.config import Config
 from util.conversation import Encoded
 from util.cost import memory
-from util.dataset import Sample
+from util.dataset import Examples, Sample
 from util.model import load_config
 from util.parallel import context, rows
 from util.parallel.distributed import World
@@ -87,10 +94,15 @@ FAULTS = {
     "gradients_twice": 4,
     "losses_of_a_rank_alone": 2,
 }  # and the number of ranks
+BROKEN = {
+    "skips": {"on_bad_sample": "skip", "micro_batch_size": 2},
+    "stops": {"micro_batch_size": 2},
+    "stops in evaluation": {"data": "showcase", "eval_data": "broken", "eval_every": 1, "micro_batch_size": 1},
+}
 SAVED = {"max_steps": 4, "save_every": 2, "keep": 9}
 
 
-def case(name: str, model: Path, data: dict[str, Path], directory: Path, **more) -> dict:  # noqa: F811
+def case(name: str, model: Path, data: dict[str, Path], directory: Path, **more) -> dict:
     """Config fields of a case."""
     cases = {**CASES, **SLOW, **FOUR, **SLOW_FOUR}
     changes = {"context_parallel_size": 2, "max_steps": 3, **cases.get(name, {}), **more}
@@ -99,6 +111,14 @@ def case(name: str, model: Path, data: dict[str, Path], directory: Path, **more)
     if "new_tokens" in changes:
         changes["new_tokens"] = str(data[changes["new_tokens"]])
     return settings(model, data[changes.pop("data", "showcase")], directory, **changes)
+
+
+def broken_case(name: str, model: Path, broken: Path, directory: Path) -> dict:
+    places = {"showcase": ROOT / "train_data" / "data.json", "broken": broken}
+    changes = {"data": "broken", **BROKEN[name]}
+    if "eval_data" in changes:
+        changes["eval_data"] = [str(places[changes["eval_data"]])]
+    return case("", model, places, directory, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +134,7 @@ def wide_path(tiny_path, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_process(tiny_path, data, tmp_path_factory):  # noqa: F811
+def one_process(tiny_path, data, tmp_path_factory):
     """A function (settings of a run on several) -> the same run on one, made once for all that differ in what changes
     memory and speed alone."""
     made: dict[str, Path] = {}
@@ -131,14 +151,30 @@ def one_process(tiny_path, data, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def saved(tiny_path, data, tmp_path_factory) -> Path:  # noqa: F811
+def broken(processor, tmp_path_factory) -> Path:
+    """The showcase; of a sample of the second step the picture ends too early, which its header does not tell."""
+    showcase = ROOT / "train_data" / "data.json"
+    folder = tmp_path_factory.mktemp("broken")
+    shutil.copytree(showcase.parent / "media", folder / "media")
+    entries = json.loads(showcase.read_text())
+    second_step = Examples([str(showcase)], processor).order(0, 0)[8:16]
+    pictures = [entries[index]["messages"][-2]["content"][0].get("image") for index in second_step]
+    name = next(name for name in pictures if name and name.endswith(".png"))
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+    (folder / "data.json").write_text(json.dumps(entries))
+    return folder / "data.json"
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_path, data, tmp_path_factory) -> Path:
     """One process, with checkpoints after 2 and 4 of 4 steps."""
     config = case("", tiny_path, data, tmp_path_factory.mktemp("saved") / "one", **SAVED, context_parallel_size=1)
     return Path(finetune.train(Config(**config)))
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiny_path, saved, data, tmp_path_factory) -> Path:  # noqa: F811
+def two_ranks(tiny_path, saved, broken, data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     second = str(saved / "checkpoints" / "step_000002")
     faults = [name for name, ranks in FAULTS.items() if ranks == 2]
@@ -151,6 +187,7 @@ def two_ranks(tiny_path, saved, data, tmp_path_factory) -> Path:  # noqa: F811
         case("", tiny_path, data, folder / "2to1", **{**SAVED, "context_parallel_size": 1},
              resume=str(folder / "saved" / "checkpoints" / "step_000002")),
         *({**case("", tiny_path, data, folder / name, max_steps=1), "fault": name} for name in faults),
+        *(broken_case(name, tiny_path, broken, folder / name) for name in BROKEN),
         case("", tiny_path, data, folder / "refused 4", context_parallel_size=4),
         case("", tiny_path, data, folder / "refused cache", freeze=["vision"], cache_dir=str(folder / "cache")),
     ], folder, "tests/context_runs.py", "4/2", "12/2", "28/4", "5/5")  # fmt: skip
@@ -158,7 +195,7 @@ def two_ranks(tiny_path, saved, data, tmp_path_factory) -> Path:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def three_ranks(wide_path, data, tmp_path_factory) -> Path:  # noqa: F811
+def three_ranks(wide_path, data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("three")
     config = case("full", wide_path, data, folder / "full", context_parallel_size=3)
     torchrun(3, [config], folder, "tests/context_runs.py", "4/2", "8/2", "12/2", "28/4", "3/1")
@@ -166,7 +203,7 @@ def three_ranks(wide_path, data, tmp_path_factory) -> Path:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tiny_path, data, tmp_path_factory) -> Path:  # noqa: F811
+def four_ranks(tiny_path, data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("four")
     faults = [name for name, ranks in FAULTS.items() if ranks == 4]
     torchrun(4, [
@@ -192,25 +229,25 @@ def equal(run: Path, config: dict, one: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_equal_one(name, two_ranks, one_process, tiny_path, data):  # noqa: F811
+def test_two_ranks_equal_one(name, two_ranks, one_process, tiny_path, data):
     config = case(name, tiny_path, data, two_ranks / name)
     equal(two_ranks / name, config, one_process(config))
 
 
-def test_three_ranks_equal_one(three_ranks, one_process, wide_path, data):  # noqa: F811
+def test_three_ranks_equal_one(three_ranks, one_process, wide_path, data):
     """Heads that 3 does not divide. No last bit is lost to fp32, as with transformers' own norms and rotation."""
     config = case("full", wide_path, data, three_ranks / "full", context_parallel_size=3)
     equal(three_ranks / "full", config, one_process(config))
 
 
 @pytest.mark.parametrize("name", FOUR)
-def test_four_ranks_equal_one(name, four_ranks, one_process, tiny_path, data):  # noqa: F811
+def test_four_ranks_equal_one(name, four_ranks, one_process, tiny_path, data):
     config = case(name, tiny_path, data, four_ranks / name)
     equal(four_ranks / name, config, one_process(config))
 
 
 @pytest.mark.slow
-def test_more_cases_equal_one(one_process, tiny_path, data, tmp_path):  # noqa: F811
+def test_more_cases_equal_one(one_process, tiny_path, data, tmp_path):
     for ranks, cases in ((2, SLOW), (4, SLOW_FOUR)):
         configs = [case(name, tiny_path, data, tmp_path / name) for name in cases]
         torchrun(ranks, configs, tmp_path, "tests/context_runs.py")
@@ -219,7 +256,7 @@ def test_more_cases_equal_one(one_process, tiny_path, data, tmp_path):  # noqa: 
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_seen(name, two_ranks, four_ranks, one_process, tiny_path, data):  # noqa: F811
+def test_a_planted_fault_is_seen(name, two_ranks, four_ranks, one_process, tiny_path, data):
     """What the comparisons above would say of it."""
     folder = two_ranks if FAULTS[name] == 2 else four_ranks
     one = one_process(case("", tiny_path, data, folder / name, max_steps=1))
@@ -227,7 +264,7 @@ def test_a_planted_fault_is_seen(name, two_ranks, four_ranks, one_process, tiny_
     assert norms[0] != pytest.approx(norms[1], rel=1e-7)
 
 
-def test_float32_and_bfloat16(two_ranks, one_process, tiny_path, data):  # noqa: F811
+def test_float32_and_bfloat16(two_ranks, one_process, tiny_path, data):
     one = one_process(case("", tiny_path, data, two_ranks / "float32", dtype="float32", max_steps=10))
     assert len(metrics(one)) == 10
     assert metrics(two_ranks / "float32") == pytest.approx(metrics(one), abs=1e-5)
@@ -244,10 +281,34 @@ def test_checkpoints_know_no_context(saved, two_ranks):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_resumes_in_one_process(saved, two_ranks, tiny_path, data, tmp_path):  # noqa: F811
+def test_a_checkpoint_resumes_in_one_process(saved, two_ranks, tiny_path, data, tmp_path):
     third = str(two_ranks / "saved" / "checkpoints" / "step_000002")
     config = case("", tiny_path, data, tmp_path / "one", **{**SAVED, "context_parallel_size": 1}, resume=third)
     assert gap(Path(finetune.train(Config(**config))), saved) < 1e-12
+
+
+# ---- a sample that cannot be read -----------------------------------------------------------------------------------
+
+
+def test_a_sample_that_is_skipped_is_counted_once(two_ranks, one_process, tiny_path, broken):
+    config = broken_case("skips", tiny_path, broken, two_ranks / "skips")
+    one = one_process(config)
+    equal(two_ranks / "skips", config, one)
+    for key in ("skipped", "skipped_not_readable"):
+        assert metrics(two_ranks / "skips", key) == metrics(one, key) == [1], key
+
+
+@pytest.mark.parametrize(("name", "step"), [("stops", 1), ("stops in evaluation", 1)])
+def test_a_sample_that_cannot_be_read_ends_all_ranks_alike(name, step, two_ranks):
+    """With one message, after a step that is saved."""
+    said = [(two_ranks / name / f"ended_{rank}").read_text() for rank in (0, 1)]
+    assert said[0] == said[1]
+    lines = said[0].splitlines()
+    assert "data.json, sample " in lines[0]
+    assert said[0].count(".png") == 1, said[0]
+    assert lines[-1].startswith(f"stopped after step {step}, which is saved; go on with:")
+    assert len(runs.losses(two_ranks / name)) == step
+    assert verify(two_ranks / name / "checkpoints" / f"step_{step:06d}")["step"] == step
 
 
 # ---- what is read, and what is sent ---------------------------------------------------------------------------------
@@ -425,7 +486,7 @@ def test_heads_by_hand():
 def test_what_cannot_be_is_refused_by_name(ranks, name, message, two_ranks, four_ranks):
     folder = two_ranks if ranks == 2 else four_ranks
     for rank in range(ranks):
-        assert (folder / name / f"refused_{rank}").read_text().startswith(message)
+        assert (folder / name / f"ended_{rank}").read_text().startswith(message)
     assert not (folder / name / "metrics.jsonl").exists()
 
 
@@ -435,7 +496,7 @@ def test_more_ranks_than_heads_are_refused():
     context.check_sizes(official_config("7b"), 28)
 
 
-def test_one_process_refuses_it(tiny_path, data, tmp_path):  # noqa: F811
+def test_one_process_refuses_it(tiny_path, data, tmp_path):
     with pytest.raises(UserError, match=r"NPROC_PER_NODE=2 ./finetune_distributed.sh --context_parallel_size 2"):
         finetune.train(Config(**case("", tiny_path, data, tmp_path / "run")))
     assert not (tmp_path / "run").exists()
@@ -471,3 +532,56 @@ def test_the_fullest_rank_of_a_row():
     assert memory.load_of_rank((1001, 4000, 90), config, largest_picture=4000) == (251, 4000, 90), "one picture"
     assert memory.load_of_rank((1001, 4000, 90), config, largest_picture=40) == (251, 1030, 90)
     assert memory.load_of_rank((1001, 4000, 90), Config(), largest_picture=400) == (1001, 4000, 90)
+
+
+# ---- jobs that end early --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "last_line"),
+    [
+        ("dies", r"rank 1 was killed by signal 9 \(SIGKILL\).*"),
+        pytest.param("raises", r"RuntimeError: a bug on rank 1", marks=pytest.mark.slow),
+        pytest.param("raises in data worker", r"stopped after step \d, which is saved; .*", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_fails_ends_the_job_with_the_first_cause(fault, last_line, tiny_path, tmp_path):
+    """Within 30 seconds, on a machine that is not busy; torchrun itself waits as long for ranks that hang."""
+    config = case("", tiny_path, {"showcase": ROOT / "train_data" / "data.json"}, tmp_path / "run", max_steps=8)
+    printed, said = finish(launch(fault, {**config, "num_workers": 1}), expect=1)
+    assert re.fullmatch(last_line, said.splitlines()[-1]), said
+    if fault != "raises in data worker":
+        assert time.time() - float(re.search(r"FAULT AT ([\d.]+)", printed)[1]) < 60
+    assert said.count("on fire") == (fault == "raises in data worker"), said
+
+
+@pytest.mark.slow
+def test_a_first_batch_that_cannot_be_read_leaves_nothing(tiny_path, tmp_path):
+    """One message of the rank that reads; the other, which waits for its part, says nothing."""
+    picture = ROOT / "train_data" / "media" / "0000_colour_0.png"
+    (tmp_path / "half.png").write_bytes(picture.read_bytes()[:200])
+    question = [{"type": "image", "image": "half.png"}, {"type": "text", "text": "What?"}]
+    entry = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "half"}]}
+    text = {"messages": [{"role": "user", "content": "Say"}, {"role": "assistant", "content": "what"}]}
+    (tmp_path / "data.json").write_text(json.dumps([text, entry]))
+    config = case("", tiny_path, {"showcase": tmp_path / "data.json"}, tmp_path / "run")
+    _, said = finish(launch("none", config), expect=2)
+    assert said.count("half.png") == 1, said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["data", "step", "loss", "answers", "save"])
+def test_a_signal_to_all_saves_and_ends_the_job(moment, start):
+    check(start(moment, ranks=2, context_parallel_size=2), "SIGTERM", to_all=True)
+
+
+@pytest.mark.slow
+def test_four_bits_and_compiled_layers(one_process, tiny_path, data, tmp_path):
+    four_bits = case("", tiny_path, data, tmp_path / "four bits", lora_rank=4, quantize="nf4", dtype="float32")
+    compiled = case("", tiny_path, data, tmp_path / "compiled", compile="on")
+    torchrun(2, [four_bits, compiled], tmp_path, "tests/context_runs.py")
+    assert metrics(tmp_path / "four bits") == pytest.approx(metrics(one_process(four_bits)), abs=1e-5)
+    plain = one_process({**compiled, "compile": "off"})
+    assert metrics(tmp_path / "compiled") == pytest.approx(metrics(plain), rel=1e-6)
