@@ -572,9 +572,18 @@ def test_a_first_batch_that_cannot_be_read_leaves_nothing(tiny_path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["data", "step", "loss", "answers", "save"])
+@pytest.mark.parametrize("moment", ["first batch", "data", "step", "loss", "answers", "save"])
 def test_a_signal_to_all_saves_and_ends_the_job(moment, start):
     check(start(moment, ranks=2, context_parallel_size=2), "SIGTERM", to_all=True)
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_named_and_not_the_one_that_waits_for_it(tiny_path, tmp_path):
+    """In every layer rank 0 waits in attention for rank 1, which sleeps 0.1 s."""
+    showcase = {"showcase": ROOT / "train_data" / "data.json"}
+    config = case("", tiny_path, showcase, tmp_path / "run", max_steps=20, dtype="float32")
+    printed, _ = finish(launch("slow", config), expect=0)
+    assert re.findall(r"step 20: (rank \d) is slow", printed) == ["rank 1"], printed[-2000:]
 
 
 @pytest.mark.slow

@@ -155,11 +155,12 @@ def part_of(whole: Batch, rank: int, size: int, units: list[Unit], orders: list[
         arriving.append(order.tokens[first : first + order.sent[rank]])
     fields = {name: getattr(whole, name) for name in Batch.__dataclass_fields__}
     fields |= {
-        "input_ids": whole.input_ids[begin : begin + size],
-        "position_ids": whole.position_ids[:, begin : begin + size],
+        # copies, as a view would be sent with all of what it is a view of
+        "input_ids": whole.input_ids[begin : begin + size].clone(),
+        "position_ids": whole.position_ids[:, begin : begin + size].clone(),
         "supervised_index": whole.supervised_index[targets] - begin,
-        "target_ids": whole.target_ids[targets],
-        "target_weights": whole.target_weights[targets],
+        "target_ids": whole.target_ids[targets].clone(),
+        "target_weights": whole.target_weights[targets].clone(),
         "visual_index": whole.visual_index[torch.cat(arriving)] - begin,
     }
     fields |= pictures_of(whole, units)
