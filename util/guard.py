@@ -227,9 +227,9 @@ class FiniteGuard:
             return True
         self.left_out += 1
         self.in_a_row += 1
-        names: list[str] = []
+        names: dict[str, None] = {}  # each once: several ranks may have parts of the same sample
         for share in ranks.gather_on_all([batch.where for batch in batches]):
-            names += chain.from_iterable(share)
+            names |= dict.fromkeys(chain.from_iterable(share))
         what = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
         self.say(f"step {step.number}: {what}: this update is left out. Its samples: {'; '.join(names)}")
         if self.in_a_row == MOST_IN_A_ROW:

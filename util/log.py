@@ -46,6 +46,7 @@ class Run:
             )
         hub.check_token(config, self.say)
         self.peak_flops = flops.peak_flops(device)
+        self.layout = ""  # how several processes share the work, in words, where some work on the same samples
         self.tally = bad_samples.Tally()
         self.began = self.last = time.perf_counter()
         self.trained_seconds = 0.0

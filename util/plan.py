@@ -53,6 +53,7 @@ def print_plan(
         **of_the_vocabulary(config, path, samples, sizes),
         **of_the_data(config, sizes, worker_count(config, run.device)),
         **of_the_steps(config, steps),
+        **({"processes": run.layout} if run.layout else {}),
         "work": work_in_words(config, sizes, steps, model_config),
         **stages.in_words(model_config, config, sizes, steps),
         "memory": memory_in_words(needs, run.device),

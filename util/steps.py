@@ -183,6 +183,7 @@ class Steps:
         usable = self.sizes.usable
         columns = (self.sizes.tokens, self.sizes.patches, self.sizes.supervised)
         whole.heaviest_samples = heaviest(np.stack([column[usable] for column in columns], axis=1))
+        whole.largest_picture = int(self.sizes.usable_grids[:, 1:3].prod(axis=1).max(initial=0))
         return whole
 
 
@@ -317,6 +318,7 @@ class Survey:
         self.idle_turns = 0  # of all ranks in all steps: how often one has no sample
         self.heaviest = np.zeros((0, 3), dtype=np.int64)  # Loads: no micro-batch is above all of them
         self.heaviest_samples = self.heaviest  # the same of micro-batches of one sample
+        self.largest_picture = 0  # patches of an image, or of a pair of frames
 
     @property
     def idle_ranks(self) -> int:

@@ -134,6 +134,7 @@ def decoder_layer(model_config, config: Config, dtype: torch.dtype, is_compiled:
         # compiled it is made anew from the gate, except beside DoRA's lengths
         "gate after SiLU": 0 if is_compiled and not config.lora_dora else inner,
         "product": inner * read_by("down_proj"),
+        "sent for attention": sent_for_attention(text, config),
     }
     # queries, keys and values before they are turned are as wide as after
     products = ("queries, turned", "keys, turned", "values", "mixed", "after attention", "gate", "up")
@@ -144,6 +145,19 @@ def decoder_layer(model_config, config: Config, dtype: torch.dtype, is_compiled:
     statistics = attention_statistics(text.num_attention_heads, config, dtype, width, key_value)
     beside = by_adapters("language_model", model_config, config, dtype, is_compiled)
     return layer_of(dtype, config, kept, remade, working, statistics + beside)
+
+
+def sent_for_attention(text, config: Config) -> float:
+    """Numbers per token that attention over a row in parts keeps beyond that over a whole row, on the fullest rank: its
+    output before it is sent back, and heads that this rank has more than the mean (util/parallel/context.py)."""
+    ranks = config.context_parallel_size
+    if ranks == 1:
+        return 0
+    heads = text.num_attention_heads
+    own = -(-heads // ranks)
+    own_keys = -(-own // (heads // text.num_key_value_heads))
+    more_keys = ranks * own_keys - text.num_key_value_heads
+    return text.hidden_size // heads * (2 * ranks * own - heads + 2 * more_keys)
 
 
 def tower_block(model_config, config: Config, dtype: torch.dtype, is_compiled: bool) -> Layer:

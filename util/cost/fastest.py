@@ -83,7 +83,7 @@ def choose_kernels(
         known.words = asked
         return
     if ranks.is_first():
-        kinds = kinds_of(parts_of(model_config), sizes, steps, device, dtype)
+        kinds = kinds_of(parts_of(model_config, config), sizes, steps, device, dtype)
         times: Times = {}
         if asked == rule.AUTO:
             pays = len(steps) * steps.survey.most >= FEWEST
@@ -114,14 +114,17 @@ def in_words(asked: str, kinds: list[Kind], times: Times) -> str:
 # ---- the calls of a run ---------------------------------------------------------------------------------------------
 
 
-def parts_of(model_config) -> list[Part]:
+def parts_of(model_config, config: Config) -> list[Part]:
+    """A rank that shares a row attends over all of it, for some of the language model's heads (parallel/context.py)."""
     tower = model_config.vision_config
     text = model_config.text_config
     heads = text.num_attention_heads
+    own = -(-heads // config.context_parallel_size)
+    shared = -(-own // (heads // text.num_key_value_heads))
     return [
         Part("tower", tower.depth, tower.num_heads, tower.num_heads, tower.embed_dim // tower.num_heads, causal=False),
         Part(
-            "language model", text.num_hidden_layers, heads, text.num_key_value_heads, text.hidden_size // heads,
+            "language model", text.num_hidden_layers, own, shared, text.hidden_size // heads,
             causal=True,
         ),
     ]  # fmt: skip

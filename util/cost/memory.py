@@ -62,16 +62,18 @@ def forecast(
     shards: int = 1,
     passes: int = 1,
     device: torch.device | None = None,
+    largest_picture: int = 0,
 ) -> Forecast:
     """Bytes by part: a dict whose values add up to the peak within a training step.
 
     The peak is that of the `micro_batches` and of the moments of a step (`moments`) which need most. `passes`: the most
     micro-batches that a step has; from the second one on the gradients of all are there. `device`: where the run will
     be, None: where nothing is compiled. Weights, gradients and moments are divided among `shards` devices; less than
-    full sharding also keeps whole copies on each. What lies beside what is allocated: `reserved_margin`.
+    full sharding also keeps whole copies on each. What lies beside what is allocated: `reserved_margin`. Patches of the
+    `largest_picture`: an image, or a pair of frames of a video, which ranks that share a row do not divide.
     """
     is_compiled = device is not None and compilation.is_on(config.compile, device)
-    loads = [load_of_rank(load, config) for load in micro_batches]
+    loads = [load_of_rank(load, config, largest_picture) for load in micro_batches]
     several = shards > 1 or ranks.are_several()
     states = kept_states(model_config, counts, config, dtype, shards)
     # Of parts that no gradient ever reaches, as the tower's where there is text alone, neither gradients nor moments
@@ -92,13 +94,17 @@ def forecast(
     return max(found, key=lambda parts: sum(parts.values()))
 
 
-def load_of_rank(load: Load, config: Config) -> Load:
-    """Of a micro-batch what the fullest of the ranks has that share its row. Of the tokens an equal part; what is
-    supervised may stand together in one of the parts."""
+def load_of_rank(load: Load, config: Config, largest_picture: int = 0) -> Load:
+    """Of a micro-batch what the fullest of the ranks has that share its row.
+
+    Of the tokens an equal part; what is supervised may stand together in one of the parts. Pictures are dealt whole,
+    each to the rank with least so far: none has more than the mean when it gets its last one (Graham's bound).
+    """
     tokens, patches, supervised = (int(number) for number in load)
     ranks_of_row = config.context_parallel_size
     tokens = -(-tokens // ranks_of_row)
-    return tokens, -(-patches // ranks_of_row), min(supervised, tokens)
+    dealt = -(-(patches + largest_picture * (ranks_of_row - 1)) // ranks_of_row)
+    return tokens, min(patches, dealt), min(supervised, tokens)
 
 
 def kept_states(model_config, counts: dict, config: Config, dtype: torch.dtype, shards: int) -> dict[str, float]:
@@ -258,7 +264,9 @@ def check(
         for batch_flags, batches in batch_choices:
             # with one sample a micro-batch, a step of several samples has several
             passes = survey.most if not batch_flags else max(survey.most, min(2, config.global_batch_size))
-            changed_parts = forecast(model_config, counts, changed, dtype, batches, shards, passes, device)
+            changed_parts = forecast(
+                model_config, counts, changed, dtype, batches, shards, passes, device, survey.largest_picture
+            )
             total = sum(changed_parts.values())
             if total + reserved_margin(changed_parts, device) <= free:
                 flags = [flag_in_words(name, value) for name, value in changes.items()]
@@ -270,6 +278,8 @@ def check(
     beside = f" and {margin / GIB:.1f} GiB between tensors and for kernels" if margin else ""
     has_patches = any(patches for _, patches, _ in survey.heaviest)
     smaller = "Smaller images help too (--max_pixels)" if has_patches else "Shorter conversations help too"
+    if ranks.are_several():
+        smaller += f", and more processes for a row (--context_parallel_size {2 * config.context_parallel_size})"
     raise UserError(
         f"not enough memory on {device}: the run needs {needed / GIB:.1f} GiB ({parts_in_words(parts)}){beside}, "
         f"{free / GIB:.1f} GiB {where}.\n{remedy}\n{smaller}. "

@@ -89,10 +89,11 @@ def packed_batches(
 
 
 def worker_count(config, device: torch.device) -> int:
-    """Data worker processes: --num_workers, else up to 8 with a GPU, and 1 beside a CPU that is busy training."""
+    """Data worker processes: --num_workers, else up to 8 with a GPU, and 1 beside a CPU that is busy training. Ranks
+    that share rows have these 8 together, as they read by turns."""
     if config.num_workers is not None:
         return config.num_workers
-    return min(8, usable_cpus()) if device.type == "cuda" else 1
+    return -(-min(8, usable_cpus()) // config.context_parallel_size) if device.type == "cuda" else 1
 
 
 def usable_cpus() -> int:

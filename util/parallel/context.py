@@ -17,8 +17,9 @@ Letters in shapes: C ranks, T tokens of the row, V visual tokens, H heads, H_kv 
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def parts_of(batch: Batch, ranks: int) -> list[Batch]:
         segments=RowSegments.of(lengths),
     )
     units = units_of(batch)
-    hands = deal_units(units, ranks)
+    hands = deal_units([unit.grid for unit in units], ranks)
     dealt = [[unit for unit, hand in zip(units, hands, strict=True) if hand == rank] for rank in range(ranks)]
     orders = [order_of(own, batch.visual_index // size, ranks) for own in dealt]
     return [part_of(whole, rank, size, dealt[rank], orders) for rank in range(ranks)]
@@ -109,16 +110,18 @@ def units_of(batch: Batch) -> list[Unit]:
     return units
 
 
-def deal_units(units: list[Unit], ranks: int) -> list[int]:
-    """A rank for each unit, so that the tower's work is even: the largest first, each to the rank with least so far.
+def deal_units(grids: list[Grid], ranks: int) -> list[int]:
+    """A rank for each unit (their grids), so that the tower's work is even: the largest first, each to the rank with
+    least so far.
 
     A patch costs what its matrix products do, and some for each patch that it sees; the two are equal at about 7,700
     patches in a picture (docs/figures.md: 1.2613 GF, and 163,840 for each).
     """
-    costs = [patches * (1 + patches / 7700) for patches in (unit.grid.h * unit.grid.w for unit in units)]
+    patches = np.array([grid.h * grid.w for grid in grids], dtype=np.float64)
+    costs = patches * (1 + patches / 7700)
     loads = np.zeros(ranks)
-    hands = [0] * len(units)
-    for number in sorted(range(len(units)), key=lambda number: -costs[number]):
+    hands = [0] * len(grids)
+    for number in np.argsort(-costs, kind="stable").tolist():
         hand = int(loads.argmin())
         hands[number] = hand
         loads[hand] += costs[number]
@@ -152,11 +155,12 @@ def part_of(whole: Batch, rank: int, size: int, units: list[Unit], orders: list[
         arriving.append(order.tokens[first : first + order.sent[rank]])
     fields = {name: getattr(whole, name) for name in Batch.__dataclass_fields__}
     fields |= {
-        "input_ids": whole.input_ids[begin : begin + size],
-        "position_ids": whole.position_ids[:, begin : begin + size],
+        # copies, as a view would be sent with all of what it is a view of
+        "input_ids": whole.input_ids[begin : begin + size].clone(),
+        "position_ids": whole.position_ids[:, begin : begin + size].clone(),
         "supervised_index": whole.supervised_index[targets] - begin,
-        "target_ids": whole.target_ids[targets],
-        "target_weights": whole.target_weights[targets],
+        "target_ids": whole.target_ids[targets].clone(),
+        "target_weights": whole.target_weights[targets].clone(),
         "visual_index": whole.visual_index[torch.cat(arriving)] - begin,
     }
     fields |= pictures_of(whole, units)
@@ -190,6 +194,7 @@ class ContextLoss(PackedLoss):
     """A PackedLoss that also takes parts of rows (RowPart), and then gives the sum of its part's cross-entropies."""
 
     group: dist.ProcessGroup
+    around_attention: Callable = nullcontext  # entered while attention runs, which waits for the other ranks
 
     def visual_tokens(self, batch: Batch) -> torch.Tensor:
         """Those that stand in this rank's part of the row, in the order of its `visual_index`."""
@@ -220,7 +225,8 @@ def split_attention(packed: ContextLoss, backend: str, group: dist.ProcessGroup)
         q, k, v = (rows.squeeze(0).transpose(0, 1) for rows in (query, key, value))
         if not isinstance(segments, RowSegments):
             return attend(q, k, v, segments, causal=module.is_causal, scale=scaling)[None], None
-        return attend_by_heads(q, k, v, segments, scaling, attend, group)[None], None
+        with packed.around_attention():
+            return attend_by_heads(q, k, v, segments, scaling, attend, group)[None], None
 
     name = f"{NAME}row_parts_{backend}"
     AttentionInterface.register(name, torch.compiler.disable(attention))
@@ -273,22 +279,34 @@ def attend_by_heads(
     ranks = dist.get_world_size(group)
     dealt = deal_heads(q.shape[1], k.shape[1], ranks)
     own = dealt[dist.get_rank(group)]
+    tokens, _, width = q.shape
     # Of this rank's tokens each rank gets its heads, and this one its heads of all tokens.
-    pieces = [torch.cat([q[:, some.queries], k[:, some.keys], v[:, some.keys]], dim=1) for some in dealt]
-    shape = (len(q), sum(own.counts), q.shape[2])
-    q, k, v = torch.cat(exchange_pieces(pieces, [shape] * ranks, group)).split(own.counts, dim=1)
+    pieces = [[q[:, some.queries], k[:, some.keys], v[:, some.keys]] for some in dealt]
+    arriving = [(tokens, count, width) for count in own.counts]
+    received = exchange_pieces(pieces, [arriving] * ranks, group)
+    q, k, v = (torch.cat(parts) for parts in zip(*received, strict=True))
     mixed = attend(q, own.spread(k), own.spread(v), segments, causal=True, scale=scale)
     # And back: of its tokens a rank gets all heads.
-    shapes = [(shape[0], some.counts[0], shape[2]) for some in dealt]
-    return torch.cat(exchange_pieces(list(mixed.chunk(ranks)), shapes, group), dim=1)
+    returning = [[(tokens, some.counts[0], width)] for some in dealt]
+    heads = exchange_pieces([[part] for part in mixed.chunk(ranks)], returning, group)
+    return torch.cat([part for (part,) in heads], dim=1)
 
 
-def exchange_pieces(pieces: list[torch.Tensor], shapes: list[tuple[int, ...]], group: Any) -> list[torch.Tensor]:
-    """A piece to each rank of a group -> the pieces of these shapes that they send; gradients travel back."""
-    sent = [piece.numel() for piece in pieces]
-    received = [math.prod(shape) for shape in shapes]
-    numbers = exchange(torch.cat([piece.flatten() for piece in pieces]), received, sent, group)
-    return [piece.view(shape) for piece, shape in zip(numbers.split(received), shapes, strict=True)]
+Shape = tuple[int, ...]
+
+
+def exchange_pieces(
+    pieces: list[list[torch.Tensor]], shapes: list[list[Shape]], group: Any
+) -> list[list[torch.Tensor]]:
+    """Some tensors to each rank of a group -> those of these shapes that each rank sends; gradients travel back."""
+    sent = [sum(tensor.numel() for tensor in of_rank) for of_rank in pieces]
+    received = [sum(map(math.prod, of_rank)) for of_rank in shapes]
+    numbers = exchange(torch.cat([tensor.flatten() for tensor in chain(*pieces)]), received, sent, group)
+    found = []
+    for of_rank, of_shapes in zip(numbers.split(received), shapes, strict=True):
+        tensors = of_rank.split([math.prod(shape) for shape in of_shapes])
+        found.append([tensor.view(shape) for tensor, shape in zip(tensors, of_shapes, strict=True)])
+    return found
 
 
 def check_sizes(model_config, ranks: int) -> None:

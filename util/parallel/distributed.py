@@ -100,7 +100,7 @@ def join_group(config: Config, timeout: float) -> World:
         # 30 seconds later than asked for, so that faults.Watch comes first: it can say where every rank is.
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout + 30), **alone)
         atexit.register(dist.destroy_process_group)
-    world = make_world(config, device)
+    world = make_world(config, device, timedelta(seconds=timeout + 30))
     if config.optimizer != "adamw" and world.size > 1:
         raise UserError(
             f"--optimizer {config.optimizer}: its moments are quantised in blocks, which cannot be handed to another "
@@ -110,7 +110,7 @@ def join_group(config: Config, timeout: float) -> World:
     return world
 
 
-def make_world(config: Config, device: torch.device) -> World:
+def make_world(config: Config, device: torch.device, timeout: timedelta | None = None) -> World:
     """This process in the layout that the settings ask for. All ranks call, as they make groups together."""
     rank, size = ranks.rank_and_size()
     layout = Layout.of(config, size)
@@ -118,10 +118,10 @@ def make_world(config: Config, device: torch.device) -> World:
     row_ranks = next(group for group in layout.row_groups() if rank in group)
     world = World(rank, size, device, layout, row_ranks)
     if layout.of_a_row > 1:
-        world.row_group, _ = dist.new_subgroups_by_enumeration(layout.row_groups(), backend="gloo")
+        world.row_group, _ = dist.new_subgroups_by_enumeration(layout.row_groups(), timeout, backend="gloo")
     if layout.context > 1:
-        world.context_group, _ = dist.new_subgroups_by_enumeration(layout.context_groups())
-    world.pipe = pipeline.Pipe.of(layout, rank)
+        world.context_group, _ = dist.new_subgroups_by_enumeration(layout.context_groups(), timeout)
+    world.pipe = pipeline.Pipe.of(layout, rank, timeout)
     return world
 
 
@@ -164,8 +164,10 @@ def from_first_rank(decide: Callable, *arguments):
 def open_run(config: Config, resumed: Path | None, world: World):
     """The Run on rank 0; on the other ranks a SilentRun that writes and prints nothing, with the same directory."""
     run = Run(config, world.device, resumed) if world.is_first else None
-    if run and run.peak_flops:
-        run.peak_flops *= world.layout.of_a_row  # what is logged as this rank's work is that of all who share its rows
+    if run:
+        run.layout = world.layout.in_words()
+        if run.peak_flops:  # what is logged as this rank's work is that of all who share its rows
+            run.peak_flops *= world.layout.of_a_row
     directory = from_first_rank(lambda: str(run.directory))
     return run or SilentRun(Path(directory))
 

@@ -8,6 +8,8 @@ import socket
 import statistics
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from util.config import Config
 from util.cost.settings import changed
 from util.loss import PackedLoss
 from util.model import layers
+from util.parallel.context import ContextLoss
 
 EVERY = 20  # steps between two comparisons of the ranks
 MEASURED = 5  # of these, the last steps are measured
@@ -70,7 +73,9 @@ class Watch:
     Every rank writes into the job's store (torchrun's, which outlives any rank) which samples it is at. A thread ends
     the job when its rank has not moved for `collective_timeout()` seconds: once one rank hangs, no rank moves. Every
     20 steps the ranks compare how many seconds they computed per unit of work. Only the forward passes of a rank's own
-    layers are timed, so that waiting for other ranks does not count.
+    layers are timed, so that waiting for other ranks does not count. Of ranks that share a row attention waits for the
+    others, and pictures are dealt unevenly: there the language model's layers are timed without attention, and the unit
+    of work is a token.
     """
 
     def __init__(self, world, model: PackedLoss, run, saver, last_step: int) -> None:
@@ -78,6 +83,8 @@ class Watch:
         self.number = 0  # of the step
         self.measuring = False
         self.work = self.data_seconds = self.step_seconds = 0.0
+        self.shares_rows = isinstance(model, ContextLoss)
+        self.is_inside = False  # of the forward pass of a layer
         self.marks: list = []  # begin, end, begin, end ... of layers: seconds, or events on a GPU
         self.began = self.moved = time.monotonic()
         self.finished = threading.Event()
@@ -89,8 +96,12 @@ class Watch:
         self.store = dist.PrefixStore(f"watch_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self._tell("starting", [])
         saver.while_waiting = lambda: self._tell("waiting for room on the disk", [])
-        model.register_forward_pre_hook(lambda module, args: self._tell("training on", args[0].where), prepend=True)
-        for layer in layers(model.model):  # inside the hooks of fully_shard, so that no collective is timed
+        model.register_forward_pre_hook(self._begin_pass, prepend=True)
+        timed = layers(model.model)
+        if isinstance(model, ContextLoss):
+            timed = model.model.model.language_model.layers
+            model.around_attention = self._left
+        for layer in timed:  # inside the hooks of fully_shard, so that no collective is timed
             layer.register_forward_pre_hook(self._enter)
             layer.register_forward_hook(self._leave, prepend=True)
         threading.Thread(target=self._guard, daemon=True).start()
@@ -106,7 +117,7 @@ class Watch:
     def end(self, work: float, data_seconds: float) -> None:
         """A step is done: this rank's share was `work` FLOPs, and it waited `data_seconds` for its data."""
         if self.measuring:
-            self.work += work
+            self.work += 0 if self.shares_rows else work
             self.data_seconds += data_seconds
             self.step_seconds += time.monotonic() - self.began
             if self.number % EVERY == 0:
@@ -121,13 +132,31 @@ class Watch:
 
     # ---- slow ranks ----
 
+    def _begin_pass(self, module, args) -> None:
+        batch = args[0]
+        self._tell("training on", batch.where)
+        if self.measuring and self.shares_rows:
+            self.work += len(batch.input_ids)
+
+    @contextmanager
+    def _left(self) -> Iterator[None]:
+        """While a layer waits for others, which is not its own work; where it computes once more, nothing is timed."""
+        is_timed = self.is_inside
+        if is_timed:
+            self._leave()
+        yield
+        if is_timed:
+            self._enter()
+
     @torch.compiler.disable
-    def _enter(self, module, args) -> None:
+    def _enter(self, *unused: object) -> None:
+        self.is_inside = True
         if self.measuring:
             self._mark()
 
     @torch.compiler.disable
-    def _leave(self, module, args, output) -> None:
+    def _leave(self, *unused: object) -> None:
+        self.is_inside = False
         if self.measuring:
             self._mark()
 

@@ -99,14 +99,16 @@ class Layout:
         return list(groups.values())
 
     def in_words(self) -> str:
-        """`4 x 2 processes: 4 with samples of their own, each row over 2`; "" where each has its own."""
+        """`8: groups of 2 work on the same samples, each row of them in 2 parts`; "" where each has its own."""
         if self.of_a_row == 1:
             return ""
-        words = [f"{self.data} with samples of their own"]
+        words = ["all work on the same samples"]
+        if self.data > 1:
+            words = [f"groups of {self.of_a_row} work on the same samples"]
         if self.pipeline > 1:
-            words.append(f"each row through {self.pipeline} stages")
+            words.append(f"each row of them through {self.pipeline} stages")
         if self.context > 1:
-            words.append(f"each row split over {self.context}")
+            words.append(f"each row of them in {self.context} parts")
         if self.tensor > 1:
             words.append(f"each matrix in {self.tensor} parts")
-        return f"{self.ranks} processes: {', '.join(words)}"
+        return f"{self.ranks}: {', '.join(words)}"

@@ -24,6 +24,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -55,14 +56,14 @@ class Pipe:
     under_way: deque = field(default_factory=deque)  # what was sent, oldest first, with what says when it has arrived
 
     @classmethod
-    def of(cls, layout: Layout, rank: int) -> "Pipe | None":
+    def of(cls, layout: Layout, rank: int, timeout: timedelta) -> "Pipe | None":
         """None where there is one stage. All ranks call, as they make groups together."""
         if layout.pipeline == 1:
             return None
         pipelines = layout.pipelines()
-        down, _ = dist.new_subgroups_by_enumeration(pipelines)
-        up, _ = dist.new_subgroups_by_enumeration(pipelines)
-        ends, _ = dist.new_subgroups_by_enumeration([[ranks[0], ranks[-1]] for ranks in pipelines])
+        down, _ = dist.new_subgroups_by_enumeration(pipelines, timeout)
+        up, _ = dist.new_subgroups_by_enumeration(pipelines, timeout)
+        ends, _ = dist.new_subgroups_by_enumeration([[ranks[0], ranks[-1]] for ranks in pipelines], timeout)
         own = next(ranks for ranks in pipelines if rank in ranks)
         return cls(own, own.index(rank), down, up, ends)
 
