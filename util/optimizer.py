@@ -141,7 +141,8 @@ def clip_wide(trained: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
         return whole_norm(torch.nn.utils.clip_grad_norm_(trained, max_norm))
     norms = []
     for parameters in by_mesh.values():
-        norms.append(whole_norm(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])))
+        gradients: Any = [parameter.grad for parameter in parameters]
+        norms.append(whole_norm(torch.nn.utils.get_total_norm(gradients)))
     norm = torch.linalg.vector_norm(torch.stack(norms))
     for parameters in by_mesh.values():
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

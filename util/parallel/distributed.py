@@ -308,8 +308,8 @@ def take_precision(bare: torch.nn.Module, precision: dict[str, torch.dtype]) -> 
     `module.to(dtype)` would cast the buffers, too: with rotary frequencies in bf16 the angles of a long row are wrong
     by whole radians.
     """
-    for name, tensor in [*bare.named_parameters(), *bare.named_buffers()]:
-        tensor.data = tensor.data.to(precision[name])
+    for name, held in [*bare.named_parameters(), *bare.named_buffers()]:
+        held.data = held.data.to(precision[name])
 
 
 def build_quantised(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:

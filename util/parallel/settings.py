@@ -56,8 +56,8 @@ def invalid_parallel_settings(config: Any) -> list[str]:
         return found
     if config.lora_rank:
         found.append(
-            f"--lora_rank {config.lora_rank} with --tensor_parallel_size {size}: adapters are not cut into parts. Frozen "
-            "weights need little memory on each rank with --sharding full; leave --tensor_parallel_size out"
+            f"--lora_rank {config.lora_rank} with --tensor_parallel_size {size}: adapters are not cut into parts; "
+            "under --sharding full frozen weights need little memory on each rank without it"
         )
     if config.eval_samples:
         found.append(

@@ -167,7 +167,7 @@ class OwnHeads(nn.Linear):
 
 
 class OwnVocabulary(nn.Embedding):
-    """An embedding of which this rank has the rows of some tokens: the others' are zeros, and the sum is all of them."""
+    """An embedding of which this rank has the rows of some tokens; the others' are zeros here, and all are the sum."""
 
     sharing: Sharing
 
