@@ -159,7 +159,11 @@ def main() -> None:
     processor = load_processor(plain.model)
     samples = Samples(load_examples(plain.data, processor), processor, Budget.of(plain))
     batch = LenientCollator(distributed.EvenCollator())([samples[number] for number in cases["samples"]])
-    found = {"rows": len(batch.input_ids), "patches": len(batch.vision_position_ids), "supervised": len(batch.target_ids)}
+    found = {
+        "rows": len(batch.input_ids),
+        "patches": len(batch.vision_position_ids),
+        "supervised": len(batch.target_ids),
+    }
     found["exchanged"] = {
         name: exchanged(Config(**{**cases["plain"], **changes}), world, batch)
         for name, changes in cases["exchanged"].items()
