@@ -30,6 +30,7 @@ class Kind:
     after: Callable[..., torch.Tensor]  # (layer, hidden (T, D), mixed (T, D)) -> hidden (T, D)
     until_last: Callable[..., tuple]  # the same, up to the last product: (hidden (T, D), what that product reads)
     attention: str  # the name of the attention in a layer
+    after_attention: str  # the name of the matrix product after it
     last_product: str  # the name of the layer's last matrix product
 
 
@@ -119,8 +120,10 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return heads * cos + turned * sin
 
 
-BLOCK = Kind(before_block_attention, after_block_attention, until_last_of_block, "attn", "mlp.fc2")
-LAYER = Kind(before_layer_attention, after_layer_attention, until_last_of_layer, "self_attn", "mlp.down_proj")
+BLOCK = Kind(before_block_attention, after_block_attention, until_last_of_block, "attn", "attn.proj", "mlp.fc2")
+LAYER = Kind(
+    before_layer_attention, after_layer_attention, until_last_of_layer, "self_attn", "self_attn.o_proj", "mlp.down_proj"
+)
 
 
 # ---- in a model -----------------------------------------------------------------------------------------------------

@@ -73,6 +73,7 @@ def forecast(
     `largest_picture`: an image, or a pair of frames of a video, which ranks that share a row do not divide.
     """
     is_compiled = device is not None and compilation.is_on(config.compile, device)
+    counts = counts_of_rank(model_config, counts, config)
     loads = [load_of_rank(load, config, largest_picture) for load in micro_batches]
     several = shards > 1 or ranks.are_several()
     states = kept_states(model_config, counts, config, dtype, shards)
@@ -92,6 +93,18 @@ def forecast(
             whole.moment = name
             found.append(whole)
     return max(found, key=lambda parts: sum(parts.values()))
+
+
+def counts_of_rank(model_config, counts: dict, config: Config) -> dict:
+    """Of the parameters as many as one tensor rank computes with: a part of every matrix, but the tower's qkv whole
+    (util/parallel/tensor.py). What else is whole, norms and biases, is too little to count."""
+    ranks_of_matrix = config.tensor_parallel_size
+    if ranks_of_matrix == 1:
+        return counts
+    tower = model_config.vision_config
+    found = {**counts, **{name: count / ranks_of_matrix for name, count in counts.items() if name != "adapters"}}
+    more = tower.depth * 3 * tower.embed_dim**2 * (1 - 1 / ranks_of_matrix)
+    return {**found, "vision": found["vision"] + more, "all_layers": found["all_layers"] + more}
 
 
 def load_of_rank(load: Load, config: Config, largest_picture: int = 0) -> Load:
@@ -177,6 +190,7 @@ class Gradients:
             trained = lora.count_trained(model_config, config)
         elif trained["language_model"]:
             head = model_config.text_config.vocab_size * model_config.text_config.hidden_size
+            head //= config.tensor_parallel_size
         if not with_patches:
             trained = {**trained, "vision": 0, "merger": 0}
         is_tied = model_config.tie_word_embeddings

@@ -69,8 +69,8 @@ def invalid_parallel_settings(config: Any) -> list[str]:
         size = getattr(config, name)
         if size > 1 and config.lora_rank:
             found.append(
-                f"--lora_rank {config.lora_rank} with --{name} {size}: adapters are not cut into {pieces}. Frozen "
-                f"weights need little memory on each rank with --sharding full; leave --{name} out"
+                f"--lora_rank {config.lora_rank} with --{name} {size}: adapters are not cut into {pieces}; "
+                "under --sharding full frozen weights need little memory on each rank without it"
             )
         if size > 1 and config.eval_samples:
             found.append(

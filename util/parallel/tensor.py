@@ -167,7 +167,7 @@ class OwnHeads(nn.Linear):
 
 
 class OwnVocabulary(nn.Embedding):
-    """An embedding of which this rank has the rows of some tokens: the others are zeros, and the sum is all of them."""
+    """An embedding of which this rank has the rows of some tokens; the others' are zeros here, and all are the sum."""
 
     sharing: Sharing
 
@@ -175,6 +175,18 @@ class OwnVocabulary(nn.Embedding):
         part = self.weight.to_local()
         index, is_here = in_own_vocabulary(ids, len(part), self.sharing.group)
         return self.sharing.summed(F.embedding(index, part) * is_here[:, None])
+
+
+Kinds = dict[str, type[nn.Module]]
+
+# the dimension along which a parameter is cut; what is not named stays whole
+CUT: dict[type[nn.Module], dict[str, int]] = {
+    ByColumns: {"weight": 0, "bias": 0},
+    ByRows: {"weight": 1},
+    ByRowsOfAll: {"weight": 1},
+    OwnHeads: {},
+    OwnVocabulary: {"weight": 0},
+}
 
 
 def in_own_vocabulary(ids: torch.Tensor, rows: int, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,6 +244,19 @@ class TensorLoss(PackedLoss):
         return found if self.sharing.group.rank() == 0 else torch.zeros_like(found)
 
 
+BLOCK: Kinds = {"attn.qkv": OwnHeads, "attn.proj": ByRows, "mlp.fc1": ByColumns, "mlp.fc2": ByRows}
+LAYER: Kinds = {
+    "self_attn.q_proj": ByColumns,
+    "self_attn.k_proj": ByColumns,
+    "self_attn.v_proj": ByColumns,
+    "self_attn.o_proj": ByRows,
+    "mlp.gate_proj": ByColumns,
+    "mlp.up_proj": ByColumns,
+    "mlp.down_proj": ByRows,
+}
+MERGER: Kinds = {"mlp.0": ByColumns, "mlp.2": ByRowsOfAll}
+
+
 def split(packed: TensorLoss, mesh: DeviceMesh, by_rows: bool) -> None:
     """Keep of every matrix of a model this rank's part on a mesh of one axis. To be called before FSDP shards the rest.
 
@@ -240,42 +265,37 @@ def split(packed: TensorLoss, mesh: DeviceMesh, by_rows: bool) -> None:
     sharing = packed.sharing = Sharing(mesh.get_group(), by_rows)
     tower = packed.model.model.visual
     language_model = packed.model.model.language_model
+    for repeated, kinds in ((tower.blocks, BLOCK), (language_model.layers, LAYER)):
+        for layer in repeated:
+            layer.sharing = sharing
+            become(kinds, layer, sharing, mesh)
+    for block in tower.blocks:
+        block.attn.num_heads //= mesh.size()
+    become(MERGER, tower.merger, sharing, mesh)
+    tower.merger.mlp[0].register_forward_pre_hook(lambda module, inputs: (sharing.copied(inputs[0]),))
+    is_tied = packed.model.lm_head.weight is language_model.embed_tokens.weight
+    become({"embed_tokens": OwnVocabulary}, language_model, sharing, mesh)
+    become({"lm_head": ByColumns}, packed.model, sharing, mesh)
+    if is_tied:
+        packed.model.lm_head.weight = language_model.embed_tokens.weight  # one part, in which both gradients meet
 
-    def become(kind: type[nn.Module], module: Any, cut: dict[str, int]) -> None:
-        """`cut`: the dimensions along which its parameters are cut."""
+
+def become(kinds: Kinds, parent: nn.Module, sharing: Sharing, mesh: DeviceMesh) -> None:
+    """Let modules, by their names in a parent, be of these kinds, each with this rank's part of its parameters.
+
+    A class and not a forward of each module's own, which dynamo would compile anew for every layer.
+    """
+    for name, kind in kinds.items():
+        module: Any = parent.get_submodule(name)
         module.__class__ = kind
         module.sharing = sharing
-        for name, dimension in cut.items():
-            if getattr(module, name) is not None:
-                setattr(module, name, part_of_parameter(getattr(module, name), mesh, dimension))
-
-    by_columns = {"weight": 0, "bias": 0}
-    for block in tower.blocks:
-        block.sharing = sharing
-        block.attn.num_heads //= mesh.size()
-        become(OwnHeads, block.attn.qkv, {})
-        become(ByRows, block.attn.proj, {"weight": 1})
-        become(ByColumns, block.mlp.fc1, by_columns)
-        become(ByRows, block.mlp.fc2, {"weight": 1})
-    for layer in language_model.layers:
-        layer.sharing = sharing
-        for product in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-            become(ByColumns, product, by_columns)
-        become(ByRows, layer.self_attn.o_proj, {"weight": 1})
-        become(ByColumns, layer.mlp.gate_proj, by_columns)
-        become(ByColumns, layer.mlp.up_proj, by_columns)
-        become(ByRows, layer.mlp.down_proj, {"weight": 1})
-    first, _, second = tower.merger.mlp
-    first.register_forward_pre_hook(lambda module, inputs: (sharing.copied(inputs[0]),))
-    become(ByColumns, first, by_columns)
-    become(ByRowsOfAll, second, {"weight": 1})
-    embedding = language_model.embed_tokens
-    head = packed.model.lm_head
-    is_tied = head.weight is embedding.weight
-    become(OwnVocabulary, embedding, {"weight": 0})
-    become(ByColumns, head, {} if is_tied else {"weight": 0})
-    if is_tied:
-        head.weight = embedding.weight  # one part, so that both gradients meet in it
+        for parameter, dimension in CUT[kind].items():
+            if getattr(module, parameter) is not None:
+                setattr(module, parameter, part_of_parameter(getattr(module, parameter), mesh, dimension))
+        if kind is ByColumns:
+            module.out_features //= mesh.size()
+        if issubclass(kind, ByRows):
+            module.in_features //= mesh.size()
 
 
 def part_of_parameter(whole: nn.Parameter, mesh: DeviceMesh, dimension: int) -> nn.Parameter:

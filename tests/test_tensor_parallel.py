@@ -1,0 +1,304 @@
+"""--tensor_parallel_size and --sequence_parallel on 2 and 4 real processes (gloo): the same as one process."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, Qwen2VLForConditionalGeneration
+
+import finetune
+from tests import runs, samples
+from tests.runs import metrics, weights
+from tests.test_distributed import gap, same, torchrun
+from util.command_line import UserError
+from util.config import Config
+from util.parallel import tensor
+from util.parallel.layout import Layout
+from util.publish.export import export
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOWCASE = ROOT / "train_data" / "data.json"
+HELD_OUT = {"eval_data": [str(ROOT / "test_data" / "data.json")], "eval_every": 2}
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+SAVED = {**HELD_OUT, "max_steps": 4, "save_every": 2, "final": "last"}
+TEXTS = {
+    "data": "texts",
+    "global_batch_size": 2,
+    "max_steps": 4,
+}  # one picture; in the third step one of two has nothing
+ROWS = {"sequence_parallel": True}
+TWO = {
+    "saved": SAVED,
+    "rows": {
+        **SAVED,
+        **ROWS,
+        "micro_batch_size": 3,
+        "sharding": "optimizer",
+        "activation_checkpointing": "selective",
+        "logit_rows": 16,
+    },
+    "untied": {**TEXTS, **ROWS, "model": "untied", "activation_checkpointing": "full"},
+    "frozen language model": {**TEXTS, "freeze": ["language_model"]},
+}
+FOUR = {
+    "saved": {**SAVED, "sharding": "gradients", "micro_batch_size": 1},
+    "untied": {**TEXTS, "model": "untied", "sharding": "none"},
+    "frozen language model": {**TEXTS, **ROWS, "freeze": ["language_model"], "activation_checkpointing": "full"},
+    "a row over two": {**SAVED, **ROWS, "context_parallel_size": 2},
+    "four heads": {**TEXTS, "model": "four heads", "tensor_parallel_size": 4},
+}
+SAME_AS = {"rows": "saved", "a row over two": "saved"}
+STANDING = {**SAVED, "eval_data": [], "max_steps": 3, "learning_rate": 0.0, "resume_anyway": True}
+OF_SEVERAL = ("tensor_parallel_size", "sequence_parallel", "context_parallel_size", "sharding")
+
+
+@pytest.fixture(scope="module")
+def places(tiny_path, processor, tmp_path_factory) -> dict[str, str]:
+    """Models beside tiny, and the data of one picture among texts."""
+    folder = tmp_path_factory.mktemp("places")
+    found = {"tiny": str(tiny_path), "showcase": str(SHOWCASE), "texts": str(folder / "texts.json")}
+    for name, heads in (("untied", 2), ("four heads", 4)):
+        config = AutoConfig.from_pretrained(tiny_path)
+        config.tie_word_embeddings = False
+        config.text_config.num_key_value_heads = heads
+        torch.manual_seed(1)
+        Qwen2VLForConditionalGeneration(config).save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+        found[name] = str(folder / name)
+    picture = next(entry for entry in json.loads(SHOWCASE.read_text()) if entry["kind"] == "shape")
+    item = next(item for item in picture["messages"][-2]["content"] if item["type"] == "image")
+    item["image"] = str(SHOWCASE.parent / item["image"])
+    texts = [samples.entry(samples.user(f"Say {n}"), samples.assistant("x" * n)) for n in range(1, 5)]
+    (folder / "texts.json").write_text(json.dumps([picture, *texts]))
+    return found
+
+
+def settings(places: dict[str, str], directory: Path, **changes) -> dict:
+    own = {"model": "tiny", "data": "showcase", "dtype": "float64", "tensor_parallel_size": 2, **changes}
+    own["data"] = [places[own["data"]]]
+    return {**runs.settings(Path(), directory), **own, "model": places[own["model"]]}
+
+
+def train_alone(own: dict) -> Path:
+    """In this process, with what settings say of several left out."""
+    return Path(finetune.train(Config(**{name: own[name] for name in own if name not in OF_SEVERAL})))
+
+
+@pytest.fixture(scope="module")
+def alone(places, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("one")
+    cases = {**FOUR, **TWO, "float32": {**TEXTS, "dtype": "float32"}, "bfloat16": {**TEXTS, "dtype": "bfloat16"}}
+    return {
+        name: train_alone(settings(places, folder / name, **changes))
+        for name, changes in cases.items()
+        if name not in SAME_AS
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks(places, alone, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    second = str(alone["saved"] / "checkpoints" / "step_000002")
+    bfloat16 = {**SAVED, **ROWS, **TEXTS, "dtype": "bfloat16"}
+    torchrun(2, [
+        *(settings(places, folder / name, **changes) for name, changes in TWO.items()),
+        settings(places, folder / "1to2", **SAVED, resume=second),
+        settings(places, folder / "1to2 standing", **STANDING, resume=second),
+        settings(places, folder / "float32", **{**TEXTS, **ROWS, "dtype": "float32"}),
+        settings(places, folder / "bfloat16", **bfloat16),
+        settings(places, folder / "bfloat16 on", **bfloat16, resume=str(folder / "bfloat16/checkpoints/step_000002")),
+    ], folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four_ranks(places, two_ranks, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("four")
+    second = str(two_ranks / "saved" / "checkpoints" / "step_000002")
+    torchrun(4, [
+        *(settings(places, folder / name, **changes) for name, changes in FOUR.items()),
+        settings(places, folder / "2to4", **SAVED, resume=second),
+        settings(places, folder / "too many", tensor_parallel_size=4),
+    ], folder)  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_ranks_equal_one(name, two_ranks, alone):
+    one = alone[SAME_AS.get(name, name)]
+    same(two_ranks / name, one)
+    assert metrics(two_ranks / name, "eval_loss") == pytest.approx(metrics(one, "eval_loss"), abs=1e-12)
+    assert metrics(two_ranks / name, "eval_token_accuracy") == metrics(one, "eval_token_accuracy")
+    assert metrics(two_ranks / name, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_equal_one(name, four_ranks, alone):
+    same(four_ranks / name, alone[SAME_AS.get(name, name)])
+
+
+def test_in_float32_and_bfloat16(two_ranks, alone):
+    assert metrics(two_ranks / "float32") == pytest.approx(metrics(alone["float32"]), abs=1e-5)
+    assert metrics(two_ranks / "bfloat16") == pytest.approx(metrics(alone["bfloat16"]), rel=2e-2)
+    assert {tensor.dtype for tensor in weights(two_ranks / "bfloat16").values()} == {torch.bfloat16}
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(two_ranks):
+    ours, theirs = weights(two_ranks / "bfloat16 on"), weights(two_ranks / "bfloat16")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert metrics(two_ranks / "bfloat16 on") == metrics(two_ranks / "bfloat16")[2:]
+
+
+def test_checkpoints_resume_at_any_size(two_ranks, four_ranks, alone, places, tmp_path):
+    """2 -> 1, 1 -> 2 and 2 -> 2 x 2 end where the uninterrupted run ends."""
+    second = str(two_ranks / "saved" / "checkpoints" / "step_000002")
+    to_one = train_alone(settings(places, tmp_path / "2to1", **SAVED, resume=second))
+    for run in (to_one, two_ranks / "1to2", four_ranks / "2to4"):
+        assert gap(run, alone["saved"]) < 1e-12, run.name
+        assert [line["step"] for line in runs.log(run) if "loss" in line] == [3, 4], run.name
+
+
+def test_checkpoints_and_exports_hold_whole_weights_bit_by_bit(two_ranks, alone, places, tmp_path):
+    """Read by parts and by one process, at a learning rate of 0; and exported."""
+    second = str(two_ranks / "saved" / "checkpoints" / "step_000002")
+    to_one = train_alone(settings(places, tmp_path / "2to1", **STANDING, resume=second))
+    pairs = {to_one: Path(second), two_ranks / "1to2 standing": alone["saved"] / "checkpoints" / "step_000002"}
+    pairs[two_ranks / "saved"] = two_ranks / "saved" / "checkpoints" / "step_000004"
+    for run, checkpoint in pairs.items():
+        export(checkpoint, tmp_path / f"export of {run.name}")
+        ours, theirs = weights(run), weights(tmp_path / f"export of {run.name}")
+        assert ours.keys() == theirs.keys() == weights(alone["saved"]).keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), run.name
+
+
+def test_a_size_that_does_not_divide_the_heads_is_refused_by_name(four_ranks):
+    for rank in range(4):
+        said = (four_ranks / "too many" / f"refused_{rank}").read_text()
+        assert "--tensor_parallel_size 4 cannot divide this model's 2 key-value heads" in said
+        assert "Sizes that can: 1, 2." in said
+    assert not (four_ranks / "too many" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"sequence_parallel": True}, "--sequence_parallel needs --tensor_parallel_size"),
+        ({"tensor_parallel_size": 2, "lora_rank": 4}, "--lora_rank 4 with --tensor_parallel_size 2"),
+        ({"tensor_parallel_size": 2, **HELD_OUT, "eval_samples": 4}, "--eval_samples 4 with --tensor_parallel_size 2"),
+        ({"tensor_parallel_size": 3}, "--tensor_parallel_size 3 does not divide the 4 processes"),
+        (
+            {"tensor_parallel_size": 2, "context_parallel_size": 4},
+            "--context_parallel_size 4 times --tensor_parallel_size 2 do not divide the 4 processes: start a multiple of 8",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(flags, said):
+    with pytest.raises(UserError, match=said):
+        Layout.of(Config(**flags), 4)
+
+
+def test_published_models_are_cut_as_far_as_their_key_value_heads():
+    """2B has 2, 7B has 4 and 72B has 8 of them (their config.json), a tower of 16 heads, and MLPs that 8 divides."""
+    sizes = {2: (12, 8960, 151936), 4: (28, 18944, 152064), 8: (64, 29568, 152064)}
+    for most, (heads, inner, vocabulary) in sizes.items():
+        text = {"num_key_value_heads": most, "num_attention_heads": heads, "intermediate_size": inner}
+        tower = {"num_heads": 16, "embed_dim": 1280, "mlp_ratio": 4}
+        published = SimpleNamespace(
+            text_config=SimpleNamespace(**text, vocab_size=vocabulary), vision_config=SimpleNamespace(**tower)
+        )
+        tensor.check_sizes(published, most)
+        with pytest.raises(UserError, match=f"--tensor_parallel_size {2 * most} .* {most} key-value heads"):
+            tensor.check_sizes(published, 2 * most)
+
+
+# ---- single steps of two ranks --------------------------------------------------------------------------------------
+
+EXCHANGED = {
+    "none": {},
+    "selective": {"activation_checkpointing": "selective"},
+    "full": {"activation_checkpointing": "full"},
+    "rows": {"sequence_parallel": True},
+}
+LAYERS = 4 + 3  # tiny's decoder layers and tower blocks
+
+
+@pytest.fixture(scope="module")
+def checked(tiny_path, tmp_path_factory) -> list[dict]:
+    """What each of two ranks found: tests/tensor_checks.py."""
+    folder = tmp_path_factory.mktemp("checks")
+    plain = {"data": [str(SHOWCASE)], "dtype": "float64", "tensor_parallel_size": 2}
+    plain = runs.settings(tiny_path, folder / "unused", **plain)
+    cases = {"plain": plain, "samples": [0, 7, 30], "exchanged": EXCHANGED}
+    torchrun(2, cases, folder, "tests/tensor_checks.py", str(folder))
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_a_layer_has_two_all_reduces_in_each_pass(checked):
+    """Beside them: the merger and the embedding have one, the loss two for numbers of each token, the head one."""
+    for found in checked:
+        calls = found["exchanged"]["none"]["calls"]
+        assert calls["forward_all_reduce"] == 2 * LAYERS + 2 + 2
+        assert calls["backward_all_reduce"] == 2 * LAYERS + 1 + 1
+
+
+def test_bytes_are_those_of_the_rows(checked):
+    """8 a number in float64: a decoder row is 128 wide, a tower row 64; the merger's are 256 wide before and 128 after."""
+    found = checked[0]
+    rows, patches, supervised = found["rows"], found["patches"], found["supervised"]
+    layers = 8 * (2 * 4 * 128 * rows + 2 * 3 * 64 * patches)
+    counted = found["exchanged"]["none"]["bytes"]
+    ends = 8 * (128 * rows + 128 * patches // 4 + 3 * supervised)  # embedding, merger, largest and sums of the loss
+    assert counted["forward_all_reduce"] == layers + ends
+    assert counted["backward_all_reduce"] == layers + 8 * (256 * patches // 4 + 128 * supervised)
+
+
+def test_recomputing_exchanges_only_what_it_must(checked):
+    """Before its second half a recomputed layer needs the sum of its first; kept products keep it."""
+    full = checked[0]["exchanged"]["full"]["calls"]
+    assert full["backward_all_reduce"] == 2 * LAYERS + 2 + LAYERS
+    assert checked[0]["exchanged"]["selective"]["calls"]["backward_all_reduce"] == 2 * LAYERS + 2
+
+
+def test_rows_are_gathered_and_scattered_instead(checked):
+    """At the ends of the tower and of the language model each rank takes its rows, and gets all of them back."""
+    calls = checked[0]["exchanged"]["rows"]["calls"]
+    assert calls["forward_gather_rows"] == 2 * LAYERS + 2
+    assert calls["forward_scatter_rows"] == 2 * LAYERS
+    assert calls["forward_all_reduce"] == 2 + 2
+    assert calls["backward_scatter_rows"] == 2 * LAYERS
+    assert calls["backward_gather_rows"] == 2 * LAYERS + 2
+    assert calls["backward_all_reduce"] == 1 + 1
+
+
+def test_one_step_equals_one_process(checked):
+    for found in checked:
+        assert max(found["faults"]["none"].values()) < 1e-12, found["faults"]["none"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "seen_in"),
+    [
+        ("a key-value head is cut wrongly", "loss"),
+        ("the tied gradient counts twice", "gradient"),
+        ("the gradient of qkv is not summed", "gradient"),
+        ("the norm counts copies twice", "norm"),
+    ],
+)
+def test_planted_faults_are_seen(fault, seen_in, checked):
+    assert checked[0]["faults"][fault][seen_in] > 1e-6, checked[0]["faults"][fault]
+
+
+def test_copies_stay_equal_bit_by_bit(checked):
+    """One rank's gradients of what both have whole were off by a billionth."""
+    assert checked[0]["drifted"]["unequal"] > 10, "the drift changes no weight, so that its end shows nothing"
+    assert checked[0]["agreed"]["unequal"] == 0
+
+
+def test_the_loss_of_two_ranks_counts_once(checked):
+    """Both compute it, and sums go over all ranks."""
+    assert checked[0]["agreed"]["loss"] > 0
+    assert checked[1]["agreed"]["loss"] == 0
