@@ -115,8 +115,11 @@ def in_words(asked: str, kinds: list[Kind], times: Times) -> str:
 
 
 def parts_of(model_config, config: Config) -> list[Part]:
-    """Of the tower and of the language model the heads that one rank has. A rank that shares a row attends over all of it,
-    for some of the language model's heads (parallel/context.py); of matrices in parts it has some heads of both."""
+    """The tower and the language model, with the heads that one rank has.
+
+    A rank that shares a row attends over all of it, for some of the language model's heads (parallel/context.py). One
+    that has parts of matrices has some heads of both (parallel/tensor.py).
+    """
     tower = model_config.vision_config
     text = model_config.text_config
     of_matrix = config.tensor_parallel_size

@@ -8,9 +8,9 @@ Hidden states (T, D) of a row travel from stage to stage, and their gradients ba
 one backward; PipeDream-Flush, arXiv 2104.04473, section 2.2.1). Three stages and six rows, a backward pass taking twice
 as long as a forward pass:
 
-    stage 0   F0 F1 F2 .. .. .. B0 B0 F3 B1 B1 F4 B2 B2 F5 B3 B3 .. B4 B4 .. B5 B5
-    stage 1   .. F0 F1 .. B0 B0 F2 B1 B1 F3 B2 B2 F4 B3 B3 F5 B4 B4 .. B5 B5 .. ..
-    stage 2   .. .. F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 F4 B4 B4 F5 B5 B5 .. .. ..
+    stage 0   F0 F1 F2 .. .. .. .. B0 B0 F3 B1 B1 F4 B2 B2 F5 B3 B3 .. B4 B4 .. B5 B5
+    stage 1   .. F0 F1 .. .. B0 B0 F2 B1 B1 F3 B2 B2 F4 B3 B3 F5 B4 B4 .. B5 B5 .. ..
+    stage 2   .. .. F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 F4 B4 B4 F5 B5 B5 .. .. .. ..
 
 A stage holds the activations of at most as many rows as there are stages from it to the last, however many rows a step
 has. Rows differ in length: every rank knows all lengths from its own batches. What travels down and what travels up has
