@@ -44,7 +44,6 @@ FREE = ("context_parallel_size", "sharding", "shard_group_size", "micro_batch_si
 CASES = {
     "full": {},
     "optimizer, accumulation of 8, a sample a row": {"sharding": "optimizer", "micro_batch_size": 1},
-    "none": {"sharding": "none", "micro_batch_size": 2},
     "full checkpointing": {"activation_checkpointing": "full"},
     "selective checkpointing": {"activation_checkpointing": "selective"},
     "texts, one sample a step": {"data": "texts", "global_batch_size": 1, "max_steps": 6},
@@ -62,6 +61,7 @@ CASES = {
 }
 SLOW = {
     "gradients": {"sharding": "gradients"},
+    "none": {"sharding": "none", "micro_batch_size": 2},
     "groups of 1": {"shard_group_size": 1},
     "frozen language model": {"freeze": ["language_model"], "activation_checkpointing": "full"},
     "adapters in the tower alone": {"data": "texts", "lora_rank": 4, "lora_vision": True, "freeze": ["language_model"]},
@@ -74,9 +74,9 @@ FOUR = {
     "2 x 2": {"context_parallel_size": 2, "micro_batch_size": 2},
     "2 x 2, one group without samples": {"context_parallel_size": 2, "data": "texts", "global_batch_size": 3, "max_steps": 4},
     "4": {"context_parallel_size": 4, "micro_batch_size": 1},
-    "2 x 2, groups of 2": {"context_parallel_size": 2, "shard_group_size": 2, "micro_batch_size": 2},
 }  # fmt: skip
 SLOW_FOUR = {
+    "2 x 2, groups of 2": {"context_parallel_size": 2, "shard_group_size": 2, "micro_batch_size": 2},
     "2 x 2, replicas": {"context_parallel_size": 2, "sharding": "none"},
     "2 x 2, optimizer, evaluated": {
         "context_parallel_size": 2,
@@ -579,10 +579,11 @@ def test_the_fullest_rank_of_a_row():
     ("fault", "last_line"),
     [
         ("dies", r"rank 1 was killed by signal 9 \(SIGKILL\).*"),
-        pytest.param("raises", r"RuntimeError: a bug on rank 1", marks=pytest.mark.slow),
-        pytest.param("raises in data worker", r"stopped after step \d, which is saved; .*", marks=pytest.mark.slow),
+        ("raises", r"RuntimeError: a bug on rank 1"),
+        ("raises in data worker", r"stopped after step \d, which is saved; .*"),
     ],
 )
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_job_with_the_first_cause(fault, last_line, tiny_path, tmp_path):
     """Within 30 seconds, on a machine that is not busy; torchrun itself waits as long for ranks that hang."""
     config = case("", tiny_path, {"showcase": ROOT / "train_data" / "data.json"}, tmp_path / "run", max_steps=8)
