@@ -292,8 +292,9 @@ def check(
     beside = f" and {margin / GIB:.1f} GiB between tensors and for kernels" if margin else ""
     has_patches = any(patches for _, patches, _ in survey.heaviest)
     smaller = "Smaller images help too (--max_pixels)" if has_patches else "Shorter conversations help too"
-    if ranks.are_several():
-        smaller += f", and more processes for a row (--context_parallel_size {2 * config.context_parallel_size})"
+    twice = 2 * config.context_parallel_size
+    if ranks.rank_and_size()[1] % twice == 0:
+        smaller += f", and more processes for each row (--context_parallel_size {twice})"
     raise UserError(
         f"not enough memory on {device}: the run needs {needed / GIB:.1f} GiB ({parts_in_words(parts)}){beside}, "
         f"{free / GIB:.1f} GiB {where}.\n{remedy}\n{smaller}. "

@@ -61,7 +61,6 @@ class RowPart(Batch):
 class Unit:
     """What a tower sees by itself: an image, or a pair of frames of a video."""
 
-    medium: int
     is_video: bool
     patches: slice  # of the batch's image patches, or of its video patches
     tokens: range  # in the order of the batch's visual tokens
@@ -91,12 +90,11 @@ def parts_of(batch: Batch, ranks: int) -> list[Batch]:
 
 def units_of(batch: Batch) -> list[Unit]:
     """The images, then the pairs of frames, of a batch in the order of its patches."""
-    grids = [Grid(*sizes) for sizes in batch.grid_thw.tolist()]
     units = []
     token = 0
     seen = 0  # patches of images, then of videos
     is_video = False
-    for medium, grid in enumerate(grids):
+    for grid in [Grid(*sizes) for sizes in batch.grid_thw.tolist()]:
         if not is_video and seen == len(batch.image_patches):
             is_video = True
             seen = 0
@@ -104,7 +102,7 @@ def units_of(batch: Batch) -> list[Unit]:
         tokens = patches // MERGE**2
         for _ in range(grid.t):
             place = slice(seen, seen + patches)
-            units.append(Unit(medium, is_video, place, range(token, token + tokens), Grid(1, grid.h, grid.w)))
+            units.append(Unit(is_video, place, range(token, token + tokens), Grid(1, grid.h, grid.w)))
             seen += patches
             token += tokens
     return units
@@ -251,7 +249,7 @@ class Heads:
     def spread(self, heads: torch.Tensor) -> torch.Tensor:
         """Keys or values (T, its key-value heads, W), one for each query head where not all are read equally often."""
         times = {self.readers.count(number) for number in self.readers}
-        return heads if len(times) == 1 else heads[:, self.readers]
+        return heads if len(times) == 1 else torch.stack([heads[:, number] for number in self.readers], dim=1)
 
 
 def deal_heads(heads: int, key_value_heads: int, ranks: int) -> list[Heads]:
