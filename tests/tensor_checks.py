@@ -1,4 +1,5 @@
-"""Started by torchrun in test_tensor_parallel.py: what single steps of two tensor ranks exchange, hold and compute.
+"""Started by torchrun in test_tensor_parallel.py: what single steps of two tensor ranks exchange, hold and compute, then
+whole runs in the same processes.
 
 torchrun --nproc_per_node 2 tests/tensor_checks.py CASES.json FOLDER     (Config fields; one JSON of findings per rank)
 """
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import finetune_distributed
 from tests.count_bytes import Count
 from util import model, optimizer
 from util.collator import Batch
@@ -25,7 +27,7 @@ from util.dataset import Samples, load_examples
 from util.model import load_config, load_processor
 from util.optimizer import build_optimizer, clip_gradient
 from util.parallel import distributed, tensor
-from util.tensors import run_parameters
+from util.tensors import PARTS, part_of, run_parameters
 from util.vision import Budget
 
 CPU = torch.device("cpu")
@@ -114,6 +116,14 @@ def differences(config: Config, world, batch: Batch, fault: tuple | None) -> dic
     }
 
 
+def held(packed) -> dict:
+    """How many numbers of each part of the model this rank has."""
+    found = dict.fromkeys(PARTS, 0)
+    for name, parameter in run_parameters(packed).items():
+        found[part_of(name)] += parameter.to_local().numel()
+    return found
+
+
 # ---- equal copies ---------------------------------------------------------------------------------------------------
 
 
@@ -169,9 +179,14 @@ def main() -> None:
         for name, changes in cases["exchanged"].items()
     }
     found["faults"] = {name: differences(plain, world, batch, fault) for name, fault in FAULTS.items()}
+    in_rows = Config(**{**cases["plain"], "sequence_parallel": True})
+    found["faults"]["none, in rows"] = differences(in_rows, world, batch, None)
     found["agreed"] = drift(plain, world, batch, agree=True)
     found["drifted"] = drift(plain, world, batch, agree=False)
+    found["held"] = held(build(plain, world))
     (Path(sys.argv[2]) / f"rank_{world.rank}.json").write_text(json.dumps(found))
+    for settings in cases["runs"]:
+        finetune_distributed.train(Config(**settings))
     dist.barrier()
     dist.destroy_process_group()
 
