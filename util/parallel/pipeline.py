@@ -15,15 +15,16 @@ as long as a forward pass:
 A stage holds the activations of at most as many rows as there are stages from it to the last, however many rows a step
 has. Rows differ in length: every rank knows all lengths from its own batches. What travels down and what travels up has
 a process group of its own, so that within each all goes one way, in the order of the rows, and no send waits behind a
-receive.
+receive. A row travels while the one before it is worked on.
 
 Letters in shapes: T tokens of a row, D the hidden size, S supervised tokens.
 """
 
 import copy
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -79,13 +80,14 @@ class Pipe:
     def send_up(self, gradient: torch.Tensor) -> None:
         self._send(gradient, self.ranks[self.index - 1], self.up)
 
-    def receive_from_before(self, into: torch.Tensor) -> torch.Tensor:
-        dist.recv(into, self.ranks[self.index - 1], group=self.down)
-        return into
+    def from_before(self, rows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor | None]:
+        """The hidden states of the stage before, in the order of the rows; None for each on the first stage. `rows`:
+        room for what arrives, made when it is needed."""
+        return repeat(None) if self.is_first else arriving(rows, self.ranks[self.index - 1], self.down)
 
-    def receive_from_after(self, into: torch.Tensor) -> torch.Tensor:
-        dist.recv(into, self.ranks[self.index + 1], group=self.up)
-        return into
+    def from_after(self, rows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor | None]:
+        """The gradients of what left this stage; None on the last one."""
+        return repeat(None) if self.is_last else arriving(rows, self.ranks[self.index + 1], self.up)
 
     def _send(self, tensor: torch.Tensor, rank: int, group: Any) -> None:
         """Returns at once: the next row is computed meanwhile. The tensor is kept until it has arrived."""
@@ -100,6 +102,22 @@ class Pipe:
             work.wait()
 
 
+def arriving(rows: Iterable[torch.Tensor], rank: int, group: Any) -> Iterator[torch.Tensor]:
+    """What another rank sends, in its order. While one row is worked on, the next one may travel."""
+    posted: deque = deque()
+    for room in rows:
+        posted.append((dist.irecv(room, rank, group=group), room))
+        if len(posted) == 2:
+            yield arrived(*posted.popleft())
+    while posted:
+        yield arrived(*posted.popleft())
+
+
+def arrived(work: Any, room: torch.Tensor) -> torch.Tensor:
+    work.wait()
+    return room
+
+
 # ---- the schedule ---------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +128,7 @@ def one_forward_one_backward(
 
     `before_backward` (whether it is the last one of the step) is called before each backward pass.
     """
-    passes = StagePasses(model, divisor)
+    passes = StagePasses(model, batches, divisor)
     # The first gradient comes back when the first row has passed all stages: until then forward passes alone.
     ahead = min(len(model.pipe.ranks) - 1 - model.pipe.index, len(batches))
     for batch in batches[:ahead]:
@@ -129,14 +147,16 @@ def one_forward_one_backward(
 class StagePasses:
     """Forward and backward passes of rows through one stage, each in the order of the rows."""
 
-    def __init__(self, model: "StageLoss", divisor: float) -> None:
+    def __init__(self, model: "StageLoss", batches: Sequence[Batch], divisor: float) -> None:
         self.model, self.pipe, self.divisor = model, model.pipe, divisor
+        self.arrivals = self.pipe.from_before(map(model.room_for, batches))
+        self.gradients = self.pipe.from_after(map(model.room_for, batches))
         self.rows: deque = deque()  # (what arrived, what was made of it) of rows whose backward pass is to come
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=model.pixel_scale.device)
 
     def forward(self, batch: Batch) -> None:
         """What the scripts' run_pass does up to the loss, on this stage's layers."""
-        arrived = self.model.receive(batch)
+        arrived = next(self.arrivals)
         if arrived is not None:
             arrived.requires_grad_()
         left = self.model(batch.to(self.loss_sum.device), arrived)
@@ -150,8 +170,7 @@ class StagePasses:
     def backward(self) -> None:
         """And from there on, for the oldest row."""
         arrived, left = self.rows.popleft()
-        gradient = None if self.pipe.is_last else self.pipe.receive_from_after(torch.empty_like(left))
-        left.backward(gradient)
+        left.backward(next(self.gradients))
         if arrived is not None:
             self.pipe.send_up(arrived.grad)
 
@@ -171,12 +190,10 @@ class StageLoss(PackedLoss):
         """Rows of an evaluation that are read before the first is computed, so that all stages have work."""
         return 2 * len(self.pipe.ranks)
 
-    def receive(self, batch: Batch) -> torch.Tensor | None:
-        """The hidden states (T, D) that the stage before has made of a row; None on the first stage."""
-        if self.pipe.is_first:
-            return None
+    def room_for(self, batch: Batch) -> torch.Tensor:
+        """For the hidden states (T, D) of a row, or their gradient."""
         shape = len(batch.input_ids), self.model.config.text_config.hidden_size
-        return self.pipe.receive_from_before(torch.empty(shape, dtype=self.dtype, device=self.pixel_scale.device))
+        return torch.empty(shape, dtype=self.dtype, device=self.pixel_scale.device)
 
     def embed(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
         return super().embed(batch, visual) if self.arrived is None else self.arrived
@@ -192,7 +209,7 @@ class StageLoss(PackedLoss):
 
         Rows pass through as in the schedule: this rank begins the next one while the others work on this one.
         """
-        self.arrived = self.receive(batch)
+        self.arrived = next(self.pipe.from_before([self.room_for(batch)]))
         if self.pipe.is_last:
             found = super().score(batch, visual)
         else:

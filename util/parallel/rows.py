@@ -77,7 +77,7 @@ class SharedBatches:
 def shares_of(batch: Batch, world) -> list[Batch]:
     """Of a batch what each rank of a row group gets; what the log counts is counted by the first one alone."""
     shares = context.parts_of(batch, world.layout.context)
-    uncounted = dict.fromkeys(batch.counts, 0)
+    uncounted = {name: type(number)(0) for name, number in batch.counts.items()}  # World.sum goes by their types
     found = []
     for place in map(world.layout.place, world.row_ranks):
         share = shares[place.context] if place.pipeline == 0 else without_pictures(shares[place.context])
