@@ -344,8 +344,10 @@ def four(tiny_path, untied, data, two, tmp_path_factory, request) -> Path:
     return folder
 
 
-def rows_held(run: Path, ranks: int) -> list[int]:
-    return [int((run / f"rows_{rank}").read_text()) for rank in range(ranks)]
+def counted(run: Path, ranks: int) -> tuple[list[int], list[int]]:
+    """By rank, the most rows whose activations it held, and how many samples it has read."""
+    each_rank = [json.loads((run / f"counted_{rank}").read_text()) for rank in range(ranks)]
+    return [most for most, _ in each_rank], [read for _, read in each_rank]
 
 
 def same_evaluation(run: Path, reference: Path, changes: dict) -> None:
@@ -359,19 +361,27 @@ def test_two_stages_equal_one_process(name, two, one):
     changes = (TWO | TWO_SLOW)[name]
     same(two / name, one(name, changes))
     same_evaluation(two / name, one(name, changes), changes)
-    assert rows_held(two / name, 2) == [2, 1], "rows whose activations each stage held at most"
+    held, read = counted(two / name, 2)
+    assert held == [2, 1], "rows whose activations each stage held at most"
+    assert read[0] > 0
+    assert read[1] == 0, "the first stage alone reads"
 
 
 @pytest.mark.parametrize("name", each(FOUR, FOUR_SLOW))
 def test_stages_of_several_ranks_equal_one_process(name, four, one):
-    same(four / name, one(name, (FOUR | FOUR_SLOW)[name]))
+    changes = (FOUR | FOUR_SLOW)[name]
+    same(four / name, one(name, changes))
+    of_first = 4 // changes.get("pipeline_parallel_size", 2)
+    _, read = counted(four / name, 4)
+    assert min(read[:of_first]) > 0
+    assert max(read[of_first:]) == 0, "the ranks of the first stage alone read"
 
 
 def test_three_stages_equal_one_process(three, one):
     """Three ranks: the shards of none are cut, so the last bits are those of one process, too."""
     same(three / "three", one("three", THREE["three"]))
     same_evaluation(three / "three", one("three", THREE["three"]), THREE["three"])
-    assert rows_held(three / "three", 3) == [3, 2, 1]
+    assert counted(three / "three", 3)[0] == [3, 2, 1]
 
 
 def test_two_stages_in_float32_and_bfloat16(two, one):

@@ -52,7 +52,7 @@ class Pipe:
     down: Any  # process group in which hidden states travel
     up: Any  # in which their gradients do
     ends: Any  # of the first and the last stage; None on others
-    under_way: deque = field(default_factory=deque)  # what was sent, oldest first, with what says when it has arrived
+    under_way: deque = field(default_factory=deque)  # of Sent, the oldest first
 
     @classmethod
     def of(cls, layout: Layout, rank: int) -> "Pipe | None":
@@ -74,11 +74,21 @@ class Pipe:
     def is_last(self) -> bool:
         return self.index == len(self.ranks) - 1
 
-    def send_down(self, hidden: torch.Tensor) -> None:
-        self._send(hidden, self.ranks[self.index + 1], self.down)
+    def send_down(self, hidden: torch.Tensor) -> "Sent":
+        return Sent(hidden, self.ranks[self.index + 1], self.down)
 
-    def send_up(self, gradient: torch.Tensor) -> None:
-        self._send(gradient, self.ranks[self.index - 1], self.up)
+    def send_up(self, gradient: torch.Tensor) -> "Sent":
+        return Sent(gradient, self.ranks[self.index - 1], self.up)
+
+    def keep(self, sent: "Sent") -> None:
+        """Let it be under way while this rank goes on, with one that was sent before it."""
+        self.under_way.append(sent)
+        self.settle(2)
+
+    def settle(self, most: int = 0) -> None:
+        """Wait until at most so many of those that are kept are under way."""
+        while len(self.under_way) > most:
+            self.under_way.popleft().wait()
 
     def from_before(self, rows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor | None]:
         """The hidden states of the stage before, in the order of the rows; None for each on the first stage. `rows`:
@@ -89,17 +99,16 @@ class Pipe:
         """The gradients of what left this stage; None on the last one."""
         return repeat(None) if self.is_last else arriving(rows, self.ranks[self.index + 1], self.up)
 
-    def _send(self, tensor: torch.Tensor, rank: int, group: Any) -> None:
-        """Returns at once: the next row is computed meanwhile. The tensor is kept until it has arrived."""
-        tensor = tensor.contiguous()
-        self.under_way.append((dist.isend(tensor, rank, group=group), tensor))
-        self.settle(2 * len(self.ranks))  # whoever is so many rows behind must catch up
 
-    def settle(self, most: int = 0) -> None:
-        """Wait until at most so many sends are under way."""
-        while len(self.under_way) > most:
-            work, _ = self.under_way.popleft()
-            work.wait()
+class Sent:
+    """A tensor that is under way to another rank, and kept until it has arrived."""
+
+    def __init__(self, tensor: torch.Tensor, rank: int, group: Any) -> None:
+        self.tensor = tensor.contiguous()
+        self.work: Any = dist.isend(self.tensor, rank, group=group)  # returns at once
+
+    def wait(self) -> None:
+        self.work.wait()
 
 
 def arriving(rows: Iterable[torch.Tensor], rank: int, group: Any) -> Iterator[torch.Tensor]:
@@ -151,7 +160,8 @@ class StagePasses:
         self.model, self.pipe, self.divisor = model, model.pipe, divisor
         self.arrivals = self.pipe.from_before(map(model.room_for, batches))
         self.gradients = self.pipe.from_after(map(model.room_for, batches))
-        self.rows: deque = deque()  # (what arrived, what was made of it) of rows whose backward pass is to come
+        # Of each row whose backward pass is to come: what arrived, what was made of it, and that on its way
+        self.rows: deque = deque()
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=model.pixel_scale.device)
 
     def forward(self, batch: Batch) -> None:
@@ -160,19 +170,22 @@ class StagePasses:
         if arrived is not None:
             arrived.requires_grad_()
         left = self.model(batch.to(self.loss_sum.device), arrived)
+        sent = None
         if self.pipe.is_last:
             self.loss_sum += left.detach()
             left = left / self.divisor
         else:
-            self.pipe.send_down(left.detach())
-        self.rows.append((arrived, left))
+            sent = self.pipe.send_down(left.detach())
+        self.rows.append((arrived, left, sent))
 
     def backward(self) -> None:
         """And from there on, for the oldest row."""
-        arrived, left = self.rows.popleft()
+        arrived, left, sent = self.rows.popleft()
         left.backward(next(self.gradients))
+        if sent:
+            sent.wait()  # not for long: its gradient was there
         if arrived is not None:
-            self.pipe.send_up(arrived.grad)
+            self.pipe.keep(self.pipe.send_up(arrived.grad))
 
 
 # ---- the model of a stage -------------------------------------------------------------------------------------------
@@ -213,7 +226,7 @@ class StageLoss(PackedLoss):
         if self.pipe.is_last:
             found = super().score(batch, visual)
         else:
-            self.pipe.send_down(self.decode(batch, self.embed(batch, visual)))
+            self.pipe.keep(self.pipe.send_down(self.decode(batch, self.embed(batch, visual))))
             found = torch.zeros(2, len(batch.target_ids), device=self.pixel_scale.device)
         self.arrived = None
         return found
