@@ -1,7 +1,7 @@
 """Started by torchrun in test_pipeline_parallel.py: trains one run after another in one process group.
 
 Beside what distributed_runs.py does, a run may have a fault put in ("plant"), and each rank notes in its output_dir how
-many rows it had under way at most (rows_RANK).
+many rows it had under way at most, and how many samples it has read (counted_RANK).
 
 torchrun --nproc_per_node 2 tests/pipeline_runs.py RUNS.json
 """
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import finetune_distributed
+from util import dataset
 from util.command_line import UserError
 from util.config import Config
 from util.parallel import pipeline
@@ -32,6 +33,16 @@ class CountedPasses(pipeline.StagePasses):
         CountedPasses.most = max(CountedPasses.most, len(self.rows))
 
 
+class CountedSamples(dataset.Samples):
+    """Counts the samples that this process has read."""
+
+    read = 0
+
+    def __getitem__(self, index):
+        CountedSamples.read += 1
+        return super().__getitem__(index)
+
+
 class Swapped:
     """Sends the first two of a step's rows in the wrong order."""
 
@@ -42,11 +53,17 @@ class Swapped:
         self.sent += 1
         if self.sent % 4 == 1:  # of four rows a step
             self.held = hidden
-            return
-        self.send(pipe, hidden)
+            return Nothing()
+        sent = self.send(pipe, hidden)
         if self.held is not None:
-            self.send(pipe, self.held)
+            pipe.keep(self.send(pipe, self.held))
             self.held = None
+        return sent
+
+
+class Nothing:
+    def wait(self):
+        pass
 
 
 def position_of_the_row_before(decode):
@@ -86,13 +103,16 @@ def planted(fault: str):
 
 def main() -> None:
     torch.set_num_threads(1)
+    dataset.Samples = CountedSamples
     for settings in json.loads(Path(sys.argv[1]).read_text()):
         folder = Path(settings["output_dir"])
         CountedPasses.most = 0
+        CountedSamples.read = 0
         with planted(settings.pop("plant", "")):
             try:
                 finetune_distributed.train(Config(**settings))
-                (folder / f"rows_{os.environ['RANK']}").write_text(str(CountedPasses.most))
+                counted = [CountedPasses.most, CountedSamples.read]
+                (folder / f"counted_{os.environ['RANK']}").write_text(json.dumps(counted))
             except UserError as error:
                 folder.mkdir(exist_ok=True)
                 (folder / f"refused_{os.environ['RANK']}").write_text(str(error))

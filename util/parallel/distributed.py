@@ -294,12 +294,12 @@ def build_sharded(
         packed = model.pack_loss(bare, config, processor, world.device, kind)
     take_precision(packed, from_first_rank(lambda: precision_of(whole)))
     mesh = make_mesh(config, world)
+    if isinstance(packed, tensor.TensorLoss):
+        tensor.split(packed, mesh[tensor.AXIS], config.sequence_parallel)
     if world.pipe:
         assert isinstance(packed, pipeline.StageLoss)
         assert sizes is not None
         pipeline.cut(packed, world.pipe, stages.stages_of(model_config, config, sizes)[world.pipe.index].layers)
-    if isinstance(packed, tensor.TensorLoss):
-        tensor.split(packed, mesh[tensor.AXIS], config.sequence_parallel)
     shard(packed, dtype=dtype, **sharding_of(config, mesh))
     for layer, following in pairwise(layers(packed.model)):
         layer.set_modules_to_forward_prefetch([following])

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -187,8 +188,8 @@ class Watch:
             "data_seconds_by_rank": [round(value, 4) for value in waiting],
         })  # fmt: skip
         for ranks in self.world.layout.weight_groups():  # other stages have other work for the same samples
-            of_ranks = [[values[rank] for rank in ranks] for values in (computing, work, waiting)]
-            for text in name_slow_ranks(*of_ranks, self.step_seconds, ranks):
+            own = np.array([computing, work, waiting])[:, ranks].tolist()
+            for text in name_slow_ranks(*own, self.step_seconds, ranks):
                 self.run.say(f"step {self.number}: {text}")
         self.work = self.data_seconds = self.step_seconds = 0.0
         self.marks.clear()

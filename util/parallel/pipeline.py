@@ -15,22 +15,22 @@ as long as a forward pass:
 A stage holds the activations of at most as many rows as there are stages from it to the last, however many rows a step
 has. Rows differ in length: every rank knows all lengths from its own batches. What travels down and what travels up has
 a process group of its own, so that within each all goes one way, in the order of the rows, and no send waits behind a
-receive.
+receive. A row travels while the one before it is worked on.
 
 Letters in shapes: T tokens of a row, D the hidden size, S supervised tokens.
 """
 
 import copy
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import repeat
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import distribute_tensor
 
 from util import ranks
 from util.collator import Batch
@@ -53,7 +53,7 @@ class Pipe:
     down: Any  # process group in which hidden states travel
     up: Any  # in which their gradients do
     ends: Any  # of the first and the last stage; None on others
-    under_way: deque = field(default_factory=deque)  # what was sent, oldest first, with what says when it has arrived
+    under_way: deque = field(default_factory=deque)  # of Sent, the oldest first
 
     @classmethod
     def of(cls, layout: Layout, rank: int, timeout: timedelta) -> "Pipe | None":
@@ -75,31 +75,57 @@ class Pipe:
     def is_last(self) -> bool:
         return self.index == len(self.ranks) - 1
 
-    def send_down(self, hidden: torch.Tensor) -> None:
-        self._send(hidden, self.ranks[self.index + 1], self.down)
+    def send_down(self, hidden: torch.Tensor) -> "Sent":
+        return Sent(hidden, self.ranks[self.index + 1], self.down)
 
-    def send_up(self, gradient: torch.Tensor) -> None:
-        self._send(gradient, self.ranks[self.index - 1], self.up)
+    def send_up(self, gradient: torch.Tensor) -> "Sent":
+        return Sent(gradient, self.ranks[self.index - 1], self.up)
 
-    def receive_from_before(self, into: torch.Tensor) -> torch.Tensor:
-        dist.recv(into, self.ranks[self.index - 1], group=self.down)
-        return into
-
-    def receive_from_after(self, into: torch.Tensor) -> torch.Tensor:
-        dist.recv(into, self.ranks[self.index + 1], group=self.up)
-        return into
-
-    def _send(self, tensor: torch.Tensor, rank: int, group: Any) -> None:
-        """Returns at once: the next row is computed meanwhile. The tensor is kept until it has arrived."""
-        tensor = tensor.contiguous()
-        self.under_way.append((dist.isend(tensor, rank, group=group), tensor))
-        self.settle(2 * len(self.ranks))  # whoever is so many rows behind must catch up
+    def keep(self, sent: "Sent") -> None:
+        """Let it be under way while this rank goes on, with one that was sent before it."""
+        self.under_way.append(sent)
+        self.settle(2)
 
     def settle(self, most: int = 0) -> None:
-        """Wait until at most so many sends are under way."""
+        """Wait until at most so many of those that are kept are under way."""
         while len(self.under_way) > most:
-            work, _ = self.under_way.popleft()
-            work.wait()
+            self.under_way.popleft().wait()
+
+    def from_before(self, rows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor | None]:
+        """The hidden states of the stage before, in the order of the rows; None for each on the first stage. `rows`:
+        room for what arrives, made when it is needed."""
+        return repeat(None) if self.is_first else arriving(rows, self.ranks[self.index - 1], self.down)
+
+    def from_after(self, rows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor | None]:
+        """The gradients of what left this stage; None on the last one."""
+        return repeat(None) if self.is_last else arriving(rows, self.ranks[self.index + 1], self.up)
+
+
+class Sent:
+    """A tensor that is under way to another rank, and kept until it has arrived."""
+
+    def __init__(self, tensor: torch.Tensor, rank: int, group: Any) -> None:
+        self.tensor = tensor.contiguous()
+        self.work: Any = dist.isend(self.tensor, rank, group=group)  # returns at once
+
+    def wait(self) -> None:
+        self.work.wait()
+
+
+def arriving(rows: Iterable[torch.Tensor], rank: int, group: Any) -> Iterator[torch.Tensor]:
+    """What another rank sends, in its order. While one row is worked on, the next one may travel."""
+    posted: deque = deque()
+    for room in rows:
+        posted.append((dist.irecv(room, rank, group=group), room))
+        if len(posted) == 2:
+            yield arrived(*posted.popleft())
+    while posted:
+        yield arrived(*posted.popleft())
+
+
+def arrived(work: Any, room: torch.Tensor) -> torch.Tensor:
+    work.wait()
+    return room
 
 
 # ---- the schedule ---------------------------------------------------------------------------------------------------
@@ -112,7 +138,7 @@ def one_forward_one_backward(
 
     `before_backward` (whether it is the last one of the step) is called before each backward pass.
     """
-    passes = StagePasses(model, divisor)
+    passes = StagePasses(model, batches, divisor)
     # The first gradient comes back when the first row has passed all stages: until then forward passes alone.
     ahead = min(len(model.pipe.ranks) - 1 - model.pipe.index, len(batches))
     for batch in batches[:ahead]:
@@ -131,31 +157,36 @@ def one_forward_one_backward(
 class StagePasses:
     """Forward and backward passes of rows through one stage, each in the order of the rows."""
 
-    def __init__(self, model: "StageLoss", divisor: float) -> None:
+    def __init__(self, model: "StageLoss", batches: Sequence[Batch], divisor: float) -> None:
         self.model, self.pipe, self.divisor = model, model.pipe, divisor
-        self.rows: deque = deque()  # (what arrived, what was made of it) of rows whose backward pass is to come
+        self.arrivals = self.pipe.from_before(map(model.room_for, batches))
+        self.gradients = self.pipe.from_after(map(model.room_for, batches))
+        # Of each row whose backward pass is to come: what arrived, what was made of it, and that on its way
+        self.rows: deque = deque()
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=model.pixel_scale.device)
 
     def forward(self, batch: Batch) -> None:
         """What the scripts' run_pass does up to the loss, on this stage's layers."""
-        arrived = self.model.receive(batch)
+        arrived = next(self.arrivals)
         if arrived is not None:
             arrived.requires_grad_()
         left = self.model(batch.to(self.loss_sum.device), arrived)
+        sent = None
         if self.pipe.is_last:
             self.loss_sum += left.detach()
             left = left / self.divisor
         else:
-            self.pipe.send_down(left.detach())
-        self.rows.append((arrived, left))
+            sent = self.pipe.send_down(left.detach())
+        self.rows.append((arrived, left, sent))
 
     def backward(self) -> None:
         """And from there on, for the oldest row."""
-        arrived, left = self.rows.popleft()
-        gradient = None if self.pipe.is_last else self.pipe.receive_from_after(torch.empty_like(left))
-        left.backward(gradient)
+        arrived, left, sent = self.rows.popleft()
+        left.backward(next(self.gradients))
+        if sent:
+            sent.wait()  # not for long: its gradient was there
         if arrived is not None:
-            self.pipe.send_up(arrived.grad)
+            self.pipe.keep(self.pipe.send_up(arrived.grad))
 
 
 # ---- the model of a stage -------------------------------------------------------------------------------------------
@@ -173,12 +204,10 @@ class StageLoss(PackedLoss):
         """Rows of an evaluation that are read before the first is computed, so that all stages have work."""
         return 2 * len(self.pipe.ranks)
 
-    def receive(self, batch: Batch) -> torch.Tensor | None:
-        """The hidden states (T, D) that the stage before has made of a row; None on the first stage."""
-        if self.pipe.is_first:
-            return None
+    def room_for(self, batch: Batch) -> torch.Tensor:
+        """For the hidden states (T, D) of a row, or their gradient."""
         shape = len(batch.input_ids), self.model.config.text_config.hidden_size
-        return self.pipe.receive_from_before(torch.empty(shape, dtype=self.dtype, device=self.pixel_scale.device))
+        return torch.empty(shape, dtype=self.dtype, device=self.pixel_scale.device)
 
     def embed(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
         return super().embed(batch, visual) if self.arrived is None else self.arrived
@@ -194,11 +223,11 @@ class StageLoss(PackedLoss):
 
         Rows pass through as in the schedule: this rank begins the next one while the others work on this one.
         """
-        self.arrived = self.receive(batch)
+        self.arrived = next(self.pipe.from_before([self.room_for(batch)]))
         if self.pipe.is_last:
             found = super().score(batch, visual)
         else:
-            self.pipe.send_down(self.decode(batch, self.embed(batch, visual)))
+            self.pipe.keep(self.pipe.send_down(self.decode(batch, self.embed(batch, visual))))
             found = torch.zeros(2, len(batch.target_ids), device=self.pixel_scale.device)
         self.arrived = None
         return found
@@ -272,6 +301,17 @@ def hand_out(packed: StageLoss, whole: PackedLoss | None, device: torch.device) 
         tensor = read[name].to(device) if whole else torch.empty(shape, dtype=dtype, device=device)
         dist.broadcast(tensor, src=0)
         if name in own:
-            parameter = own[name]
-            shards = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(shards.to_local())
+            own[name].to_local().copy_(own_shard(tensor, own[name]))
+
+
+def own_shard(whole: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """Of a whole weight what this rank has of `parameter`, a DTensor. The innermost axis of its mesh cuts first: where
+    matrices are in parts, FSDP2 shards these parts."""
+    part = whole
+    places = parameter.device_mesh.get_coordinate()
+    for axis in reversed(range(parameter.device_mesh.ndim)):
+        if parameter.placements[axis].is_shard():
+            pieces = part.chunk(parameter.device_mesh.size(axis), parameter.placements[axis].dim)
+            is_there = places[axis] < len(pieces)  # of fewer rows than ranks the last ranks have none
+            part = pieces[places[axis]] if is_there else part[:0]
+    return part
