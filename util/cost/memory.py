@@ -19,7 +19,7 @@ from util.adapters import lora
 from util.command_line import UserError, choices_of
 from util.config import Config
 from util.cost import allocator
-from util.cost.activations import FP32, Kept, kept_by
+from util.cost.activations import FP32, Divided, Kept, kept_by
 from util.cost.settings import GIB, budget_in_bytes
 from util.model import layers
 from util.steps import Load, Survey
@@ -62,6 +62,9 @@ def forecast(
     shards: int = 1,
     passes: int = 1,
     device: torch.device | None = None,
+    several: bool | None = None,
+    divided: Divided = Divided(),
+    waiting: float = 0,
 ) -> Forecast:
     """Bytes by part: a dict whose values add up to the peak within a training step.
 
@@ -69,11 +72,15 @@ def forecast(
     micro-batches that a step has; from the second one on the gradients of all are there. `device`: where the run will
     be, None: where nothing is compiled. Weights, gradients and moments are divided among `shards` devices; less than
     full sharding also keeps whole copies on each. What lies beside what is allocated: `reserved_margin`.
+
+    Of layouts that are not this process's own (layouts.py): `several`, whether several processes train; `divided`,
+    among how many of them activations are; `waiting`, bytes that a pipeline's stage keeps of its other rows.
     """
     is_compiled = device is not None and compilation.is_on(config.compile, device)
     loads = [load_of_rank(load, config) for load in micro_batches]
-    several = shards > 1 or ranks.are_several()
-    states = kept_states(model_config, counts, config, dtype, shards)
+    if several is None:
+        several = shards > 1 or ranks.are_several()
+    states = kept_states(model_config, counts, config, dtype, shards, several)
     # Of parts that no gradient ever reaches, as the tower's where there is text alone, neither gradients nor moments
     # are made. A rank among several has dummy patches.
     with_patches = several or not loads or any(int(patches) for _, patches, _ in loads)
@@ -83,9 +90,10 @@ def forecast(
     states["moments"] = of_adamw * gradients.parameters / shards
     found = []
     for load in loads or [(0, 0, 0)]:
-        kept = kept_by(model_config, config, dtype, load, is_compiled)
+        kept = kept_by(model_config, config, dtype, load, is_compiled, divided)
         for name, parts in moments(kept, gradients, is_compiled).items():
             parts["gradients"] /= shards
+            parts["activations"] += waiting
             whole = Forecast(states | parts)
             whole.moment = name
             found.append(whole)
@@ -101,10 +109,11 @@ def load_of_rank(load: Load, config: Config) -> Load:
     return tokens, -(-patches // ranks_of_row), min(supervised, tokens)
 
 
-def kept_states(model_config, counts: dict, config: Config, dtype: torch.dtype, shards: int) -> dict[str, float]:
+def kept_states(
+    model_config, counts: dict, config: Config, dtype: torch.dtype, shards: int, several: bool
+) -> dict[str, float]:
     """Bytes of the weights as they are trained, and of the copies of them that a pass computes with."""
     total = sum(counts[part] for part in PARTS)
-    several = shards > 1 or ranks.are_several()
     wide = max(FP32, dtype.itemsize)
     if config.lora_rank:
         # not counts["adapters"]: where remedies are tried, `counts` were made for a config without them
