@@ -143,14 +143,17 @@ class Search:
         """With the fewest rows that fit; where not even one sample a row fits, with so many."""
         most = self.work.own(shape.data).shape[1]
         counts = row_counts(most)
+        found = self.needs(replace(shape, rows=most))
         low, high = 0, len(counts) - 1
-        while low < high:
+        while low < high and found.needed <= self.room:
             middle = (low + high) // 2
-            if self.needs(replace(shape, rows=counts[middle])).needed <= self.room:
+            tried = self.needs(replace(shape, rows=counts[middle]))
+            if tried.needed <= self.room:
+                found = tried
                 high = middle
             else:
                 low = middle + 1
-        return self.needs(replace(shape, rows=counts[low]))
+        return found
 
     def candidates(self, shape: Shape) -> list[Candidate]:
         """A layout with its settings: with the fewest rows, and of a pipeline also with more, which wait less."""
@@ -159,8 +162,9 @@ class Search:
             return [first]
         found = [first]
         most = self.work.own(shape.data).shape[1]
-        while shape.pipeline > 1 and len(found) < 4 and 2 * found[-1].shape.rows <= most:
-            found.append(self.needs(replace(shape, rows=2 * found[-1].shape.rows)))
+        # beyond 8 rows a stage less than an eighth of a step waits
+        while shape.pipeline > 1 and (rows := 2 * found[-1].shape.rows) <= min(most, 16 * shape.pipeline):
+            found.append(self.needs(replace(shape, rows=rows)))
         for candidate in found:
             course = Course(
                 candidate.shape, candidate.cut, self.weights, self.model_config, self.config, self.hardware
@@ -227,13 +231,14 @@ def parts_of_time(time: StepTime) -> str:
 
 
 def why_slower(candidate: Candidate, best: Candidate) -> str:
-    """`13.2 s (+7 %): uneven ranks +1.1 s`: what costs it more than the best one."""
+    """`13.2 s (+7.1 %): uneven ranks +0.9 s, tensor +0.2 s`: what costs it more than the best one."""
     assert candidate.time
     assert best.time
     more = {name: seconds - best.time.parts[name] for name, seconds in candidate.time.parts.items()}
-    worst = max(more, key=more.__getitem__)
+    worst = sorted(more, key=more.__getitem__, reverse=True)[:2]
     slower = candidate.time.step / best.time.step - 1
-    return f"{candidate.time.step:.2f} s ({slower:+.1%}): {worst} {more[worst]:+.2f} s"
+    reasons = ", ".join(f"{name} {more[name]:+.2f} s" for name in worst if more[name] > 0)
+    return f"{candidate.time.step:.2f} s ({slower:+.1%}): {reasons}"
 
 
 def flags_of(candidate: Candidate, config: Config) -> dict[str, object]:
@@ -253,11 +258,11 @@ def flags_of(candidate: Candidate, config: Config) -> dict[str, object]:
     return found
 
 
-def command_of(candidate: Candidate, config: Config, machine: int) -> str:
+def commands_of(candidate: Candidate, config: Config, machine: int) -> list[str]:
     """The command line that starts it, as it is typed on each machine."""
     ranks = candidate.shape.ranks
     machines = -(-ranks // machine)
-    start = f"NPROC_PER_NODE={min(ranks, machine)} ./finetune_distributed.sh"
+    start = "./finetune.sh" if ranks == 1 else f"NPROC_PER_NODE={min(ranks, machine)} ./finetune_distributed.sh"
     if machines > 1:
         start = f"NNODES={machines} NODE_RANK=0 MASTER_ADDR=10.0.0.1 {start}"
     words = [start]
@@ -266,7 +271,10 @@ def command_of(candidate: Candidate, config: Config, machine: int) -> str:
     if "data" in config.given:
         words.append(f"--data {shlex.join(config.data)}")
     words += [f"--{name} {value}" for name, value in flags_of(candidate, config).items()]
-    return " ".join(words)
+    lines = [" ".join(words)]
+    if machines > 1:
+        lines.append(f"on each machine, with its NODE_RANK (0 to {machines - 1}) and the first one's address")
+    return lines
 
 
 def facts_of(search: Search, best: Candidate) -> dict[str, str]:
@@ -294,17 +302,22 @@ def facts_of(search: Search, best: Candidate) -> dict[str, str]:
 
 
 def others_in_words(found: list[Candidate], best: Candidate) -> dict[str, str]:
-    """The best with other axes, in their order, and why they lose; the best with data alone always among them."""
+    """Of every other kind of layout the best, in their order, and why it loses; data alone always among them."""
     lines = {}
-    seen = {axes_in_words(best.shape)}
+    seen = {kind_of(best.shape)}
     fitting = [candidate for candidate in found if candidate.time]
     plain = [one for one in fitting if one.shape.ranks == one.shape.data]
     for candidate in [*plain[:1], *fitting]:
-        axes = axes_in_words(candidate.shape)
-        if axes not in seen and len(lines) < MOST_SHOWN:
-            seen.add(axes)
+        kind = kind_of(candidate.shape)
+        if kind not in seen and len(lines) < MOST_SHOWN:
+            seen.add(kind)
             lines[layout_in_words(candidate.shape)] = why_slower(candidate, best)
     return lines
+
+
+def kind_of(shape: Shape) -> tuple[bool, ...]:
+    """Which axes beside data are used."""
+    return (shape.pipeline > 1, shape.context > 1, shape.tensor > 1)
 
 
 def misfits_in_words(found: list[Candidate], room: float) -> dict[str, str]:
@@ -325,6 +338,44 @@ def misfits_in_words(found: list[Candidate], room: float) -> dict[str, str]:
             f"needs {candidate.needed / GIB:.1f} GiB, {above / GIB:.1f} too many, most at {candidate.needs.moment}"
         )
     return lines
+
+
+@dataclass
+class Proposal:
+    """A layout and why it is taken, in words."""
+
+    title: str
+    facts: dict[str, str]
+    others: list[str]  # why not another one
+    misfits: list[str]  # what does not fit, and by how much
+    commands: list[str]
+    best: Candidate
+
+
+def propose(search: Search) -> Proposal:
+    """The layout that trains fastest. Raises UserError where none fits."""
+    found = search.run()
+    if not found or not found[0].time:
+        raise none_fits(search, found)
+    best = found[0]
+    machine = search.hardware.machine
+    machines = f" in {search.gpus // machine} machines of {machine}" if search.gpus > machine else ""
+    return Proposal(
+        f"layout for {search.gpus:,} H100 of {search.hardware.memory / GIB:.0f} GiB{machines}: computed, not measured",
+        {**facts_of(search, best), "by": assumptions_in_words(search.hardware)},
+        [f"{name}: {reason}" for name, reason in others_in_words(found, best).items()],
+        [f"{name}: {reason}" for name, reason in misfits_in_words(found, search.room).items()],
+        commands_of(best, search.config, machine),
+        best,
+    )
+
+
+def assumptions_in_words(hardware: Hardware) -> str:
+    return (
+        f"{hardware.mfu:.0%} of {hardware.peak / 1e12:.0f} TFLOP/s while computing, NVLink {hardware.nvlink / 1e9:.0f} "
+        f"and network {hardware.network / 1e9:.0f} GB/s at {hardware.link_efficiency:.0%}, {hardware.memory_usable:.0%} "
+        "of the memory for tensors; docs/scaling.md says what else is assumed"
+    )
 
 
 def none_fits(search: Search, found: list[Candidate]) -> UserError:

@@ -16,9 +16,11 @@ The ranks of one stage and tensor place, data x context of them, shard these wei
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -49,9 +51,9 @@ class Shape:
     pipeline: int = 1
     context: int = 1
     tensor: int = 1
-    sharding: str = "full"
+    sharding: Literal["full", "gradients", "optimizer", "none"] = "full"
     group: int = 1  # ranks that share one copy of the weights of their stage and tensor place
-    checkpointing: str = "none"
+    checkpointing: Literal["none", "selective", "full"] = "none"
     rows: int = 1  # micro-batches of a step on each place of the data axis
 
     @property
@@ -70,12 +72,11 @@ class Shape:
 
     def settings(self, config: Config) -> Config:
         """`config` with what this layout sets; the sizes of tensor and pipeline are no part of it."""
-        return replace(
-            config,
-            sharding=self.sharding,
-            context_parallel_size=self.context,
-            activation_checkpointing=self.checkpointing,
-        )
+        made = copy.copy(config)  # not dataclasses.replace: thousands are made, and none needs to be checked
+        made.sharding = self.sharding
+        made.context_parallel_size = self.context
+        made.activation_checkpointing = self.checkpointing
+        return made
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -143,6 +144,7 @@ class Weights:
         first = [weight for weight in root if weight not in last]
         return cls(found[0], depths[0], found[1], depths[1], first, last, tied)
 
+    @cache  # noqa: B019
     def stage(self, number: int, cut: tuple[int, ...], tensor: int = 1) -> "Stage":
         """One of the stages into which `cut` deals the layers, on one tensor rank."""
         is_first = number == 0
@@ -151,7 +153,7 @@ class Weights:
         return Stage(self.block, self.blocks * is_first, self.layer, cut[number], root, tensor)
 
 
-@dataclass
+@dataclass(eq=False)
 class Stage:
     """The parameters of a stage: those of its blocks, of its layers, and what is left."""
 
@@ -162,17 +164,19 @@ class Stage:
     root: list[Weight]
     tensor: int
 
-    def units(self, frozen: tuple[str, ...] = ()) -> list[Unit]:
+    @cache  # noqa: B019
+    def units(self, frozen: tuple[str, ...] = ()) -> tuple[Unit, ...]:
         """The units of `util.model.shard`: every layer in the order of the forward pass, then the root."""
         # a tower that is not trained has no backward pass: nothing before it is trained either
         block = self.unit(self.block, frozen, in_backward="vision" not in frozen)
         layer = self.unit(self.layer, frozen)
-        return [*[block] * self.blocks, *[layer] * self.layers, self.unit(self.root, frozen, is_root=True)]
+        return (*[block] * self.blocks, *[layer] * self.layers, self.unit(self.root, frozen, is_root=True))
 
     def unit(self, weights: list[Weight], frozen: tuple[str, ...], in_backward=True, is_root=False) -> Unit:
         shapes = [weight.of_tensor_rank(self.tensor) for weight in weights]
         return Unit(shapes, [part_of(weight.name) not in frozen for weight in weights], in_backward, is_root)
 
+    @cache  # noqa: B019
     def counts(self) -> dict[str, int]:
         """Parameters by part, as memory.count_parameters has them of a whole model."""
         found = dict.fromkeys(PARTS, 0)
@@ -191,7 +195,7 @@ class Stage:
         return {**found, "largest_layer": max(sizes.values()), "all_layers": of_all}
 
 
-def units_of(model_config, frozen: tuple[str, ...] = ()) -> list[Unit]:
+def units_of(model_config, frozen: tuple[str, ...] = ()) -> tuple[Unit, ...]:
     """The units of a whole model, each on all ranks."""
     return Weights.of(model_config).stage(0, (model_config.text_config.num_hidden_layers,)).units(frozen)
 
@@ -218,7 +222,7 @@ def cut_stages(layer_count: int, stages: int, before: float, layer: float, after
 # ---- what is communicated of them -----------------------------------------------------------------------------------
 
 
-def collectives(units: list[Unit], sharding: str, ranks: int, group: int, micro_batch: int, micro_batches: int):
+def collectives(units: Sequence[Unit], sharding: str, ranks: int, group: int, micro_batch: int, micro_batches: int):
     """What one rank takes part in during one micro-batch (counted from 0): (forward, backward), each a list of
     (collective, unit, elements of the whole tensor, ranks that take part).
 
@@ -249,13 +253,13 @@ def collectives(units: list[Unit], sharding: str, ranks: int, group: int, micro_
     return forward, backward
 
 
-def state_bytes(units: list[Unit], group: int) -> float:
+def state_bytes(units: Sequence[Unit], group: int) -> float:
     """Weights, gradients and two moments of one rank in fp32, padding included."""
     weights = sum(unit.padded(group) for unit in units)
     return 4 * (weights + 3 * sum(unit.padded(group, trained_only=True) for unit in units)) / group
 
 
-def update_bytes(units: list[Unit], group: int) -> float:
+def update_bytes(units: Sequence[Unit], group: int) -> float:
     """Bytes through HBM of clipping and AdamW: the norm reads gradients (4), scaling reads and writes them (8), the
     fused update reads weights, gradients and both moments (16) and writes all but the gradients (12)."""
     return 40 * sum(unit.padded(group, trained_only=True) for unit in units) / group
@@ -270,12 +274,15 @@ def in_flight(stage: int, stages: int, rows: int) -> int:
 
 
 def config_of_stage(model_config, layer_count: int, is_last: bool, tensor: int):
-    """The config of a model that is what one rank of a stage has of the whole: so many layers, and of the head's
-    vocabulary its part, or none."""
-    made = copy.deepcopy(model_config)
-    made.text_config.num_hidden_layers = layer_count
-    made.text_config.vocab_size = -(-model_config.text_config.vocab_size // tensor) if is_last else 0
-    return made
+    """What the forecast asks of the config of a model that is what one rank of a stage has of the whole: so many layers,
+    and of the head's vocabulary its part, or none."""
+    text = SimpleNamespace(**vars(model_config.text_config))
+    text.num_hidden_layers = layer_count
+    text.vocab_size = -(-text.vocab_size // tensor) if is_last else 0
+    tower = SimpleNamespace(**vars(model_config.vision_config))
+    return SimpleNamespace(
+        text_config=text, vision_config=tower, tie_word_embeddings=model_config.tie_word_embeddings
+    )
 
 
 def stage_forecast(

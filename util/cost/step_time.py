@@ -79,16 +79,15 @@ def sharding_times(
     """(hidden, bare) seconds of forward and backward pass of a row: of "the only", "the first", "the last" of a step,
     or one "between"."""
     number, rows = {"the only": (0, 1), "the first": (0, 2), "the last": (1, 2), "between": (1, 3)}[kind]
-    forward, backward = collectives(list(units), sharding, ranks, group, number, rows)
+    forward, backward = collectives(units, sharding, ranks, group, number, rows)
     of_forward = pass_times(forward, units[0], hardware, group, stride, True)
     of_backward = pass_times(backward, units[0], hardware, group, stride, False)
     return of_forward[:2], of_backward[:2]
 
 
-def kinds_of_rows(rows: int) -> list[str]:
-    if rows == 1:
-        return ["the only"]
-    return ["the first", *["between"] * (rows - 2), "the last"]
+def exposed(hidden, bare, work):
+    """Of communication the seconds in which nothing is computed; arrays (M,), or numbers."""
+    return bare + np.maximum(0.0, hidden - work)
 
 
 # ---- a stage's passes over a row ------------------------------------------------------------------------------------
@@ -118,9 +117,8 @@ class Course:
 
     def __post_init__(self) -> None:
         frozen = tuple(self.config.freeze)
-        self.units = []
-        for number in range(len(self.cut)):
-            self.units.append(unit_tuple(self.weights, number, self.cut, self.shape.tensor, frozen))
+        stages = [self.weights.stage(number, self.cut, self.shape.tensor) for number in range(len(self.cut))]
+        self.units = [stage.units(frozen) for stage in stages]
 
     def passes(self, stage: int, rows: Rows, rank: int) -> Passes:
         """What one rank's rows take on one stage."""
@@ -132,18 +130,22 @@ class Course:
         for name, seconds in messages.items():
             forward[name] = seconds
             backward[name] = seconds * (1 if name == "transfers" else again)
-        kinds = kinds_of_rows(len(computed[0]))
-        exposed: tuple[list, list] = ([], [])
-        for number, kind in enumerate(kinds):
-            both = sharding_times(
-                self.units[stage], self.shape.sharding, self.shape.of_a_weight, self.shape.group, self.shape.tensor,
-                kind, self.hardware,
-            )  # fmt: skip
-            works = (computed[0][number], computed[1][number] + remade[number])
-            for found, (hidden, bare), work in zip(exposed, both, works, strict=True):
-                found.append(bare + max(0.0, hidden - work))
-        forward["sharding"], backward["sharding"] = (np.array(found) for found in exposed)
+        of_forward, of_backward = self.sharding_of_rows(stage, len(remade))
+        forward["sharding"] = exposed(*of_forward, computed[0])
+        backward["sharding"] = exposed(*of_backward, computed[1] + remade)
         return Passes(forward, backward)
+
+    def sharding_of_rows(self, stage: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds that can be hidden, and that cannot, (2, M), of the forward and of the backward pass of each row."""
+        kinds = ["the only"] if rows == 1 else ["the first", *["between"] * (rows - 2), "the last"]
+        shape = self.shape
+        times = {}
+        for kind in set(kinds):
+            times[kind] = sharding_times(
+                self.units[stage], shape.sharding, shape.of_a_weight, shape.group, shape.tensor, kind, self.hardware
+            )
+        both = np.array([times[kind] for kind in kinds])  # (M, 2, 2)
+        return both[:, 0].T, both[:, 1].T
 
     def computation(self, stage: int, rows: Rows, rank: int) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
         """((forward, backward), what is made anew): seconds (M,) each."""
@@ -246,14 +248,9 @@ class Course:
         parts["uneven stages"] = parts["computation"] - mean
         parts["computation"] = mean
         busy = float((forward + backward)[costliest].sum())
-        parts["bubble"] = pipeline_seconds(forward.T.tolist(), backward.T.tolist()) - busy
+        waited = pipeline_seconds(forward.T.tolist(), backward.T.tolist()) - busy if len(stages) > 1 else 0.0
+        parts["bubble"] = waited
         return parts
-
-
-@cache
-def unit_tuple(weights: Weights, number: int, cut: tuple[int, ...], tensor: int, frozen: tuple[str, ...]) -> tuple:
-    """The same units for the same stage, so that what is known of them is known again."""
-    return tuple(weights.stage(number, cut, tensor).units(frozen))
 
 
 def step_seconds(course: Course, work: Workload) -> StepTime:

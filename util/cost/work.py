@@ -16,7 +16,7 @@ from util.dataset import Size
 from util.steps import deal
 from util.vision import FRAME_PIXELS, IMAGE_PIXELS, PATCH, Budget, Grid, frame_count, frame_size, smart_resize
 
-MOST_LOOKED = 4096  # samples, where a global batch has fewer
+MOST_LOOKED = 1024  # samples, where a global batch has fewer
 MOST_STEPS = 4
 
 
