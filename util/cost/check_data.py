@@ -44,7 +44,9 @@ class CheckSettings(Config):
     )
 
     decode: bool = setting(False, "decode every image and every frame of every video, and name the files that fail")
-    gpus: int | None = setting(None, "propose how to lay out the model on this many H100s; computed, not measured", least=1)
+    gpus: int | None = setting(
+        None, "propose how to lay out the model on so many H100s; computed, not measured", least=1
+    )
     gpu_memory: str | None = setting(None, "with --gpus: memory of each, such as 80GiB; default: 80GiB")
     gpus_per_machine: int = setting(8, "with --gpus: how many of them NVLink joins", least=1)
 

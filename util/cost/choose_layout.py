@@ -1,7 +1,7 @@
 """Which layout of ranks trains fastest on so many GPUs: python -m util check --gpus 64 --gpu_memory 80GiB.
 
-Every layout that the model allows is looked at: which of its settings fit the memory, by the forecast of each stage, and
-how long a step then takes. All of it is computed, nothing measured; docs/scaling.md says from what.
+Every layout that the model allows is looked at: which of its settings fit the memory, by the forecast of each stage,
+and how long a step then takes. All of it is computed, nothing measured; docs/scaling.md says from what.
 """
 
 import shlex
@@ -166,9 +166,7 @@ class Search:
         while shape.pipeline > 1 and (rows := 2 * found[-1].shape.rows) <= min(most, 16 * shape.pipeline):
             found.append(self.needs(replace(shape, rows=rows)))
         for candidate in found:
-            course = Course(
-                candidate.shape, candidate.cut, self.weights, self.model_config, self.config, self.hardware
-            )
+            course = Course(candidate.shape, candidate.cut, self.weights, self.model_config, self.config, self.hardware)
             candidate.time = step_seconds(course, self.work)
         return found
 
@@ -372,9 +370,10 @@ def propose(search: Search) -> Proposal:
 
 def assumptions_in_words(hardware: Hardware) -> str:
     return (
-        f"{hardware.mfu:.0%} of {hardware.peak / 1e12:.0f} TFLOP/s while computing, NVLink {hardware.nvlink / 1e9:.0f} "
-        f"and network {hardware.network / 1e9:.0f} GB/s at {hardware.link_efficiency:.0%}, {hardware.memory_usable:.0%} "
-        "of the memory for tensors; docs/scaling.md says what else is assumed"
+        f"{hardware.mfu:.0%} of {hardware.peak / 1e12:.0f} TFLOP/s while computing, "
+        f"{hardware.link_efficiency:.0%} of NVLink's {hardware.nvlink / 1e9:.0f} and the network's "
+        f"{hardware.network / 1e9:.0f} GB/s, {hardware.memory_usable:.0%} of the memory for tensors; docs/scaling.md "
+        "says what else is assumed"
     )
 
 

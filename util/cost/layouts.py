@@ -274,15 +274,13 @@ def in_flight(stage: int, stages: int, rows: int) -> int:
 
 
 def config_of_stage(model_config, layer_count: int, is_last: bool, tensor: int):
-    """What the forecast asks of the config of a model that is what one rank of a stage has of the whole: so many layers,
-    and of the head's vocabulary its part, or none."""
+    """What the forecast asks of a config, for what one rank of a stage has of the model: so many layers, and a part of
+    the head's vocabulary, or none."""
     text = SimpleNamespace(**vars(model_config.text_config))
     text.num_hidden_layers = layer_count
     text.vocab_size = -(-text.vocab_size // tensor) if is_last else 0
     tower = SimpleNamespace(**vars(model_config.vision_config))
-    return SimpleNamespace(
-        text_config=text, vision_config=tower, tie_word_embeddings=model_config.tie_word_embeddings
-    )
+    return SimpleNamespace(text_config=text, vision_config=tower, tie_word_embeddings=model_config.tie_word_embeddings)
 
 
 def stage_forecast(

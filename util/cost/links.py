@@ -46,7 +46,7 @@ TREE = (Protocol(14.0e-6, 1.25e-6, 8.5e-6, 0.92 * 120 / 128), Protocol(0.0, 28e-
 
 
 class Way(NamedTuple):
-    """A protocol's course for one kind of collective: seconds at once, and per byte of the whole tensor on each link."""
+    """A protocol's course for one kind of collective: seconds at once, and by link for each byte of the tensor."""
 
     latency: float
     nvlink: float

@@ -52,7 +52,7 @@ class StepTime:
 
 
 def pass_times(
-    calls: list, first: Unit, hardware: Hardware, group: int, stride: int, is_forward: bool
+    calls: list, hardware: Hardware, group: int, stride: int, is_forward: bool
 ) -> tuple[float, float, dict[str, float]]:
     """Of the collectives of one pass the seconds that can be hidden, those that cannot, and both by link.
 
@@ -61,14 +61,16 @@ def pass_times(
     """
     links = {"latency": 0.0, "nvlink": 0.0, "network": 0.0}
     hidden = bare = 0.0
+    is_first_layer = is_forward
     for name, unit, elements, members in calls:
         whole = elements * (COMPUTE if name == GATHER else REDUCED)
         seconds = collective_time(hardware, name, whole, members, stride * (group if name == REDUCE else 1))
         links = {key: links[key] + seconds[key] for key in links}
-        if unit.is_root or (is_forward and unit is first):
+        if unit.is_root or is_first_layer:
             bare += duration(seconds)
         else:
             hidden += duration(seconds)
+        is_first_layer = is_first_layer and unit.is_root
     return hidden, bare, links
 
 
@@ -80,8 +82,8 @@ def sharding_times(
     or one "between"."""
     number, rows = {"the only": (0, 1), "the first": (0, 2), "the last": (1, 2), "between": (1, 3)}[kind]
     forward, backward = collectives(units, sharding, ranks, group, number, rows)
-    of_forward = pass_times(forward, units[0], hardware, group, stride, True)
-    of_backward = pass_times(backward, units[0], hardware, group, stride, False)
+    of_forward = pass_times(forward, hardware, group, stride, True)
+    of_backward = pass_times(backward, hardware, group, stride, False)
     return of_forward[:2], of_backward[:2]
 
 

@@ -14,7 +14,7 @@ from util.cost.flops import forward_flops, training_flops
 from util.cost.sizes import Columns, Sizes
 from util.dataset import Size
 from util.steps import deal
-from util.vision import FRAME_PIXELS, IMAGE_PIXELS, PATCH, Budget, Grid, frame_count, frame_size, smart_resize
+from util.vision import IMAGE_PIXELS, PATCH, Budget, Grid, frame_count, frame_size, smart_resize
 
 MOST_LOOKED = 1024  # samples, where a global batch has fewer
 MOST_STEPS = 4
@@ -85,7 +85,7 @@ class Workload:
         """The samples of each of `data` ranks in each step, as the loop deals them: their numbers (R, most of one), or
         -1 where a rank has fewer."""
         if ("own", data) not in self.dealt:
-            steps, batch = self.training.shape
+            steps = len(self.training)
             hands = deal(self.training, data)
             owners = (np.arange(steps)[:, None] * data + hands).ravel()
             counts = np.bincount(owners, minlength=steps * data)
