@@ -73,19 +73,14 @@ def kept_by(
     tower_learns = "vision" in learns and patches > 0
     merger_learns = tower_learns or ("merger" in learns and patches > 0)
     text_learns = merger_learns or "language_model" in learns
-
-    decoder = Layer()
+    decoder = block = Layer()
     if text_learns:
         decoder = scaled(decoder_layer(model_config, config, dtype, is_compiled, divided), tokens)
-    block = Layer()
-    pixels = 0
+    pixels = 0.0
     if tower_learns:
         block = scaled(tower_block(model_config, config, dtype, is_compiled, divided), patches)
-        # what the patch embedding has read, of a video; an image's patches, which have one frame, are half as long
-        pixels = compute * tower.in_channels * tower.temporal_patch_size * tower.patch_size**2 * patches
-    # its input, normalised, after its first product, after GELU; four patches side by side are as wide as four
-    of_merger = 2 + 2 / divided.matrices
-    merger = of_merger * compute * tower.embed_dim * patches if merger_learns else 0
+        pixels = pixel_bytes(tower, compute, patches)
+    merger = merger_bytes(tower, compute, patches, divided) if merger_learns else 0
     return Kept(
         text=text.num_hidden_layers * decoder.kept,
         decoder=decoder,
@@ -97,6 +92,16 @@ def kept_by(
         # a block's input, that of its MLP, and the MLP's first product twice more while GELU reads it
         frozen_tower=0 if tower_learns else compute * tower.embed_dim * (2 + 3 * tower.mlp_ratio) * patches,
     )
+
+
+def pixel_bytes(tower, compute: int, patches: int) -> float:
+    """What the patch embedding has read, of a video; an image's patches, which have one frame, are half as long."""
+    return compute * tower.in_channels * tower.temporal_patch_size * tower.patch_size**2 * patches
+
+
+def merger_bytes(tower, compute: int, patches: int, divided: Divided) -> float:
+    """Its input, normalised, after its first product, after GELU; four patches side by side are as wide as four."""
+    return (2 + 2 / divided.matrices) * compute * tower.embed_dim * patches
 
 
 def parts_that_learn(config: Config) -> set[str]:

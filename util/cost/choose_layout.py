@@ -4,6 +4,7 @@ Every layout that the model allows is looked at: which of its settings fit the m
 and how long a step then takes. All of it is computed, nothing measured; docs/scaling.md says from what.
 """
 
+import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -92,9 +93,11 @@ class Search:
         text, tower = self.model_config.text_config, self.model_config.vision_config
         if self.has_adapters():
             return [1]
-        heads = (text.num_key_value_heads, text.num_attention_heads, tower.num_heads, text.intermediate_size)
-        within = [size for size in divisors(min(self.gpus, self.hardware.machine)) if self.gpus % size == 0]
-        return [size for size in within if all(number % size == 0 for number in heads)]
+        # whatever divides all of these, and the GPUs: their greatest common divisor's divisors
+        common = math.gcd(
+            text.num_key_value_heads, text.num_attention_heads, tower.num_heads, text.intermediate_size, self.gpus
+        )
+        return [size for size in divisors(common) if self.hardware.machine % size == 0]
 
     def most_stages(self) -> int:
         return 1 if self.has_adapters() else min(MOST_STAGES, self.model_config.text_config.num_hidden_layers)

@@ -309,7 +309,6 @@ def stage_forecast(
     per_token, with_patch = kept(1, 0), kept(0, 1)
     of_rows = np.sort((per_token * rows.tokens + with_patch * patches) / shape.context, axis=1)[:, ::-1]
     others = of_rows[:, 1 : in_flight(number, len(cut), shape.rows)].sum(axis=1)
-    return memory.forecast(
-        own, counts, settings, dtype, heaviest(loads.astype(np.int64)), shape.group, shape.rows, device,
-        several=shape.ranks > 1, divided=shape.divided, waiting=float(others.max()),
-    )  # fmt: skip
+    among = memory.Among(shape.ranks > 1, shape.divided, float(others.max()))
+    loads = heaviest(loads.astype(np.int64))
+    return memory.forecast(own, counts, settings, dtype, loads, shape.group, shape.rows, device, among)

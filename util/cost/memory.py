@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +54,14 @@ class Forecast(dict[str, float]):
     chosen: str = ""  # what a memory budget chose for it, in words (budget.fit_memory)
 
 
+class Among(NamedTuple):
+    """How a process stands among others that train together."""
+
+    several: bool  # whether there are others
+    divided: Divided = Divided()  # among how many of them a layer's activations are
+    waiting: float = 0  # bytes of activations that a pipeline's stage keeps of its other rows
+
+
 def forecast(
     model_config,
     counts: dict,
@@ -62,9 +71,7 @@ def forecast(
     shards: int = 1,
     passes: int = 1,
     device: torch.device | None = None,
-    several: bool | None = None,
-    divided: Divided = Divided(),
-    waiting: float = 0,
+    among: Among | None = None,
 ) -> Forecast:
     """Bytes by part: a dict whose values add up to the peak within a training step.
 
@@ -72,28 +79,25 @@ def forecast(
     micro-batches that a step has; from the second one on the gradients of all are there. `device`: where the run will
     be, None: where nothing is compiled. Weights, gradients and moments are divided among `shards` devices; less than
     full sharding also keeps whole copies on each. What lies beside what is allocated: `reserved_margin`.
-
-    Of layouts that are not this process's own (layouts.py): `several`, whether several processes train; `divided`,
-    among how many of them activations are; `waiting`, bytes that a pipeline's stage keeps of its other rows.
+    `among`: which processes train, where they are others than those of this run (layouts.py).
     """
     is_compiled = device is not None and compilation.is_on(config.compile, device)
     loads = [load_of_rank(load, config) for load in micro_batches]
-    if several is None:
-        several = shards > 1 or ranks.are_several()
-    states = kept_states(model_config, counts, config, dtype, shards, several)
+    among = among or Among(shards > 1 or ranks.are_several())
+    states = kept_states(model_config, counts, config, dtype, shards, among.several)
     # Of parts that no gradient ever reaches, as the tower's where there is text alone, neither gradients nor moments
     # are made. A rank among several has dummy patches.
-    with_patches = several or not loads or any(int(patches) for _, patches, _ in loads)
-    gradients = Gradients.of(model_config, counts, config, dtype, with_patches, passes, several)
+    with_patches = among.several or not loads or any(int(patches) for _, patches, _ in loads)
+    gradients = Gradients.of(model_config, counts, config, dtype, with_patches, passes, among.several)
     # those with small moments keep each of the two in 8 bits
     of_adamw = 2 * max(FP32, dtype.itemsize) if config.optimizer == "adamw" else 2
     states["moments"] = of_adamw * gradients.parameters / shards
     found = []
     for load in loads or [(0, 0, 0)]:
-        kept = kept_by(model_config, config, dtype, load, is_compiled, divided)
+        kept = kept_by(model_config, config, dtype, load, is_compiled, among.divided)
         for name, parts in moments(kept, gradients, is_compiled).items():
             parts["gradients"] /= shards
-            parts["activations"] += waiting
+            parts["activations"] += among.waiting
             whole = Forecast(states | parts)
             whole.moment = name
             found.append(whole)
