@@ -13,6 +13,7 @@ import torch
 
 from util.command_line import UserError, choices_of
 from util.config import Config
+from util.cost.flops import part_factors
 from util.cost.layouts import Shape, Weights, cut_stages, stage_forecast
 from util.cost.links import Hardware
 from util.cost.memory import GIB, Forecast, parts_in_words
@@ -125,7 +126,8 @@ class Search:
 
     def cut(self, stages: int) -> tuple[int, ...]:
         """The layers of each stage, by the work of all samples."""
-        of_parts = {part: float(operations.sum()) for part, operations in self.work.forward.items()}
+        factors = part_factors(self.config)
+        of_parts = {part: factors[part] * float(flops.sum()) for part, flops in self.work.forward.items()}
         layers = self.weights.layers
         before = of_parts["vision"] + of_parts["merger"]
         return cut_stages(layers, stages, before, of_parts["language_model"] / layers, of_parts["head"])
@@ -251,6 +253,8 @@ def flags_of(candidate: Candidate, config: Config) -> dict[str, object]:
     for axis in ("tensor", "pipeline", "context"):
         if (size := getattr(shape, axis)) > 1:
             found[f"{axis}_parallel_size"] = size
+    if shape.tensor > 1:
+        found["sequence_parallel"] = ""
     if shape.of_a_weight > 1:
         found["sharding"] = shape.sharding
         if shape.sharding != "none" and shape.group < shape.of_a_weight:
@@ -271,7 +275,7 @@ def commands_of(candidate: Candidate, config: Config, machine: int) -> list[str]
         words.append(f"--model {shlex.quote(config.model)}")
     if "data" in config.given:
         words.append(f"--data {shlex.join(config.data)}")
-    words += [f"--{name} {value}" for name, value in flags_of(candidate, config).items()]
+    words += [f"--{name} {value}".strip() for name, value in flags_of(candidate, config).items()]
     lines = [" ".join(words)]
     if machines > 1:
         lines.append(f"on each machine, with its NODE_RANK (0 to {machines - 1}) and the first one's address")

@@ -204,7 +204,8 @@ def cut_stages(layer_count: int, stages: int, before: float, layer: float, after
     """How many layers each stage gets, at least one, so that the costliest stage costs least.
 
     `before`: the cost of the tower and the merger, which the first stage has too; `layer`: of one layer; `after`: of
-    the head, on the last stage. Raises ValueError where there are fewer layers than stages.
+    the head, on the last stage. Of equals the last one gets a layer, as earlier stages hold more rows at a time. Raises
+    ValueError where there are fewer layers than stages.
     """
     if stages > layer_count:
         raise ValueError(f"{layer_count} layers cannot be cut into {stages} stages")
@@ -213,7 +214,7 @@ def cut_stages(layer_count: int, stages: int, before: float, layer: float, after
     costs[0] += before
     costs[-1] += after
     for _ in range(layer_count - stages):
-        least = costs.index(min(costs))
+        least = min(reversed(range(stages)), key=costs.__getitem__)
         counts[least] += 1
         costs[least] += layer
     return tuple(counts)
