@@ -141,7 +141,8 @@ class Search:
             forecast = stage_forecast(
                 self.model_config, self.config, self.dtype, shape, stage, cut, self.weights, rows, self.device
             )
-            found.append(Candidate(shape, cut, forecast, stage, int(rows.tokens.max())))
+            longest = max(rows.tokens.max(), rows.heaviest[:, 0].max())
+            found.append(Candidate(shape, cut, forecast, stage, int(longest)))
         return max(found, key=lambda candidate: candidate.needed)
 
     def fewest_rows(self, shape: Shape) -> Candidate:

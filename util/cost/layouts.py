@@ -297,8 +297,8 @@ def stage_forecast(
     settings = shape.settings(config)
     counts = {**weights.stage(number, cut, shape.tensor).counts(), "adapters": lora.count_trained(model_config, config)}
     patches = rows.patches * (number == 0)
-    supervised = rows.supervised * is_last
-    loads = np.stack([rows.tokens, patches, supervised], axis=-1).reshape(-1, 3)
+    loads = np.stack([rows.tokens, rows.patches, rows.supervised], axis=-1).reshape(-1, 3)
+    loads = np.concatenate([loads, rows.heaviest]) * [1, number == 0, is_last]
 
     def kept(tokens: int, patches: int) -> float:
         """Bytes per token, and per patch, that stay of a row until its backward pass."""

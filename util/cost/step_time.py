@@ -265,7 +265,9 @@ def step_seconds(course: Course, work: Workload) -> StepTime:
         for name, seconds in course.of_rank(rows, step * shape.data + rank).items():
             found[name] = found.get(name, 0.0) + seconds / len(of_ranks)
     # what the mean rank computes, and by how much the slowest has more of it
-    even = work.work / shape.ranks / (course.hardware.peak * course.hardware.mfu)
+    factors = part_factors(course.config)
+    flops = sum(factors[part] * operations.sum() for part, operations in work.forward.items()) / len(of_ranks)
+    even = float(flops) / shape.ranks / (course.hardware.peak * course.hardware.mfu)
     found["uneven ranks"] = found["computation"] - even
     found["computation"] = even
     found["update"] = course.update()

@@ -13,7 +13,7 @@ from util.config import Config
 from util.cost.flops import forward_flops, training_flops
 from util.cost.sizes import Columns, Sizes
 from util.dataset import Size
-from util.steps import deal
+from util.steps import deal, heaviest
 from util.vision import IMAGE_PIXELS, PATCH, Budget, Grid, frame_count, frame_size, smart_resize
 
 MOST_LOOKED = 1024  # samples, where a global batch has fewer
@@ -30,6 +30,7 @@ class Rows:
     largest: np.ndarray  # patches of the largest image or frame, which no two ranks can share
     forward: dict[str, np.ndarray]  # FLOPs of the forward pass by part (flops.forward_flops)
     training: np.ndarray  # FLOPs of forward and backward passes
+    heaviest: np.ndarray  # (k, 3) Loads: no sample of the data is above all of them, drawn or not
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Workload:
     largest: np.ndarray
     forward: dict[str, np.ndarray]
     training: np.ndarray
+    heaviest: np.ndarray  # as Rows has them
     words: str  # what samples they are
     dealt: dict = field(default_factory=dict)  # what `rows` has given, by its arguments
 
@@ -56,7 +58,9 @@ class Workload:
         forward = {}
         for part, operations in forward_flops(model_config, columns).items():
             forward[part] = np.broadcast_to(operations, chosen.shape)
-        return cls(columns, largest[chosen], forward, training_flops(model_config, [columns], config), words)
+        training = training_flops(model_config, [columns], config)
+        loads = np.stack([column[order] for column in (sizes.tokens, sizes.patches, sizes.supervised)], axis=1)
+        return cls(columns, largest[chosen], forward, training, heaviest(loads), words)
 
     @classmethod
     def of_sizes(cls, drawn: list[Size], config: Config, model_config, words: str) -> "Workload":
@@ -111,9 +115,14 @@ class Workload:
         np.maximum.at(largest, places, self.largest.ravel()[samples])
         forward = {part: total(operations) for part, operations in self.forward.items()}
         made = Rows(
-            total(self.columns.tokens), total(self.columns.supervised), total(self.columns.patches),
-            largest.reshape(len(own), count), forward, total(self.training),
-        )  # fmt: skip
+            tokens=total(self.columns.tokens),
+            supervised=total(self.columns.supervised),
+            patches=total(self.columns.patches),
+            largest=largest.reshape(len(own), count),
+            forward=forward,
+            training=total(self.training),
+            heaviest=self.heaviest,
+        )
         self.dealt[data, count] = made
         return made
 
