@@ -536,11 +536,14 @@ def show_overlap(train: list[Note], held_out: list[Note]) -> None:
 
 def check(config: CheckSettings) -> None:
     """Look at all data of `config` and print what there is to know; UserError where samples are refused."""
+    import torch
+
     from util.cost.sizes import Sizes
     from util.model import choose_device, find_model, load_processor
 
     device = choose_device(config.device)
-    path = find_model(config.model, device)
+    # what is laid out for GPUs is, unless named, what a GPU would train
+    path = find_model(config.model, torch.device("cuda") if config.gpus else device)
     if config.gpus and "data" not in config.given:
         return propose_layout(config, path, None)
     processor = load_processor(path, config)
