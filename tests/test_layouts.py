@@ -96,11 +96,8 @@ def test_parameters_of_stages_and_tensor_ranks():
 def test_a_tied_embedding_is_on_the_first_and_on_the_last_stage():
     cut = (10, 18)
     first, last = (weights_of("2b").stage(number, cut).counts()["language_model"] for number in range(2))
-    assert first + last == 2_208_985_600 - 665_348_864 - MERGER_2B - TOWER_2B + 665_348_864 + 151_936 * 1536
-
-
-MERGER_2B = 2 * 1280 + 5120 * 5120 + 5120 + 5120 * 1536 + 1536
-TOWER_2B = 32 * BLOCK + PATCHES
+    merger = 2 * 1280 + 5120 * 5120 + 5120 + 5120 * 1536 + 1536
+    assert first + last == 2_208_985_600 - 32 * BLOCK - PATCHES - merger + 151_936 * 1536
 
 
 def test_layers_are_cut_so_that_the_costliest_stage_costs_least():
@@ -163,7 +160,9 @@ def test_a_stage_keeps_as_many_rows_as_there_are_stages_to_the_last():
         assert in_flight(stage, 4, 8) == flying
         needs = stage_forecast(official_config("72b"), Config(), BF16, shape, stage, cut, weights_of("72b"), rows)
         kept = flying * 20 * 2 * 16384 * 8192 / 8
-        assert kept <= needs["activations"] < kept * 1.25, "beside it one layer's activations, made anew"
+        # beside it one layer's activations, made anew: residual and norms; queries to mixed values; the MLP; statistics
+        of_a_layer = 2 * 16384 * (3 * 8192 + 2 * 8192 + 2 * 1024 + 4 * 29568) / 8 + 4 * 16384 * 64 / 8
+        assert needs["activations"] == pytest.approx(kept + of_a_layer, rel=0.01)
     assert in_flight(0, 4, 2) == 2
 
 
@@ -411,7 +410,7 @@ def test_what_cannot_be_is_one_message(arguments, words, folder, capsys):
     assert code == 2
     assert words in err
     assert "Traceback" not in err
-    assert len([line for line in err.splitlines() if "layouts:" not in line]) == 1
+    assert len([line for line in err.splitlines() if line.strip() and "layouts:" not in line]) == 1
 
 
 # ---- the table of docs/scaling.md -----------------------------------------------------------------------------------
