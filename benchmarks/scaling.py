@@ -246,25 +246,28 @@ def byte_table(rows: list[dict]) -> list[str]:
 
 KINDS = {"data alone": None, "with context": "context", "with tensor": "tensor", "with pipeline": "pipeline"}
 HOUR = 3600  # seconds of a video
-# size, samples, GPUs: of the mix 8 for each GPU, or so many in all; of videos of an hour, one or four for each GPU
+# size, samples, GPUs: of the mix so many for each GPU, or in all; or images, or videos of an hour
 LAYOUTS = [
     *(("72b", "8 a GPU", gpus) for gpus in (64, 128, 256, 512, 1024)),
     *(("72b", "512 in all", gpus) for gpus in (64, 128, 256, 512, 1024)),
     *(("7b", "hour-long videos, 1 a GPU", gpus) for gpus in (8, 64)),
     *(("7b", "8 hour-long videos", gpus) for gpus in (8, 64)),
+    *(("2b", "8 images a GPU", gpus) for gpus in (8, 64, 256)),
     *(("2b", "8 a GPU", gpus) for gpus in (8, 64, 256)),
-    *(("2b", "256 in all", gpus) for gpus in (64, 256)),
 ]
 LONG_VIDEO_TOKENS = 131_072  # --video_max_tokens of those of an hour
 
 
 def work_of(model_config, samples: str, gpus: int) -> tuple[Config, Workload]:
     """The samples of a step as a row of LAYOUTS names them, and the settings that go with them."""
-    number = int(samples.split()[-3]) * gpus if "a GPU" in samples else int(samples.split()[0])
+    number = int(next(word for word in samples.split() if word.isdigit()))
+    number *= gpus if samples.endswith("a GPU") else 1
+    tokens = LONG_VIDEO_TOKENS if "video" in samples else Config.video_max_tokens
+    config = Config(global_batch_size=number, video_max_tokens=tokens)
+    if "image" in samples:
+        return config, Workload.of_sizes([SAMPLE] * number, config, model_config, samples)
     if "video" not in samples:
-        config = Config(global_batch_size=number)
         return config, typical(config, model_config)
-    config = Config(global_batch_size=number, video_max_tokens=LONG_VIDEO_TOKENS)
     budget = Budget.of(config)
     frames = frame_count({}, HOUR * 30, 30, budget)
     (height, width), _ = frame_size({}, 720, 1280, frames, budget)
