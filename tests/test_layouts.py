@@ -16,6 +16,7 @@ from tests.official import official_config
 from util.__main__ import main as command
 from util.config import Config
 from util.cost import choose_layout, layouts, memory
+from util.cost.activations import Divided, kept_by
 from util.cost.choose_layout import Search
 from util.cost.flops import training_flops
 from util.cost.layouts import Shape, Weights, cut_stages, in_flight, stage_forecast
@@ -164,6 +165,14 @@ def test_a_stage_keeps_as_many_rows_as_there_are_stages_to_the_last():
         of_a_layer = 2 * 16384 * (3 * 8192 + 2 * 8192 + 2 * 1024 + 4 * 29568) / 8 + 4 * 16384 * 64 / 8
         assert needs["activations"] == pytest.approx(kept + of_a_layer, rel=0.01)
     assert in_flight(0, 4, 2) == 2
+
+
+def test_logits_are_of_a_part_of_the_vocabulary_and_on_the_last_stage_alone():
+    """1,000 supervised tokens, three numbers in fp32 for each logit."""
+    for is_last, tensor, vocabulary in ((True, 1, 152064), (True, 8, 19008), (False, 8, 0)):
+        own = layouts.config_of_stage(official_config("72b"), 20, is_last, tensor)
+        kept = kept_by(own, Config(), BF16, (16384, 0, 1000), divided=Divided(tensor, tensor))
+        assert kept.logits == 1000 * vocabulary * 3 * 4
 
 
 def test_context_ranks_keep_a_part_of_each_row_and_tensor_ranks_of_each_layer():

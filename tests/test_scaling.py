@@ -266,3 +266,5 @@ def test_the_result_file_holds_the_same_rows():
     layouts = result["rows"].pop("layouts")
     assert result["rows"] == scaling.significant(rows)
     assert [(row["model"], row["samples"], row["gpus"]) for row in layouts] == scaling.LAYOUTS
+    in_the_page = DOCUMENT.read_text().split("<!-- layouts -->")[1]
+    assert in_the_page.split("\n")[1:-1] == scaling.layout_table(layouts)
