@@ -133,7 +133,10 @@ def test_data_alone_is_forecast_as_a_run_is(checkpointing, sharding, frozen):
     counts = memory.count_parameters(model_config, config)
     loads = [(16384, 0, 1000), (1480, 64 * 80, 100)]
     if sharding != "none":  # a lone process keeps its weights in another way
-        assert found == memory.forecast(model_config, counts, config, BF16, loads, shards=8, passes=2)
+        expected = memory.forecast(model_config, counts, config, BF16, loads, shards=8, passes=2)
+        assert found == expected
+        of_run = layouts.run_forecast(model_config, config, BF16, shape, (28,), np.array(loads))
+        assert of_run == (0, expected), "as the plan of a run may ask"
     else:
         assert found["weights"] == 4 * 2_208_985_600
         assert found["whole weights"] == 2 * 2_208_985_600
@@ -165,6 +168,10 @@ def test_a_stage_keeps_as_many_rows_as_there_are_stages_to_the_last():
         of_a_layer = 2 * 16384 * (3 * 8192 + 2 * 8192 + 2 * 1024 + 4 * 29568) / 8 + 4 * 16384 * 64 / 8
         assert needs["activations"] == pytest.approx(kept + of_a_layer, rel=0.01)
     assert in_flight(0, 4, 2) == 2
+    loads = np.array([[16384, 0, 1000]])
+    stage, needs = layouts.run_forecast(official_config("72b"), Config(), BF16, shape, cut, loads)
+    assert stage == 0
+    assert needs["activations"] == pytest.approx(4 * 20 * 2 * 16384 * 8192 / 8 + of_a_layer, rel=0.01)
 
 
 def test_logits_are_of_a_part_of_the_vocabulary_and_on_the_last_stage_alone():

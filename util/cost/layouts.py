@@ -313,3 +313,18 @@ def stage_forecast(
     among = memory.Among(shape.ranks > 1, shape.divided, float(others.max()))
     loads = heaviest(loads.astype(np.int64))
     return memory.forecast(own, counts, settings, dtype, loads, shape.group, shape.rows, device, among)
+
+
+def run_forecast(
+    model_config, config: Config, dtype: torch.dtype, shape: Shape, cut: tuple[int, ...], loads: np.ndarray,
+    device: torch.device | None = None,
+) -> tuple[int, memory.Forecast]:  # fmt: skip
+    """The stage that needs most, and its forecast, in a run whose heaviest micro-batches are `loads` (k, 3)
+    (steps.Survey.heaviest). As many of the heaviest as a stage has in flight are taken to come one after another."""
+    tokens, patches, supervised = np.repeat(loads, len(cut), axis=0).T[:, None]
+    rows = Rows(tokens, supervised, patches, np.zeros_like(patches), {}, np.zeros_like(patches), loads)
+    weights = Weights.of(model_config)
+    found = []
+    for stage in range(len(cut)):
+        found.append(stage_forecast(model_config, config, dtype, shape, stage, cut, weights, rows, device))
+    return max(enumerate(found), key=lambda one: sum(one[1].values()))
