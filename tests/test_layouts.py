@@ -260,10 +260,15 @@ def test_context_ranks_send_all_to_alls_around_attention():
     assert by_hand == pytest.approx(10.6e9, rel=0.01)
 
 
-def test_where_heads_cannot_be_dealt_keys_and_values_are_gathered():
-    """The 28 heads of 7B on 8 ranks: two all-gathers of 16,384 x 512 in each pass."""
-    found = seconds(work_of([TEXT], "7b"), Shape(context=8, group=8), "7b", **SLOW).parts["context"] * 1e6
-    assert found == pytest.approx(28 * 2 * 2 * (7 / 8) * 16384 * 512 * 2, rel=1e-3)
+def test_where_ranks_do_not_divide_the_heads_some_have_one_more():
+    """The 28 heads of 7B on 8 ranks: 3 or 4 each, and each reads one key-value head. There go 28 + 8 + 8 heads of a
+    rank's tokens, back come 4 heads of all tokens; and of attention, 200,704 s^2 FLOPs, the fullest rank has 4 / 28."""
+    shape = Shape(context=8, group=8)
+    parts = seconds(work_of([TEXT], "7b"), shape, "7b", **SLOW).parts
+    sent = (7 / 8) * 128 * 2 * (16384 / 8 * (28 + 8 + 8) + 16384 * 4)
+    assert parts["context"] * 1e6 == pytest.approx(28 * 2 * sent, rel=1e-3)
+    more = 3 * 200_704 * 16384**2 * (4 / 28 - 1 / 8) / (989e12 * 0.4)
+    assert parts["uneven ranks"] == pytest.approx(more, rel=1e-6)
 
 
 @pytest.mark.parametrize(("rows", "stages"), [(1, 1), (1, 4), (4, 4), (8, 4), (32, 8)])

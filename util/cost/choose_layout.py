@@ -78,7 +78,9 @@ class Search:
             of_stages = [size for size in divisors(self.gpus // tensor) if size <= self.most_stages()]
             for pipeline in self.sizes("pipeline", of_stages):
                 rest = self.gpus // tensor // pipeline
-                for context in self.sizes("context", [size for size in divisors(rest) if size <= MOST_CONTEXT]):
+                heads = self.model_config.text_config.num_attention_heads // tensor  # each context rank has one
+                of_rows = [size for size in divisors(rest) if size <= min(MOST_CONTEXT, heads)]
+                for context in self.sizes("context", of_rows):
                     if rest % context == 0 and rest // context <= self.work.samples:
                         yield Shape(rest // context, pipeline, context, tensor)
 

@@ -76,6 +76,8 @@ class Shape:
         made.sharding = self.sharding
         made.context_parallel_size = self.context
         made.activation_checkpointing = self.checkpointing
+        for axis in ("tensor", "pipeline"):  # of these the forecast is told by what a stage has
+            setattr(made, f"{axis}_parallel_size", 1)
         return made
 
 
@@ -322,7 +324,8 @@ def run_forecast(
     """The stage that needs most, and its forecast, in a run whose heaviest micro-batches are `loads` (k, 3)
     (steps.Survey.heaviest). As many of the heaviest as a stage has in flight are taken to come one after another."""
     tokens, patches, supervised = np.repeat(loads, len(cut), axis=0).T[:, None]
-    rows = Rows(tokens, supervised, patches, np.zeros_like(patches), {}, np.zeros_like(patches), loads)
+    unused = np.zeros_like(patches)
+    rows = Rows(tokens, supervised, patches, unused, {}, unused, unused, loads)
     weights = Weights.of(model_config)
     found = []
     for stage in range(len(cut)):

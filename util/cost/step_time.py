@@ -14,6 +14,7 @@ stages that wait for the first row and after the last (the bubble); and the upda
 
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -165,8 +166,12 @@ class Course:
         factors = part_factors(self.config)
         learns = parts_that_learn(self.config)
         forward = backward = remade = np.zeros(len(patches))
+        # attention takes as long as the rank with most heads, whose part may be more than the mean
+        cuts = self.cuts_of_heads()
+        uneven = most_between(cuts) * shape.context / cuts[-1] - 1
         for part, operations in rows.forward.items():
-            seconds = operations[rank] * shares[part] / rate
+            flops = operations[rank] + uneven * rows.attention[rank] * (part == "language_model")
+            seconds = flops * shares[part] / rate
             forward = forward + seconds
             backward = backward + (factors[part] - 1) * seconds
             if shape.checkpointing == "full" and part in ("vision", "language_model") and part in learns:
@@ -202,23 +207,23 @@ class Course:
         ranks, stride = self.shape.context, self.shape.tensor
         if ranks == 1:
             return 0 * tokens
-        heads = text.num_attention_heads // self.shape.tensor
-        key_value = max(1, text.num_key_value_heads // self.shape.tensor)
-        width = text.hidden_size // text.num_attention_heads
-        if heads % ranks == 0 and (key_value % ranks == 0 or ranks % key_value == 0):  # Ulysses
-            copies = max(1, ranks // key_value)
-            found = 0 * tokens
-            for number in (heads, key_value * copies, key_value * copies, heads):  # queries, keys, values; and back
-                size = COMPUTE * width * number * tokens
-                found = found + seconds_of(self.hardware, EXCHANGE, size, ranks, stride)
-        else:
-            size = COMPUTE * width * key_value * tokens * ranks
-            # keys and values are gathered, and their gradients scattered, which takes as long
-            found = 2 * seconds_of(self.hardware, GATHER, size, ranks, stride)
+        cuts = self.cuts_of_heads()
+        read = text.num_attention_heads // text.num_key_value_heads  # query heads that read a key-value head
+        keys = sum((end - 1) // read - begin // read + 1 for begin, end in pairwise(cuts))  # that all ranks get
+        width = COMPUTE * text.hidden_size // text.num_attention_heads * tokens
+        there = seconds_of(self.hardware, EXCHANGE, width * (cuts[-1] + 2 * keys), ranks, stride)
+        # back from the rank with most heads, for the tokens of all
+        back = seconds_of(self.hardware, EXCHANGE, width * ranks * most_between(cuts), ranks, stride)
+        found = there + back
         found = self.cut[stage] * found
         merge = self.model_config.vision_config.spatial_merge_size**2
         size = COMPUTE * text.hidden_size * patches / merge
         return found + seconds_of(self.hardware, EXCHANGE, size, ranks, stride) * (patches > 0)
+
+    def cuts_of_heads(self) -> list[int]:
+        """Where the heads of a tensor rank are cut between context ranks: neighbours, as many for each or one more."""
+        heads = self.model_config.text_config.num_attention_heads // self.shape.tensor
+        return [heads * rank // self.shape.context for rank in range(self.shape.context + 1)]
 
     def transfers(self, stage: int, tokens: np.ndarray) -> np.ndarray:
         """Of hidden states that come from the stage before, or of gradients that come from the one after."""
@@ -253,6 +258,10 @@ class Course:
         waited = pipeline_seconds(forward.T.tolist(), backward.T.tolist()) - busy if len(stages) > 1 else 0.0
         parts["bubble"] = waited
         return parts
+
+
+def most_between(cuts: list[int]) -> int:
+    return max(end - begin for begin, end in pairwise(cuts))
 
 
 def step_seconds(course: Course, work: Workload) -> StepTime:

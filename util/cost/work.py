@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from util.config import Config
-from util.cost.flops import forward_flops, training_flops
+from util.cost.flops import attention_flops, forward_flops, training_flops
 from util.cost.sizes import Columns, Sizes
 from util.dataset import Size
 from util.steps import deal, heaviest
@@ -29,6 +29,7 @@ class Rows:
     patches: np.ndarray
     largest: np.ndarray  # patches of the largest image or frame, which no two ranks can share
     forward: dict[str, np.ndarray]  # FLOPs of the forward pass by part (flops.forward_flops)
+    attention: np.ndarray  # of the language model's those of attention
     training: np.ndarray  # FLOPs of forward and backward passes
     heaviest: np.ndarray  # (k, 3) Loads: no sample of the data is above all of them, drawn or not
 
@@ -40,6 +41,7 @@ class Workload:
     columns: Columns
     largest: np.ndarray
     forward: dict[str, np.ndarray]
+    attention: np.ndarray
     training: np.ndarray
     heaviest: np.ndarray  # as Rows has them
     words: str  # what samples they are
@@ -60,7 +62,8 @@ class Workload:
             forward[part] = np.broadcast_to(operations, chosen.shape)
         training = training_flops(model_config, [columns], config)
         loads = np.stack([column[order] for column in (sizes.tokens, sizes.patches, sizes.supervised)], axis=1)
-        return cls(columns, largest[chosen], forward, training, heaviest(loads), words)
+        attention = attention_flops(model_config, columns)
+        return cls(columns, largest[chosen], forward, attention, training, heaviest(loads), words)
 
     @classmethod
     def of_sizes(cls, drawn: list[Size], config: Config, model_config, words: str) -> "Workload":
@@ -120,6 +123,7 @@ class Workload:
             patches=total(self.columns.patches),
             largest=largest.reshape(len(own), count),
             forward=forward,
+            attention=total(self.attention),
             training=total(self.training),
             heaviest=self.heaviest,
         )
