@@ -239,7 +239,7 @@ class Course:
 
     def update(self) -> float:
         """Seconds of the update on the stage with most weights, and of the numbers that all ranks add up."""
-        most = max(update_bytes(list(units), self.shape.group) for units in self.units)
+        most = max(update_bytes(units, self.shape.group) for units in self.units)
         scalars = SCALAR_ALL_REDUCES * collective_time(self.hardware, REDUCE, 8, self.shape.ranks)["latency"]
         return most / (self.hardware.memory_bandwidth * self.hardware.memory_efficiency) + scalars
 
