@@ -30,26 +30,11 @@ from benchmarks.report import origin, write_result
 from tests.official import official_config
 from util.config import Config
 from util.cost.flops import forward_flops, training_flops
+from util.cost.work import draw
 from util.dataset import Size
 from util.parallel.context import deal_units
 from util.steps import deal, first_fit
-from util.vision import FRAME_PIXELS, IMAGE_PIXELS, PATCH, Budget, Grid, frame_count, frame_size, smart_resize
-
-
-def draw(generator: random.Random, budget: Budget) -> Size:
-    """One sample of the mix: 30 % text, 50 % images from 0.1 to 8.3 megapixels, 20 % videos from 2 s to 1 h."""
-    text, kind = round(generator.lognormvariate(4.5, 1)) + 30, generator.random()
-    grids = []
-    if 0.3 <= kind < 0.8:
-        height, width = ((336, 448), (1080, 1920), (2160, 3840))[generator.choices(range(3), (5, 3, 2))[0]]
-        height, width = smart_resize(height, width, *IMAGE_PIXELS)
-        grids = [Grid(1, height // PATCH, width // PATCH)]
-    elif kind >= 0.8:
-        seconds = 2 * (1800 ** generator.random())  # 2 s to 1 h, evenly on a logarithmic scale
-        frames = frame_count({}, round(seconds * 30), 30, budget)
-        (height, width), _ = frame_size({}, 720, 1280, frames, budget)
-        grids = [Grid(frames // 2, height // PATCH, width // PATCH)]
-    return Size(text + sum(grid.tokens for grid in grids), max(1, text // 4), grids)
+from util.vision import FRAME_PIXELS, Budget, Grid
 
 
 def hands_of(costs: list[float], ranks: int) -> list[list[int]]:

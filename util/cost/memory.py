@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from util.adapters import lora
 from util.command_line import UserError, choices_of
 from util.config import Config
 from util.cost import allocator
-from util.cost.activations import FP32, Kept, kept_by
+from util.cost.activations import FP32, Divided, Kept, kept_by
 from util.cost.settings import GIB, budget_in_bytes
 from util.model import layers
 from util.steps import Load, Survey
@@ -53,6 +54,14 @@ class Forecast(dict[str, float]):
     chosen: str = ""  # what a memory budget chose for it, in words (budget.fit_memory)
 
 
+class Among(NamedTuple):
+    """How a process stands among others that train together."""
+
+    several: bool  # whether there are others
+    divided: Divided = Divided()  # among how many of them a layer's activations are
+    waiting: float = 0  # bytes of activations that a pipeline's stage keeps of its other rows
+
+
 def forecast(
     model_config,
     counts: dict,
@@ -63,6 +72,7 @@ def forecast(
     passes: int = 1,
     device: torch.device | None = None,
     largest_picture: int = 0,
+    among: Among | None = None,
 ) -> Forecast:
     """Bytes by part: a dict whose values add up to the peak within a training step.
 
@@ -70,29 +80,37 @@ def forecast(
     micro-batches that a step has; from the second one on the gradients of all are there. `device`: where the run will
     be, None: where nothing is compiled. Weights, gradients and moments are divided among `shards` devices; less than
     full sharding also keeps whole copies on each. What lies beside what is allocated: `reserved_margin`. Patches of the
-    `largest_picture`: an image, or a pair of frames of a video, which ranks that share a row do not divide.
+    `largest_picture`: an image, or a pair of frames of a video, which ranks that share a row do not divide. `among`:
+    which processes train, where they are others than those of this run (layouts.py).
     """
     is_compiled = device is not None and compilation.is_on(config.compile, device)
     counts = counts_of_rank(model_config, counts, config)
     loads = [load_of_rank(load, config, largest_picture) for load in micro_batches]
-    several = shards > 1 or ranks.are_several()
-    states = kept_states(model_config, counts, config, dtype, shards)
+    among = among or Among(shards > 1 or ranks.are_several(), divided_by(config))
+    states = kept_states(model_config, counts, config, dtype, shards, among.several)
     # Of parts that no gradient ever reaches, as the tower's where there is text alone, neither gradients nor moments
     # are made. A rank among several has dummy patches.
-    with_patches = several or not loads or any(int(patches) for _, patches, _ in loads)
-    gradients = Gradients.of(model_config, counts, config, dtype, with_patches, passes, several)
+    with_patches = among.several or not loads or any(int(patches) for _, patches, _ in loads)
+    gradients = Gradients.of(model_config, counts, config, dtype, with_patches, passes, among.several)
     # those with small moments keep each of the two in 8 bits
     of_adamw = 2 * max(FP32, dtype.itemsize) if config.optimizer == "adamw" else 2
     states["moments"] = of_adamw * gradients.parameters / shards
     found = []
     for load in loads or [(0, 0, 0)]:
-        kept = kept_by(model_config, config, dtype, load, is_compiled)
+        kept = kept_by(model_config, config, dtype, load, is_compiled, among.divided)
         for name, parts in moments(kept, gradients, is_compiled).items():
             parts["gradients"] /= shards
+            parts["activations"] += among.waiting
             whole = Forecast(states | parts)
             whole.moment = name
             found.append(whole)
     return max(found, key=lambda parts: sum(parts.values()))
+
+
+def divided_by(config: Config) -> Divided:
+    """Among how many tensor ranks what lies between two matrices is divided, and what lies between layers."""
+    size = config.tensor_parallel_size
+    return Divided(size, size if config.sequence_parallel else 1)
 
 
 def counts_of_rank(model_config, counts: dict, config: Config) -> dict:
@@ -120,10 +138,11 @@ def load_of_rank(load: Load, config: Config, largest_picture: int = 0) -> Load:
     return tokens, min(patches, dealt), min(supervised, tokens)
 
 
-def kept_states(model_config, counts: dict, config: Config, dtype: torch.dtype, shards: int) -> dict[str, float]:
+def kept_states(
+    model_config, counts: dict, config: Config, dtype: torch.dtype, shards: int, several: bool
+) -> dict[str, float]:
     """Bytes of the weights as they are trained, and of the copies of them that a pass computes with."""
     total = sum(counts[part] for part in PARTS)
-    several = shards > 1 or ranks.are_several()
     wide = max(FP32, dtype.itemsize)
     if config.lora_rank:
         # not counts["adapters"]: where remedies are tried, `counts` were made for a config without them
