@@ -11,7 +11,7 @@ every byte can be counted:
 
     collectives   what the rank hands in, by kind and by the ranks that take part, against the formulas (`expected`)
     parameters    those that lie on the rank, against the formulas
-    peak          the most bytes of living tensors within a step, against util/cost/memory.forecast
+    peak          the most bytes of living tensors within the passes, against util/cost/memory.forecast
 
 Where the training cannot run on shapes alone, `simulated_world` goes around it, and says how.
 """
@@ -20,7 +20,6 @@ Where the training cannot run on shapes alone, `simulated_world` goes around it,
 
 import argparse
 import copy
-import math
 import sys
 import time
 import weakref
@@ -29,11 +28,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,12 +45,14 @@ from torch.distributed import _state_dict_utils
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from transformers import Qwen2VLForConditionalGeneration
 
 from benchmarks import scaling
+from benchmarks.formulas import AROUND, PASSES, Job, Kind, expected
 from benchmarks.memory_table import PixelsOfHalf
 from benchmarks.report import origin, processor_name, write_result
 from tests.count_bytes import OPERATIONS
@@ -62,15 +62,14 @@ from util.collator import Batch, Collator, total_counts
 from util.command_line import UserError, run_command
 from util.config import Config
 from util.conversation import Encoded
-from util.cost import memory
 from util.cost.memory import GIB
-from util.dataset import Sample
+from util.cost.sizes import Finding, Sizes
+from util.dataset import Sample, Size
 from util.kernels import rule
 from util.log import versions
 from util.loss import PackedLoss
 from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
 from util.parallel import distributed, rows
-from util.parallel.layout import Layout, Place
 from util.tensors import run_parameters
 from util.vision import Grid, Medium
 
@@ -105,6 +104,10 @@ class Case:
     rank: int = 0
     layers: int | None = None  # of the tower and of the language model; None: all of them
 
+    def with_layers(self, layers: int) -> "Case":
+        """With fewer layers, at least one for each stage of a pipeline."""
+        return replace(self, layers=max(layers, self.settings.get("pipeline_parallel_size", 1)))
+
     @property
     def config(self) -> Config:
         return Config(model=self.size, device="cpu", dtype="bfloat16", **self.settings)
@@ -127,6 +130,9 @@ SHARDINGS = {
     "groups": {"shard_group_size": 8},
 }
 RECOMPUTED = {"activation_checkpointing": "full"}
+# All that is counted grows by as much with each layer, so a few show it; these are run with all of them.
+WHOLE = ("2b_8_full", "2b_1024_full", "7b_8_full", "7b_1024_full", "7b_8_context_4")
+FEW = 4  # layers of the tower and of the language model
 
 
 def all_cases() -> dict[str, Case]:
@@ -137,23 +143,26 @@ def all_cases() -> dict[str, Case]:
             if name != "groups" or ranks > 8:
                 cases[f"2b_{ranks}_{name}"] = Case("2b", ranks, settings)
         cases[f"2b_64_{name}_twice"] = Case("2b", 64, settings, micro_batches=2)
-    for size, ranks in (("7b", 8), ("7b", 64), ("7b", 1024), ("72b", 64), ("72b", 1024)):
-        cases[f"{size}_{ranks}_full"] = Case(size, ranks, row=replace(IMAGES, samples=1) if size == "72b" else IMAGES)
+    for size, ranks in (("7b", 8), ("7b", 1024), ("72b", 64), ("72b", 1024)):
+        cases[f"{size}_{ranks}_full"] = Case(size, ranks)
     cases["7b_1024_groups"] = Case("7b", 1024, SHARDINGS["groups"])
-    cases["7b_8_full_recomputed"] = Case("7b", 8, RECOMPUTED)
     cases["72b_1024_full_recomputed"] = Case("72b", 1024, RECOMPUTED)
-    # a video of an hour, its layers run again; heads of 2B (12, and 2 of keys) are dealt to 8 ranks unevenly
-    for size, ranks, of_a_row in (("2b", 8, 2), ("2b", 8, 4), ("7b", 8, 4), ("7b", 1024, 4), ("72b", 1024, 8)):
+    # a video of an hour, its layers run again; and heads of 2B (12, and 2 of keys), which are dealt to 8 unevenly
+    for size, ranks, of_a_row in (("2b", 8, 2), ("7b", 8, 4), ("72b", 1024, 8)):
         settings = {"context_parallel_size": of_a_row, **RECOMPUTED}
         cases[f"{size}_{ranks}_context_{of_a_row}"] = Case(size, ranks, settings, row=HOUR)
-    cases["2b_8_context_8"] = Case("2b", 8, {"context_parallel_size": 8, **RECOMPUTED})
+    cases["2b_8_context_8"] = Case("2b", 8, {"context_parallel_size": 8}, rank=5)
     for size, ranks, of_a_row in (("2b", 8, 2), ("7b", 64, 4), ("72b", 1024, 8)):
         settings = {"tensor_parallel_size": of_a_row}
         cases[f"{size}_{ranks}_tensor_{of_a_row}"] = Case(size, ranks, settings)
         settings = {**settings, **RECOMPUTED, "sequence_parallel": True}
         cases[f"{size}_{ranks}_tensor_{of_a_row}_by_rows"] = Case(size, ranks, settings)
-    cases["7b_8_context_4_kept"] = Case("7b", 8, {"context_parallel_size": 4}, row=IMAGES)
-    return cases
+    # the first stage has the tower and the embedding, the last one the head
+    for size, ranks, stages, rank in (("2b", 8, 2, 0), ("2b", 8, 2, 4), ("7b", 64, 4, 16), ("72b", 1024, 8, 896)):
+        settings = {"pipeline_parallel_size": stages, "sharding": "optimizer"}
+        name = f"{size}_{ranks}_pipeline_{stages}_rank_{rank}"
+        cases[name] = Case(size, ranks, settings, row=replace(IMAGES, samples=1), micro_batches=2 * stages, rank=rank)
+    return {name: case if name in WHOLE else case.with_layers(FEW) for name, case in cases.items()}
 
 
 def micro_batch(row: Row, mode: FakeTensorMode) -> Batch:
@@ -167,8 +176,6 @@ def micro_batch(row: Row, mode: FakeTensorMode) -> Batch:
 
 
 # ---- what is counted ------------------------------------------------------------------------------------------------
-
-PASSES, AROUND = "passes", "around them"  # the phases of a step
 
 # operation -> its name here, and which of its arguments the rank hands in
 HANDED_IN = {
@@ -184,15 +191,6 @@ HANDED_IN = {
     "c10d.recv_": ("receive", 0),
 }
 SILENT = {"_c10d_functional.wait_tensor", "c10d.barrier"}  # nothing is handed in
-
-
-class Kind(NamedTuple):
-    """What collectives are told apart by."""
-
-    phase: str
-    name: str
-    members: int  # ranks that take part
-    stride: int  # how far neighbours among them are apart
 
 
 class Observer(TorchDispatchMode):
@@ -217,6 +215,9 @@ class Observer(TorchDispatchMode):
         if name == "_c10d_functional.wait_tensor":
             return arguments[0]  # under fake tensors it would be a copy
         found = operation(*arguments, **(keywords or {}))
+        if self.phase != PASSES:
+            # The update works in place on DTensors, and these try their rules on whole shapes, which nobody holds.
+            return found
         for tensor in found if isinstance(found, tuple | list) else [found]:
             if isinstance(tensor, torch.Tensor):
                 self.hold(tensor)
@@ -350,6 +351,9 @@ def simulated_world(case: Case, rank: int, model_config, mode: FakeTensorMode, s
         ]  # fmt: skip
         for owner, name, instead in changes:
             stack.enter_context(mock.patch.object(owner, name, instead))
+        # DTensor remembers meshes, and with them the groups of a world that is gone.
+        _clear_sharding_prop_cache()
+        stack.callback(_clear_sharding_prop_cache)
         dist.init_process_group("fake", rank=rank, world_size=case.ranks, store=FakeStore())
         stack.callback(dist.destroy_process_group)
         yield
@@ -365,7 +369,7 @@ def simulate(case: Case) -> dict[str, Any]:
     return found
 
 
-def observe(case: Case) -> tuple[dict[str, Any], "Job"]:
+def observe(case: Case) -> tuple[dict[str, Any], Job]:
     """What was counted in one step of a case, and what the formulas need to know of it."""
     said = Said()
     if case.rank:
@@ -384,7 +388,11 @@ def observe(case: Case) -> tuple[dict[str, Any], "Job"]:
         micro_batches = [replace(share) for _ in range(case.micro_batches)]  # each is one of its own
         train_step(case, packed, world, micro_batches, observer)
         group = distributed.shard_group(case.config, world)
-    job = Job(case.model_config(), case.config, world.layout, world.place, group, case.micro_batches, batch, share)
+        layers = [int(name) for name in packed.model.model.language_model.layers._modules]
+    job = Job(
+        case.model_config(), case.config, world.layout, world.place, group, case.micro_batches, batch, share,
+        range(layers[0], layers[-1] + 1),
+    )  # fmt: skip
     return {**described(case, observer), "parameters": parameters}, job
 
 
@@ -393,7 +401,11 @@ def join(case: Case) -> distributed.World:
 
 
 def build(case: Case, model_config, world: distributed.World) -> PackedLoss:
-    return distributed.build_model(case.config, case.size, model_config, PixelsOfHalf(), world)
+    cut_by = []  # stages are cut by the work of the data
+    if world.layout.pipeline > 1:
+        size = Size(case.row.text + case.row.grid.tokens, case.row.supervised, [case.row.grid])
+        cut_by = [Sizes.of([Finding(size)])]
+    return distributed.build_model(case.config, case.size, model_config, PixelsOfHalf(), world, *cut_by)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -425,9 +437,9 @@ def train_step(case: Case, packed: PackedLoss, world, micro_batches: list[Batch]
         observer.phase = AROUND
         totals = world.sum(total_counts(micro_batches))
         observer.phase = PASSES
+        observer.moment = "the passes"
         passes.run(2, micro_batches, totals["supervised_weight"])
         observer.phase = AROUND
-        observer.moment = "the update"
         distributed.drop_blank_gradients(packed, totals["visual_tokens"])
         clip_gradient(packed, optimizer, config.max_grad_norm)
         set_learning_rate(optimizer, 1, 10, config)
@@ -462,181 +474,7 @@ def described(case: Case, observer: Observer) -> dict[str, Any]:
     }
 
 
-# ---- what the formulas say ------------------------------------------------------------------------------------------
-
-BF16, FP32 = 2, 4  # bytes
-# Linear layers of which a tensor rank has some outputs, and those of which it has some inputs; all else it has whole.
-COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "merger.mlp.0", "embed_tokens", "lm_head")
-ROWS = ("o_proj", "down_proj", "attn.proj", "fc2", "merger.mlp.2")
-
-
-@dataclass
-class Job:
-    """What the formulas go by."""
-
-    model_config: Any
-    config: Config
-    layout: Layout
-    place: Place
-    group: int  # ranks that share one copy of the weights
-    micro_batches: int
-    batch: Batch  # of all ranks that share a row
-    share: Batch  # of this rank
-
-    @property
-    def again(self) -> int:
-        """How often a layer's forward pass is run once more."""
-        return int(self.config.activation_checkpointing == "full")
-
-
-def expected(job: Job) -> dict[str, Any]:
-    """Parameters, collectives of the passes, and memory of this rank, as docs/scaling.md and util/cost have them."""
-    units = units_of_rank(job)
-    calls: Counter[Kind] = Counter()
-    sizes: Counter[Kind] = Counter()
-    for formula in (of_weights(units, job), of_context(job), of_tensor(units, job)):
-        for kind, number, size in formula:
-            calls[kind] += number
-            sizes[kind] += size
-    found = {
-        "parameters": sum(elements_of_shard(shape, job) for unit in units for shape in unit.shapes),
-        "collectives": [{**kind._asdict(), "calls": calls[kind], "bytes": sizes[kind]} for kind in sorted(calls)],
-    }
-    if job.layout.tensor > 1:
-        return found  # util/cost forecasts no memory of it
-    counts = memory.count_parameters(job.model_config, job.config)
-    load = (len(job.batch.input_ids), len(job.batch.vision_position_ids), len(job.batch.target_ids))
-    parts = memory.forecast(job.model_config, counts, job.config, torch.bfloat16, [load], job.group, job.micro_batches)
-    return {
-        **found,
-        "peak_bytes": round(sum(parts.values())),
-        "peak_at": parts.moment,
-        "parts_bytes": {name: round(size) for name, size in parts.items()},
-    }
-
-
-def units_of_rank(job: Job) -> list[scaling.Unit]:
-    """The units of FSDP2 with the shapes that one tensor rank has; the root last."""
-    ranks = job.layout.tensor
-    if ranks == 1:
-        return scaling.units_of(job.model_config)
-    with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(job.model_config)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-
-    def unit(parameters: list[torch.nn.Parameter], is_root: bool = False) -> scaling.Unit:
-        shapes = [shape_on_rank(names[parameter], tuple(parameter.shape), ranks) for parameter in parameters]
-        return scaling.Unit(shapes, [True] * len(shapes), True, is_root)
-
-    repeated = [list(layer.parameters()) for layer in model_module.layers(model)]
-    inside = set(chain.from_iterable(repeated))
-    rest = [parameter for parameter in names if parameter not in inside]
-    return [*map(unit, repeated), unit(rest, is_root=True)]
-
-
-def elements_of_shard(shape: tuple[int, ...], job: Job) -> int:
-    """Elements of a parameter on this rank: the first dimension is dealt in equal parts, of which the last may lack."""
-    place = (job.place.data * job.layout.context + job.place.context) % job.group
-    part = -(-shape[0] // job.group)
-    return max(0, min(part, shape[0] - place * part)) * math.prod(shape[1:])
-
-
-def shape_on_rank(name: str, shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    layer, _, kind = name.rpartition(".")
-    if layer.endswith(COLUMNS):
-        return (shape[0] // ranks, *shape[1:])
-    if layer.endswith(ROWS) and kind == "weight":
-        return (shape[0], shape[1] // ranks)
-    return shape
-
-
-def of_weights(units: list[scaling.Unit], job: Job) -> Iterator[tuple[Kind, int, int]]:
-    """What FSDP2 gathers and reduces of weights: benchmarks/scaling.py."""
-    sharing = job.layout.of_a_weight
-    group = job.group
-    totals = scaling.bytes_per_step(units, job.config.sharding, sharing, group, job.micro_batches, BF16, FP32)
-    for name, total in totals.items():
-        members, stride = (sharing // group, group) if name == scaling.REDUCE else (group, 1)
-        if total["calls"]:
-            yield Kind(PASSES, name, members, stride * job.layout.tensor), total["calls"], total["input_bytes"]
-
-
-def of_context(job: Job) -> Iterator[tuple[Kind, int, int]]:
-    """What context parallelism sends (util/parallel/context.py): two all-to-alls in each layer's forward pass, and two
-    in its backward pass.
-
-    With t tokens on each of C ranks and heads of width W: queries, keys and values of this rank's tokens, for all ranks
-    on the way there; the mixed values of this rank's heads, of all tokens, on the way back. The backward pass hands in
-    as many gradients as the forward pass has received.
-    """
-    ranks = job.layout.context
-    if ranks == 1:
-        return
-    text = job.model_config.text_config
-    width = text.hidden_size // text.num_attention_heads
-    tokens = len(job.share.input_ids)
-    cuts = [text.num_attention_heads * rank // ranks for rank in range(ranks + 1)]
-    shared = text.num_attention_heads // text.num_key_value_heads  # query heads that read one key-value head
-    keys = [(end - 1) // shared - begin // shared + 1 for begin, end in pairwise(cuts)]
-    place = job.place.context
-    queries = cuts[place + 1] - cuts[place]
-    there = tokens * (text.num_attention_heads + 2 * sum(keys))
-    arrived = ranks * tokens * (queries + 2 * keys[place])
-    mixed = ranks * tokens * queries
-    returned = tokens * text.num_attention_heads
-    forward = job.micro_batches * text.num_hidden_layers * (1 + job.again)
-    backward = job.micro_batches * text.num_hidden_layers
-    exchange = Kind(PASSES, "all_to_all", ranks, job.layout.tensor)
-    yield exchange, 2 * forward, forward * BF16 * width * (there + mixed)
-    yield exchange, 2 * backward, backward * BF16 * width * (arrived + returned)
-    # visual tokens: those made here, and on the way back the gradients of those that stand here
-    visual = len(job.share.sent_index) + len(job.share.visual_index)
-    yield exchange, 2 * job.micro_batches, job.micro_batches * visual * BF16 * text.hidden_size
-
-
-def of_tensor(units: list[scaling.Unit], job: Job) -> Iterator[tuple[Kind, int, int]]:
-    """What tensor parallelism sends (util/parallel/tensor.py): sums of rows, twice in a layer and pass."""
-    ranks = job.layout.tensor
-    if ranks == 1:
-        return
-    text = job.model_config.text_config
-    tower = job.model_config.vision_config
-    reduce, gather, scatter = (
-        Kind(PASSES, name, ranks, 1) for name in (scaling.REDUCE, scaling.GATHER, scaling.SCATTER)
-    )
-    times = job.micro_batches
-    supervised = len(job.share.target_ids)
-    visual = len(job.share.visual_index)
-    token = BF16 * text.hidden_size
-    tokens = len(job.share.input_ids)
-    patches = len(job.share.vision_position_ids)
-    of_layers = (text.num_hidden_layers, tokens, token)
-    of_blocks = (tower.depth, patches, BF16 * tower.embed_dim)
-    for layers, length, row in (of_layers, of_blocks):
-        # A layer that is run again ends before its last product's sum, which nothing needs.
-        if job.config.sequence_parallel:
-            length = -(-length // ranks) * ranks
-            gathers = times * (layers * (4 + 2 * job.again) + 2)  # and before the first layer, and after the last
-            scatters = times * layers * (4 + job.again)
-            yield gather, gathers, gathers * length // ranks * row
-            yield scatter, scatters, scatters * length * row
-        else:
-            sums = times * layers * (4 + job.again)
-            yield reduce, sums, sums * length * row
-    yield reduce, times, times * tokens * token  # the embedding
-    yield reduce, 2 * times, times * visual * (token + BF16 * 4 * tower.embed_dim)  # the merger: sum, and its gradient
-    yield reduce, times, times * supervised * token  # the gradient of what the head reads
-    yield reduce, 2 * times, times * supervised * FP32 * 3  # of the loss: the largest logit; the sum, and the target's
-    yield reduce, 1, FP32 * whole_elements(job)  # equal copies (`agree`)
-
-
-def whole_elements(job: Job) -> int:
-    """Elements on this rank of what every tensor rank has whole."""
-    with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(job.model_config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    whole = [shape for name, shape in shapes.items() if shape_on_rank(name, shape, job.layout.tensor) == shape]
-    return sum(elements_of_shard(shape, job) for shape in whole)
+# ---- against the formulas -------------------------------------------------------------------------------------------
 
 
 def differences(found: dict[str, Any]) -> list[str]:
@@ -661,24 +499,33 @@ def by_kind(collectives: list[dict]) -> dict[Kind, tuple[int, int]]:
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
+COLUMNS_OF_TABLE = (
+    "case", "layers", "parameters", "all-gather GB", "reduce-scatter GB", "all-reduce GB", "all-to-all GB", "sent GB",
+    "collectives", "formulas", "peak GiB", "forecast GiB", "forecast / peak",
+)  # fmt: skip
+
+
 def table(found: dict[str, dict]) -> list[str]:
     """The cases as a Markdown table."""
-    kinds = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
-    head = ["case", "parameters", *(f"{kind.replace('_', '-')} GB" for kind in kinds), "collectives", "formulas",
-            "peak GiB", "forecast GiB", "ratio"]  # fmt: skip
-    lines = [head, ["---"] * len(head)]
+    lines = [list(COLUMNS_OF_TABLE), ["---"] * len(COLUMNS_OF_TABLE)]
     for name, row in found.items():
+        passes = [collective for collective in row["collectives"] if collective["phase"] == PASSES]
         sizes: Counter[str] = Counter()
-        calls = 0
-        for collective in row["collectives"]:
-            if collective["phase"] == PASSES:
-                sizes[collective["name"]] += collective["bytes"]
-                calls += collective["calls"]
-        peak = row["peak_bytes"] / GIB
-        forecast = row["expected"].get("peak_bytes", math.nan) / GIB
+        for collective in passes:
+            sizes[collective["name"]] += collective["bytes"]
+        kinds = (scaling.GATHER, scaling.SCATTER, scaling.REDUCE, "all_to_all", "send")
+        calls = sum(collective["calls"] for collective in passes)
+        forecast = row["expected"].get("peak_bytes")
         lines.append([
-            name, f"{row['parameters']:,}", *(f"{sizes[kind] / 1e9:.2f}" for kind in kinds), f"{calls:,}",
-            "differ" if row["wrong"] else "equal", f"{peak:.2f}", f"{forecast:.2f}", f"{forecast / peak:.2f}",
+            name,
+            str(row["layers"] or "all"),
+            f"{row['parameters']:,}",
+            *(f"{sizes[kind] / 1e9:.2f}" for kind in kinds),
+            f"{calls:,}",
+            "differ" if row["wrong"] else "equal",
+            f"{row['peak_bytes'] / GIB:.2f}",
+            f"{forecast / GIB:.2f}" if forecast else "none",
+            f"{forecast / row['peak_bytes']:.2f}" if forecast else "",
         ])  # fmt: skip
     return [f"| {' | '.join(line)} |" for line in lines]
 
@@ -689,14 +536,14 @@ def main(arguments: list[str]) -> None:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--cases", nargs="*", default=[""], help="those whose names begin so; default: all")
-    parser.add_argument("--layers", type=int, help="only so many of the tower and of the language model")
+    parser.add_argument("--layers", type=int, help="in all cases so many of the tower and of the language model")
     parser.add_argument("--workers", type=int, default=2, help="processes, each with a case at a time")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     own = parser.parse_args(arguments)
     cases = {}
     for name, case in all_cases().items():
         if name.startswith(tuple(own.cases)):
-            cases[name] = replace(case, layers=own.layers) if own.layers else case
+            cases[name] = case.with_layers(own.layers) if own.layers else case
     if not cases:
         raise UserError(f"--cases {' '.join(own.cases)}: none begins so; there are {', '.join(all_cases())}")
     with ExitStack() as stack:
