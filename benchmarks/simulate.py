@@ -308,6 +308,39 @@ class Said:
             self.heard += 1
 
 
+@torch.library.custom_op("simulation::fused_norm", mutates_args=())
+def fused_norm(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The shapes of RMSNorm in one kernel: (T, D) -> (T, D), and a number of each row in fp32 for the backward pass."""
+    raise NotImplementedError("it has no numbers")
+
+
+@torch.library.custom_op("simulation::fused_norm_backward", mutates_args=())
+def fused_norm_backward(
+    gradient: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, of_rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    raise NotImplementedError("it has no numbers")
+
+
+@fused_norm.register_fake
+def _(hidden, weight):
+    return torch.empty_like(hidden), hidden.new_empty(len(hidden), 1, dtype=torch.float32)
+
+
+@fused_norm_backward.register_fake
+def _(gradient, hidden, weight, of_rows):
+    return torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def keep_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)  # what was kept of the rows has no gradient
+
+
+fused_norm.register_autograd(
+    lambda ctx, gradient, unused: fused_norm_backward(gradient, *ctx.saved_tensors), setup_context=keep_for_backward
+)
+
+
 @contextmanager
 def simulated_world(case: Case, rank: int, model_config, mode: FakeTensorMode, said: Said) -> Iterator[None]:
     """Inside, this process is one of `case.ranks`, and what is built is made of shapes.
@@ -318,7 +351,8 @@ def simulated_world(case: Case, rank: int, model_config, mode: FakeTensorMode, s
       it says to them in objects is noted, and given to whoever else is simulated.
     - Tensors are fake from the moment on at which the sharded model gets memory. What comes before has none anyway.
     - Numbers that all ranks add up (`World.sum`), the mesh, and the places of shards are computed on real tensors.
-    - Attention is the operator that a GPU runs (util/kernels), of which the shapes of its outputs are known.
+    - Attention is the operator that a GPU runs (util/kernels), of which the shapes of its outputs are known, and
+      RMSNorm a stand-in for a GPU's kernel: on a CPU torch writes it out, and keeps four tensors in fp32.
     """
     made = dist.new_subgroups_by_enumeration
 
@@ -340,6 +374,7 @@ def simulated_world(case: Case, rank: int, model_config, mode: FakeTensorMode, s
         changes = [
             (dist, "new_subgroups_by_enumeration", lambda groups, **backend: made(groups)),
             (dist, "broadcast_object_list", said.broadcast),
+            (torch.nn.functional, "rms_norm", lambda hidden, shape, weight, epsilon: fused_norm(hidden, weight)[0]),
             (distributed, "load_trainable", load_shapes),
             (distributed, "choose_attention", lambda *asked: rule.AUTO),
             (model_module, "choose_attention", lambda *asked: rule.AUTO),

@@ -99,7 +99,7 @@ def test_formulas_hold(name, changes):
 def test_the_forecast_is_near_the_peak(sharded):
     """Of 2 layers, where what lies beside activations counts most."""
     found, job = sharded
-    assert formulas.expected(job)["peak_bytes"] == pytest.approx(found["peak_bytes"], rel=0.02)
+    assert formulas.expected(job)["peak_bytes"] == pytest.approx(found["peak_bytes"], rel=0.06)
 
 
 def test_the_peak_is_that_of_torchs_own_tracker(monkeypatch):
