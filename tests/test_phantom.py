@@ -78,8 +78,8 @@ def phantom(tmp_path_factory):
     return run
 
 
-def watch(job: subprocess.Popen) -> None:
-    """Wait for its end; it is made to end where its resident set grows without bound.
+def watch(job: subprocess.Popen, most_resident: float = MOST_RESIDENT) -> None:
+    """Wait for its end; it is made to end where its resident set grows without bound: beyond so many GiB.
 
     A size that the device tells (of masked_select, nonzero, a printed tensor) is whatever was copied last, up to any
     number: one such result brought to the CPU took 4.6 GiB. An error that prints parameters does so.
@@ -91,7 +91,7 @@ def watch(job: subprocess.Popen) -> None:
         except OSError:  # it has just ended
             continue
         resident = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")), 0) / 2**20
-        if resident > MOST_RESIDENT or time.monotonic() > deadline:
+        if resident > most_resident or time.monotonic() > deadline:
             job.kill()
             job.wait()
             raise AssertionError(f"resident set {resident:.1f} GiB, {deadline - time.monotonic():.0f} s were left")
