@@ -212,3 +212,13 @@ def test_every_peak_is_forecast_within_8_percent(compiled, phantom, tmp_path):
     rows = measured(phantom, tmp_path, "--compile", compiled)
     assert len(rows) >= 40
     check_forecasts(rows)
+
+
+@pytest.mark.slow
+def test_a_row_of_the_budget_table_runs_to_its_end(phantom, tmp_path):
+    """2B with weights of 4 bits on a card of 16 GiB: the smallest of benchmarks/budget_table.py."""
+    out = tmp_path / "row.json"
+    phantom(["benchmarks/budget_table.py", "--row", "2b_qlora", "--out", str(out)], PHANTOM_GIB="16")
+    row = json.loads(out.read_text())["row"]
+    assert row["run"] == "to its end", row
+    assert row["allocated_gib"] <= row["reserved_gib"] <= row["free_gib"], row
