@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -289,25 +289,10 @@ def check(
         free, where = budget, f"are allowed by --memory_budget {config.memory_budget}"
     if needed + margin <= free or not config.check_memory:
         return
-    counts = count_parameters(model_config, config)
-    # With --micro_batch_size 1 the longest sample alone decides: less is not possible.
-    batch_choices = [([], survey.heaviest), (["--micro_batch_size 1"], survey.heaviest_samples)]
-    ways = []
-    for changes, changed in remedies(config, device):
-        for batch_flags, batches in batch_choices:
-            # with one sample a micro-batch, a step of several samples has several
-            passes = survey.most if not batch_flags else max(survey.most, min(2, config.global_batch_size))
-            changed_parts = forecast(
-                model_config, counts, changed, dtype, batches, shards, passes, device, survey.largest_picture
-            )
-            total = sum(changed_parts.values())
-            if total + reserved_margin(changed_parts, device) <= free:
-                flags = [flag_in_words(name, value) for name, value in changes.items()]
-                ways.append(f"  {' '.join(flags + batch_flags)}: {total / GIB:.1f} GiB")
-                break
+    ways = ways_to_fit(model_config, config, dtype, device, survey, free, shards)
     remedy = "No setting fits; use a smaller model, or several GPUs (./finetune_distributed.sh)"
     if ways:
-        remedy = "Settings that fit:\n" + "\n".join(ways[:4])
+        remedy = "Settings that fit:\n" + "\n".join(ways)
     beside = f" and {margin / GIB:.1f} GiB between tensors and for kernels" if margin else ""
     has_patches = any(patches for _, patches, _ in survey.heaviest)
     smaller = "Smaller images help too (--max_pixels)" if has_patches else "Shorter conversations help too"
@@ -321,29 +306,60 @@ def check(
     )
 
 
+def ways_to_fit(
+    model_config, config: Config, dtype: torch.dtype, device: torch.device, survey: Survey, free: float, shards: int
+) -> list[str]:
+    """Flags with which a run would fit into `free` bytes, one line for each of the `remedies` that can help."""
+    counts = count_parameters(model_config, config)
+    # With --micro_batch_size 1 the longest sample alone decides: less is not possible.
+    batch_choices = [([], survey.heaviest), (["--micro_batch_size 1"], survey.heaviest_samples)]
+    ways = []
+    for choices in remedies(config, device):
+        for (changes, changed), (batch_flags, batches) in itertools.product(choices, batch_choices):
+            # with one sample a micro-batch, a step of several samples has several
+            passes = survey.most if not batch_flags else max(survey.most, min(2, config.global_batch_size))
+            parts = forecast(
+                model_config, counts, changed, dtype, batches, shards, passes, device, survey.largest_picture
+            )
+            total = sum(parts.values())
+            if total + reserved_margin(parts, device) <= free:
+                flags = [flag_in_words(name, value) for name, value in changes.items()]
+                ways.append(f"  {' '.join(flags + batch_flags)}: {total / GIB:.1f} GiB")
+                break  # the other choices change more
+    return ways
+
+
 def flag_in_words(name: str, value: object) -> str:
     """A setting as it is typed: `--freeze vision merger`."""
     return f"--{name} {' '.join(value) if isinstance(value, list) else value}"
 
 
-def remedies(config: Config, device: torch.device) -> Iterator[tuple[dict, Config]]:
-    """Changes that need less memory, each with the changed settings.
+def remedies(config: Config, device: torch.device) -> Iterator[list[tuple[dict, Config]]]:
+    """Ways to need less memory, those that change least first: the whole model as asked for, less of it, then adapters.
 
-    First those that leave the mathematics as it is, then the optimizer, then training less of the model, then adapters.
+    Each is a list of changes with the changed settings: those to memory and speed alone, then to the optimizer, too.
     """
-    parts = ({}, {"freeze": ["vision"]}, {"freeze": ["language_model"]})
-    adapters = [{"quantize": "nf4"}]
+    optimizers = ("adamw",)
+    if device.type == "cuda" and not ranks.are_several():  # where the others work
+        optimizers = choices_of(Config, "optimizer")
+    yield list(with_dials({}, config, optimizers))
+    for part in ("vision", "language_model"):
+        if part not in config.freeze:
+            yield list(with_dials({"freeze": [*config.freeze, part]}, config, optimizers))
     if not config.lora_rank:
-        adapters = [{"lora_rank": 16}, {"lora_rank": 16, "quantize": "nf4"}]
-    optimizers = choices_of(Config, "optimizer") if device.type == "cuda" else ("adamw",)
-    choices = [*itertools.product(parts, optimizers), *itertools.product(adapters, ("adamw",))]
-    for (part, optimizer), checkpointing in itertools.product(choices, choices_of(Config, "activation_checkpointing")):
-        changes = {**part, "optimizer": optimizer, "activation_checkpointing": checkpointing}
-        changes = {name: value for name, value in changes.items() if value != getattr(config, name)}
-        unused = {f"{part}_learning_rate": None for part in changes.get("freeze", []) if part != "language_model"}
+        yield list(with_dials({"lora_rank": 16}, config, ("adamw",)))
+    yield list(with_dials({"lora_rank": config.lora_rank or 16, "quantize": "nf4"}, config, ("adamw",)))
+
+
+def with_dials(changes: dict, config: Config, optimizers: Sequence[str]) -> Iterator[tuple[dict, Config]]:
+    """`changes` with each optimizer and activation checkpointing, as far as no other setting contradicts them."""
+    for optimizer, checkpointing in itertools.product(optimizers, choices_of(Config, "activation_checkpointing")):
+        all_changes = {**changes, "optimizer": optimizer, "activation_checkpointing": checkpointing}
+        new = {name: value for name, value in all_changes.items() if value != getattr(config, name)}
+        unused = {f"{part}_learning_rate": None for part in new.get("freeze", []) if part != "language_model"}
         try:
-            yield changes, dataclasses.replace(config, **changes, **unused)
-        except UserError:  # the change contradicts another setting
+            yield new, dataclasses.replace(config, **new, **unused)
+        except UserError:
             continue
 
 

@@ -6,6 +6,7 @@ moments over a DeviceMesh, and four settings of it are ZeRO 3, 2, 1 and plain da
 
 import atexit
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -99,7 +100,7 @@ def join_group(config: Config, timeout: float) -> World:
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         # 30 seconds later than asked for, so that faults.Watch comes first: it can say where every rank is.
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout + 30), **alone)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave_group)
     world = make_world(config, device, timedelta(seconds=timeout + 30))
     if config.optimizer != "adamw" and world.size > 1:
         raise UserError(
@@ -132,6 +133,35 @@ def refuse_what_rows_cannot_share(config: Config, layout: Layout) -> None:
             "--cache_dir keeps what a frozen vision tower gives for whole pictures of one rank, and of "
             f"{layout.in_words()} several share them: leave --cache_dir out"
         )
+
+
+def leave_group() -> None:
+    """Destroy the process group as this process ends, and wait until its threads have nothing left to do.
+
+    A thread of gloo's lets go of a collective's tensors some time after the collective has returned here, on a busy
+    machine long after, and needs Python's lock for that. Nobody gets it any more while Python is taken apart: the
+    thread is ended in a place where C++ allows no such end, and the process is aborted, with nothing wrong
+    (pytorch#179291).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    deadline = time.monotonic() + 10
+    looks = 0
+    while looks < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)  # without Python's lock
+        looks = 0 if gloo_is_at_work() else looks + 1
+
+
+def gloo_is_at_work() -> bool:
+    """Whether a thread of gloo's runs, or would if there was a core for it. Told on Linux alone; False elsewhere."""
+    for task in Path("/proc/self/task").glob("*/stat"):
+        try:
+            name, _, values = task.read_text().partition("(")[2].rpartition(")")
+        except OSError:  # it has just ended
+            continue
+        if name.startswith("pt_gloo") and values.split()[0] != "S":  # S: it sleeps
+            return True
+    return False
 
 
 def wait_for_all() -> None:
