@@ -19,6 +19,7 @@ from util.collator import Batch
 from util.config import Config
 from util.cost import memory
 from util.model import layers
+from util.parallel.context import RowPart
 from util.parallel.layout import Layout, Place
 
 PASSES, AROUND = "passes", "around them"  # the phases of a step
@@ -172,6 +173,7 @@ def of_context(job: Job) -> Iterator[tuple[Kind, int, int]]:
     yield exchange, 2 * forward, forward * BF16 * width * (there + mixed)
     yield exchange, 2 * backward, backward * BF16 * width * (arrived + returned)
     # visual tokens: those made here, and on the way back the gradients of those that stand here
+    assert isinstance(job.share, RowPart)
     visual = len(job.share.sent_index) + len(job.share.visual_index)
     yield exchange, 2 * job.micro_batches, job.micro_batches * visual * BF16 * text.hidden_size
 

@@ -316,7 +316,8 @@ def layout_table(rows: list[dict]) -> list[str]:
 
 
 def layout_rows(hardware: Hardware) -> list[dict]:
-    return [layout_row(*case, hardware) for case in tqdm(LAYOUTS, desc="layouts", leave=False)]
+    cases = tqdm(LAYOUTS, desc="layouts", leave=False)
+    return [layout_row(size, samples, gpus, hardware) for size, samples, gpus in cases]
 
 
 def tables(arguments: argparse.Namespace) -> tuple[list[str], dict[str, list[dict]]]:

@@ -229,7 +229,8 @@ def update_in_pieces(
     for number, (*states, gradient) in enumerate(tensors):
         flat = [*(state.view(-1) for state in states), gradient.reshape(-1)]
         for piece in zip(*(tensor.split(CACHED) for tensor in flat), strict=True):
-            update(*([part] for part in piece), numbers[number : number + 1], factor, beta1, beta2)
+            parts: Any = [[part] for part in piece]
+            update(*parts, numbers[number : number + 1], factor, beta1, beta2)
 
 
 # ---- compiled, on a GPU ---------------------------------------------------------------------------------------------
