@@ -294,14 +294,9 @@ def check(
     if ways:
         remedy = "Settings that fit:\n" + "\n".join(ways)
     beside = f" and {margin / GIB:.1f} GiB between tensors and for kernels" if margin else ""
-    has_patches = any(patches for _, patches, _ in survey.heaviest)
-    smaller = "Smaller images help too (--max_pixels)" if has_patches else "Shorter conversations help too"
-    twice = 2 * config.context_parallel_size
-    if ranks.rank_and_size()[1] % twice == 0:
-        smaller += f", and more processes for each row (--context_parallel_size {twice})"
     raise UserError(
         f"not enough memory on {device}: the run needs {needed / GIB:.1f} GiB ({parts_in_words(parts)}){beside}, "
-        f"{free / GIB:.1f} GiB {where}.\n{remedy}\n{smaller}. "
+        f"{free / GIB:.1f} GiB {where}.\n{remedy}\n{what_else_helps(config, survey)}. "
         "--no-check_memory goes ahead all the same."
     )
 
@@ -327,6 +322,16 @@ def ways_to_fit(
                 ways.append(f"  {' '.join(flags + batch_flags)}: {total / GIB:.1f} GiB")
                 break  # the other choices change more
     return ways
+
+
+def what_else_helps(config: Config, survey: Survey) -> str:
+    """Beside the settings that are tried."""
+    has_patches = any(patches for _, patches, _ in survey.heaviest)
+    helps = "Smaller images help too (--max_pixels)" if has_patches else "Shorter conversations help too"
+    twice = 2 * config.context_parallel_size
+    if ranks.rank_and_size()[1] % twice == 0:
+        helps += f", and more processes for each row (--context_parallel_size {twice})"
+    return helps
 
 
 def flag_in_words(name: str, value: object) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain, islice, tee
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -118,8 +119,12 @@ class TensorsApart(pickle.Pickler):
 
     def reducer_override(self, value: object):
         if isinstance(value, torch.Tensor):
-            return torch.from_numpy, (value.numpy(),)
+            return tensor_of, (value.numpy(),)
         return NotImplemented
+
+
+def tensor_of(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array)
 
 
 def send(share: Batch, rank: int, group) -> None:
