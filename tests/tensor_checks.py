@@ -87,7 +87,7 @@ FAULTS = {
     "none": None,
     "a key-value head is cut wrongly": (tensor.ByColumns, "forward", wrong_heads),
     "the tied gradient counts twice": (tensor.OwnVocabulary, "forward", counted_twice),
-    "the gradient of qkv is not summed": (tensor, "has_partial_gradient", lambda name, by_rows: False),
+    "the gradient of qkv is not summed": (tensor, "has_partial_gradient", lambda name, splits_rows: False),
     "the norm counts copies twice": (optimizer, "clip_wide", norm_of_all_ranks),
 }
 
