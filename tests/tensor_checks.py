@@ -26,7 +26,7 @@ from util.data.bad_samples import LenientCollator
 from util.dataset import Samples, load_examples
 from util.model import load_config, load_processor
 from util.optimizer import build_optimizer, clip_gradient
-from util.parallel import distributed, tensor
+from util.parallel import distributed, faults, tensor
 from util.tensors import PARTS, part_of, run_parameters
 from util.vision import Budget
 
@@ -185,6 +185,7 @@ def main() -> None:
     found["drifted"] = drift(plain, world, batch, agree=False)
     found["held"] = held(build(plain, world))
     (Path(sys.argv[2]) / f"rank_{world.rank}.json").write_text(json.dumps(found))
+    faults.EVERY, faults.MEASURED = 3, 2  # steps between comparisons of the ranks, which runs of a few steps reach
     for settings in cases["runs"]:
         finetune_distributed.train(Config(**settings))
     dist.barrier()

@@ -144,6 +144,8 @@ def clip_wide(trained: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
         gradients: Any = [parameter.grad for parameter in parameters]
         norms.append(whole_norm(torch.nn.utils.get_total_norm(gradients)))
     norm = torch.linalg.vector_norm(torch.stack(norms))
+    # Each group of ranks has added up in an order of its own. Copies of a weight must be scaled by the same bits.
+    torch.distributed.all_reduce(norm, torch.distributed.ReduceOp.MAX)
     for parameters in by_mesh.values():
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
@@ -151,4 +153,12 @@ def clip_wide(trained: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
 
 def whole_norm(norm: Any) -> torch.Tensor:
     """The norm over all ranks, of gradients of which each has a part."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if not hasattr(norm, "full_tensor"):
+        return norm
+    partial = [axis for axis, placement in enumerate(norm.placements) if placement.is_partial()]
+    if len(partial) == 1:
+        return norm.full_tensor()
+    square = norm.to_local().square()  # torch would warn that it adds up along one axis after the other
+    for axis in partial:
+        torch.distributed.all_reduce(square, group=norm.device_mesh.get_group(axis))
+    return square.sqrt()

@@ -31,7 +31,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -42,6 +41,10 @@ from util.tensors import run_parameters
 
 AXIS = "tensor"  # of the mesh
 
+# The operations themselves, which compiled and recomputed layers can look at. torch's functions around them have other
+# names in each version.
+collectives = torch.ops._c10d_functional
+
 # ---- what ranks exchange --------------------------------------------------------------------------------------------
 
 
@@ -51,7 +54,7 @@ def same(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def total(rows: torch.Tensor, group: dist.ProcessGroup, of: str = "sum") -> torch.Tensor:
     """The sum (`of`: or another reduction) of all ranks' tensors, on each."""
-    return collectives.wait_tensor(collectives.all_reduce(rows.contiguous(), of, group))
+    return collectives.wait_tensor(collectives.all_reduce(rows.contiguous(), of, group.group_name))
 
 
 def own_part(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -61,12 +64,14 @@ def own_part(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def gathered(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """(T / R, ...) -> all ranks' (T, ...)."""
-    return collectives.wait_tensor(collectives.all_gather_tensor(rows.contiguous(), 0, group))
+    whole = collectives.all_gather_into_tensor(rows.contiguous(), group.size(), group.group_name)
+    return collectives.wait_tensor(whole)
 
 
 def own_part_of_total(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """(T, ...) -> this rank's part (T / R, ...) of the sum of all ranks' tensors."""
-    return collectives.wait_tensor(collectives.reduce_scatter_tensor(rows.contiguous(), "sum", 0, group))
+    part = collectives.reduce_scatter_tensor(rows.contiguous(), "sum", group.size(), group.group_name)
+    return collectives.wait_tensor(part)
 
 
 class Exchange(torch.autograd.Function):
