@@ -26,7 +26,7 @@ from util.data.bad_samples import LenientCollator
 from util.dataset import Samples, load_examples
 from util.model import load_config, load_processor
 from util.optimizer import build_optimizer, clip_gradient
-from util.parallel import distributed, tensor
+from util.parallel import distributed, faults, tensor
 from util.tensors import PARTS, part_of, run_parameters
 from util.vision import Budget
 
@@ -87,7 +87,7 @@ FAULTS = {
     "none": None,
     "a key-value head is cut wrongly": (tensor.ByColumns, "forward", wrong_heads),
     "the tied gradient counts twice": (tensor.OwnVocabulary, "forward", counted_twice),
-    "the gradient of qkv is not summed": (tensor, "has_partial_gradient", lambda name, by_rows: False),
+    "the gradient of qkv is not summed": (tensor, "has_partial_gradient", lambda name, splits_rows: False),
     "the norm counts copies twice": (optimizer, "clip_wide", norm_of_all_ranks),
 }
 
@@ -185,6 +185,7 @@ def main() -> None:
     found["drifted"] = drift(plain, world, batch, agree=False)
     found["held"] = held(build(plain, world))
     (Path(sys.argv[2]) / f"rank_{world.rank}.json").write_text(json.dumps(found))
+    faults.EVERY, faults.MEASURED = 3, 2  # steps between comparisons of the ranks, which runs of a few steps reach
     for settings in cases["runs"]:
         finetune_distributed.train(Config(**settings))
     dist.barrier()

@@ -35,6 +35,10 @@ TEXTS = {
 ROWS = {"sequence_parallel": True}
 TWO = {
     "saved": SAVED,
+    "untied": {**TEXTS, **ROWS, "model": "untied", "activation_checkpointing": "full"},
+}
+FOUR = {"untied": {**TEXTS, "model": "untied", "sharding": "none"}}
+SLOW_TWO = {
     "rows": {
         **SAVED,
         **ROWS,
@@ -43,27 +47,18 @@ TWO = {
         "activation_checkpointing": "selective",
         "logit_rows": 16,
     },
-    "untied": {**TEXTS, **ROWS, "model": "untied", "activation_checkpointing": "full"},
     "frozen language model": {**TEXTS, "freeze": ["language_model"]},
     "frozen tower": {**ROWS, "freeze": ["vision", "merger"], "max_steps": 2},
+    "new tokens": {**TEXTS, "new_tokens": "tokens"},
 }
-FOUR = {
-    "untied": {**TEXTS, "model": "untied", "sharding": "none"},
-    "a row over two": {**SAVED, **ROWS, "context_parallel_size": 2},
-}
-SLOW = {
+SLOW_FOUR = {
     "saved": {**SAVED, "sharding": "gradients", "micro_batch_size": 1},
+    "a row over two": {**SAVED, **ROWS, "context_parallel_size": 2},
     "frozen language model": {**TEXTS, **ROWS, "freeze": ["language_model"], "activation_checkpointing": "full"},
     "four heads": {**TEXTS, "model": "four heads", "tensor_parallel_size": 4},
     "four heads in rows": {**TEXTS, **ROWS, "model": "four heads", "tensor_parallel_size": 4},
     "the showcase": {"data": "showcase", "global_batch_size": 8, "max_steps": 5},
     "the showcase in rows": {"data": "showcase", "global_batch_size": 8, "max_steps": 5, **ROWS, "shard_group_size": 1},
-}
-SAME_AS = {
-    "rows": "saved",
-    "a row over two": "saved",
-    "four heads in rows": "four heads",
-    "the showcase in rows": "the showcase",
 }
 STANDING = {**SAVED, "eval_data": "none", "max_steps": 3, "learning_rate": 0.0, "resume_anyway": True}
 OF_SEVERAL = ("tensor_parallel_size", "sequence_parallel", "context_parallel_size", "sharding", "shard_group_size")
@@ -89,6 +84,9 @@ def places(tiny_path, processor, tmp_path_factory) -> dict[str, str]:
     for name, chosen in (("texts", [pictures[0], *texts]), ("mixed", [*pictures, *texts[:2]])):
         found[name] = str(folder / f"{name}.json")
         Path(found[name]).write_text(json.dumps(chosen))
+    # more than tiny has unused rows; the first ones are in the answers
+    found["tokens"] = str(folder / "tokens.txt")
+    Path(found["tokens"]).write_text("\n".join(["xx", "xxx", *(f"<place_{number}>" for number in range(40))]))
     return found
 
 
@@ -97,7 +95,8 @@ def settings(places: dict[str, str], directory: Path, **changes) -> dict:
     own |= changes
     for name in {"data", "eval_data"} & own.keys():
         own[name] = [places[own[name]]] if own[name] in places else []
-    return {**runs.settings(Path(), directory), **own, "model": places[own["model"]]}
+    own |= {name: places[own[name]] for name in {"model", "new_tokens"} & own.keys()}
+    return {**runs.settings(Path(), directory), **own}
 
 
 def train_alone(own: dict) -> Path:
@@ -108,12 +107,8 @@ def train_alone(own: dict) -> Path:
 @pytest.fixture(scope="module")
 def alone(places, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("one")
-    cases = {**FOUR, **TWO, "float32": {**TEXTS, "dtype": "float32"}, "bfloat16": {**TEXTS, "dtype": "bfloat16"}}
-    return {
-        name: train_alone(settings(places, folder / name, **changes))
-        for name, changes in cases.items()
-        if name not in SAME_AS
-    }
+    cases = {**TWO, "bfloat16": {**TEXTS, "dtype": "bfloat16"}}
+    return {name: train_alone(settings(places, folder / name, **changes)) for name, changes in cases.items()}
 
 
 @pytest.fixture(scope="module")
@@ -122,15 +117,13 @@ def two_ranks(places, alone, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     second = str(alone["saved"] / "checkpoints" / "step_000002")
     bfloat16 = {**SAVED, **ROWS, **TEXTS, "dtype": "bfloat16"}
-    of_steps = settings(places, folder / "unused", data="showcase")
     trained = [
         *(settings(places, folder / name, **changes) for name, changes in TWO.items()),
-        settings(places, folder / "1to2", **SAVED, resume=second),
         settings(places, folder / "1to2 standing", **STANDING, resume=second),
-        settings(places, folder / "float32", **{**TEXTS, **ROWS, "dtype": "float32"}),
         settings(places, folder / "bfloat16", **bfloat16),
         settings(places, folder / "bfloat16 on", **bfloat16, resume=str(folder / "bfloat16/checkpoints/step_000002")),
     ]
+    of_steps = settings(places, folder / "unused", data="showcase")
     cases = {"plain": of_steps, "samples": [0, 7, 30], "exchanged": EXCHANGED, "runs": trained}
     torchrun(2, cases, folder, "tests/tensor_checks.py", str(folder))
     return folder
@@ -149,33 +142,56 @@ def four_ranks(places, two_ranks, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def slow_four(places, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("slow")
-    torchrun(4, [settings(places, folder / name, **changes) for name, changes in SLOW.items()], folder)
+def slow_two(places, alone, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("slow_two")
+    torchrun(2, [
+        *(settings(places, folder / name, **changes) for name, changes in SLOW_TWO.items()),
+        settings(places, folder / "float32", **{**TEXTS, **ROWS, "dtype": "float32"}),
+        settings(places, folder / "1to2", **SAVED, resume=str(alone["saved"] / "checkpoints" / "step_000002")),
+    ], folder)  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="module")
+def slow_four(places, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("slow_four")
+    torchrun(4, [settings(places, folder / name, **changes) for name, changes in SLOW_FOUR.items()], folder)
+    return folder
+
+
+def equal(run: Path, one: Path) -> None:
+    same(run, one)
+    for key in ("eval_loss", "eval_token_accuracy", "grad_norm"):
+        assert metrics(run, key) == pytest.approx(metrics(one, key), abs=1e-12), key
 
 
 @pytest.mark.parametrize("name", TWO)
 def test_two_ranks_equal_one(name, two_ranks, alone):
-    one = alone[SAME_AS.get(name, name)]
-    same(two_ranks / name, one)
-    assert metrics(two_ranks / name, "eval_loss") == pytest.approx(metrics(one, "eval_loss"), abs=1e-12)
-    assert metrics(two_ranks / name, "eval_token_accuracy") == metrics(one, "eval_token_accuracy")
-    assert metrics(two_ranks / name, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), abs=1e-12)
+    assert len(metrics(two_ranks / "saved", "eval_loss")) == 2
+    equal(two_ranks / name, alone[name])
 
 
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_equal_one(name, four_ranks, alone):
-    one = alone[SAME_AS.get(name, name)]
-    same(four_ranks / name, one)
-    assert metrics(four_ranks / name, "eval_loss") == pytest.approx(metrics(one, "eval_loss"), abs=1e-12)
+    equal(four_ranks / name, alone[name])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", SLOW_TWO)
+def test_more_on_two_ranks_equals_one(name, slow_two, places, tmp_path):
+    equal(slow_two / name, train_alone(settings(places, tmp_path / "one", **SLOW_TWO[name])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_FOUR)
 def test_more_on_four_ranks_equals_one(name, slow_four, places, tmp_path):
-    own = settings(places, tmp_path / "one", **SLOW[SAME_AS.get(name, name)])
-    same(slow_four / name, train_alone(own))
+    equal(slow_four / name, train_alone(settings(places, tmp_path / "one", **SLOW_FOUR[name])))
+
+
+@pytest.mark.slow
+def test_in_float32(slow_two, places, tmp_path):
+    one = train_alone(settings(places, tmp_path / "one", **{**TEXTS, "dtype": "float32"}))
+    assert metrics(slow_two / "float32") == pytest.approx(metrics(one), abs=1e-5)
 
 
 @pytest.mark.slow
@@ -207,8 +223,13 @@ def test_compiled_parts_give_the_same(places, tmp_path):
         assert sum(metrics(tmp_path / name, "compile_seconds")) > 0, "nothing was compiled"
 
 
-def test_in_float32_and_bfloat16(two_ranks, alone):
-    assert metrics(two_ranks / "float32") == pytest.approx(metrics(alone["float32"]), abs=1e-5)
+def test_ranks_are_compared_while_they_train(two_ranks):
+    (compared,) = [line for line in runs.log(two_ranks / "saved") if "compute_seconds_by_rank" in line]
+    assert compared["step"] == 3
+    assert len(compared["compute_seconds_by_rank"]) == len(compared["data_seconds_by_rank"]) == 2
+
+
+def test_in_bfloat16(two_ranks, alone):
     assert metrics(two_ranks / "bfloat16") == pytest.approx(metrics(alone["bfloat16"]), rel=2e-2)
     assert {tensor.dtype for tensor in weights(two_ranks / "bfloat16").values()} == {torch.bfloat16}
 
@@ -219,13 +240,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(two_ranks):
     assert metrics(two_ranks / "bfloat16 on") == metrics(two_ranks / "bfloat16")[2:]
 
 
+def goes_on_as(run: Path, whole: Path) -> None:
+    assert gap(run, whole) < 1e-12, run.name
+    assert [line["step"] for line in runs.log(run) if "loss" in line] == [3, 4], run.name
+
+
 def test_checkpoints_resume_at_any_size(two_ranks, four_ranks, alone, places, tmp_path):
-    """2 -> 1, 1 -> 2 and 2 -> 2 x 2 end where the uninterrupted run ends."""
+    """2 -> 1 and 2 -> 2 x 2 end where the uninterrupted run ends."""
     second = str(two_ranks / "saved" / "checkpoints" / "step_000002")
-    to_one = train_alone(settings(places, tmp_path / "2to1", **SAVED, resume=second))
-    for run in (to_one, two_ranks / "1to2", four_ranks / "2to4"):
-        assert gap(run, alone["saved"]) < 1e-12, run.name
-        assert [line["step"] for line in runs.log(run) if "loss" in line] == [3, 4], run.name
+    goes_on_as(train_alone(settings(places, tmp_path / "2to1", **SAVED, resume=second)), alone["saved"])
+    goes_on_as(four_ranks / "2to4", alone["saved"])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_process_resumes_on_two_ranks(slow_two, alone):
+    goes_on_as(slow_two / "1to2", alone["saved"])
 
 
 def test_checkpoints_and_exports_hold_whole_weights_bit_by_bit(two_ranks, alone, places, tmp_path):
@@ -370,11 +399,11 @@ def test_the_loss_of_two_ranks_counts_once(checked):
 
 
 def test_the_forecast_counts_what_a_rank_has(checked, tiny_path):
-    """A half of every matrix, but the tower's qkv whole: 3 blocks of 3 x 64 x 64."""
+    """A half of every matrix, but whole the tower's qkv, 3 blocks of 3 x 64 x 64, and 1,176 x 64 of its embedding."""
     config = Config(tensor_parallel_size=2)
     model_config = load_config(str(tiny_path))
     counted = memory.count_parameters(model_config, Config())
     forecast = memory.counts_of_rank(model_config, counted, config)
     for part, numbers in checked[0]["held"].items():
         assert forecast[part] == pytest.approx(numbers, rel=0.02), part
-    assert forecast["vision"] == counted["vision"] / 2 + 3 * 3 * 64 * 64 / 2
+    assert forecast["vision"] == counted["vision"] / 2 + (3 * 3 * 64 * 64 + 1176 * 64) / 2

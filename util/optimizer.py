@@ -135,7 +135,12 @@ def clip_gradient(model: nn.Module, optimizer: Any, max_norm: float) -> torch.Te
     over_stages = getattr(model, "norm_over_stages", None)  # of a pipeline, other ranks have other layers
     if over_stages or not trained or trained[0].dtype != torch.bfloat16:
         norm = over_stages(named) if over_stages else total_norm([p.grad for p in trained])
-        scale_gradients(trained, max_norm or math.inf, norm)
+        meshes = by_mesh(trained)
+        if over_stages or len(meshes) > 1:
+            # Groups of ranks have added up in orders of their own. Copies of a weight are scaled by the same bits.
+            torch.distributed.all_reduce(norm, torch.distributed.ReduceOp.MAX)
+        for parameters in meshes:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm or math.inf, norm)
         return norm
     norms = torch._foreach_norm([p.grad for p in trained], 2, dtype=torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -150,24 +155,29 @@ def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 
     Each mesh's norm is that of all its ranks, in which an element that several of them have counts once.
     """
-    by_mesh: dict[Any, list[torch.Tensor]] = {}
+    meshes: dict[Any, list[torch.Tensor]] = {}
     for gradient in gradients:
-        by_mesh.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
-    norms = [whole_norm(torch.nn.utils.get_total_norm(some)) for some in by_mesh.values()]
-    if len(norms) == 1:
-        return norms[0]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        meshes.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
+    norms = [whole_norm(torch.nn.utils.get_total_norm(some)) for some in meshes.values()]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())]))
 
 
-def scale_gradients(trained: Sequence[nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
-    """Scale gradients whose norm is `norm` to at most `max_norm`, those of each mesh together."""
-    by_mesh: dict[Any, list[nn.Parameter]] = {}
+def by_mesh(trained: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters whose gradients lie on the same mesh, together."""
+    found: dict[Any, list[nn.Parameter]] = {}
     for parameter in trained:
-        by_mesh.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
-    for parameters in by_mesh.values():
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        found.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    return list(found.values())
 
 
 def whole_norm(norm: Any) -> torch.Tensor:
     """The norm over all ranks, of gradients of which each has a part."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if not hasattr(norm, "full_tensor"):
+        return norm
+    partial = [axis for axis, placement in enumerate(norm.placements) if placement.is_partial()]
+    if len(partial) == 1:
+        return norm.full_tensor()
+    square = norm.to_local().square()  # torch would warn that it adds up along one axis after the other
+    for axis in partial:
+        torch.distributed.all_reduce(square, group=norm.device_mesh.get_group(axis))
+    return square.sqrt()

@@ -114,15 +114,18 @@ def divided_by(config: Config) -> Divided:
 
 
 def counts_of_rank(model_config, counts: dict, config: Config) -> dict:
-    """Of the parameters as many as one tensor rank computes with: a part of every matrix, but the tower's qkv whole
-    (util/parallel/tensor.py). What else is whole, norms and biases, is too little to count."""
+    """Of the parameters as many as one tensor rank computes with: a part of every matrix, but the tower's qkv and its
+    patch embedding whole (util/parallel/tensor.py). What else is whole, norms and biases, is too little to count."""
     ranks_of_matrix = config.tensor_parallel_size
     if ranks_of_matrix == 1:
         return counts
     tower = model_config.vision_config
     found = {**counts, **{name: count / ranks_of_matrix for name, count in counts.items() if name != "adapters"}}
-    more = tower.depth * 3 * tower.embed_dim**2 * (1 - 1 / ranks_of_matrix)
-    return {**found, "vision": found["vision"] + more, "all_layers": found["all_layers"] + more}
+    of_others = 1 - 1 / ranks_of_matrix
+    qkv = of_others * tower.depth * 3 * tower.embed_dim**2
+    pixels = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+    patches = of_others * pixels * tower.embed_dim
+    return {**found, "vision": found["vision"] + qkv + patches, "all_layers": found["all_layers"] + qkv}
 
 
 def load_of_rank(load: Load, config: Config, largest_picture: int = 0) -> Load:

@@ -182,7 +182,7 @@ class Watch:
         everyone = [torch.zeros_like(mine) for _ in range(self.world.size)]
         dist.all_gather(everyone, mine)
         computing, work, waiting = torch.stack(everyone).T.tolist()
-        self.run.write({
+        self.run.log_ranks({
             "step": self.number,
             "compute_seconds_by_rank": [round(value, 4) for value in computing],
             "data_seconds_by_rank": [round(value, 4) for value in waiting],

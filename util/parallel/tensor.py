@@ -31,7 +31,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -42,6 +41,10 @@ from util.tensors import run_parameters
 
 AXIS = "tensor"  # of the mesh
 
+# The operations themselves, which compiled and recomputed layers can look at. torch's functions around them have other
+# names in each version.
+collectives = torch.ops._c10d_functional
+
 # ---- what ranks exchange --------------------------------------------------------------------------------------------
 
 
@@ -51,7 +54,7 @@ def same(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def total(rows: torch.Tensor, group: dist.ProcessGroup, of: str = "sum") -> torch.Tensor:
     """The sum (`of`: or another reduction) of all ranks' tensors, on each."""
-    return collectives.wait_tensor(collectives.all_reduce(rows.contiguous(), of, group))
+    return collectives.wait_tensor(collectives.all_reduce(rows.contiguous(), of, group.group_name))
 
 
 def own_part(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -61,12 +64,14 @@ def own_part(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def gathered(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """(T / R, ...) -> all ranks' (T, ...)."""
-    return collectives.wait_tensor(collectives.all_gather_tensor(rows.contiguous(), 0, group))
+    whole = collectives.all_gather_into_tensor(rows.contiguous(), group.size(), group.group_name)
+    return collectives.wait_tensor(whole)
 
 
 def own_part_of_total(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """(T, ...) -> this rank's part (T / R, ...) of the sum of all ranks' tensors."""
-    return collectives.wait_tensor(collectives.reduce_scatter_tensor(rows.contiguous(), "sum", 0, group))
+    part = collectives.reduce_scatter_tensor(rows.contiguous(), "sum", group.size(), group.group_name)
+    return collectives.wait_tensor(part)
 
 
 class Exchange(torch.autograd.Function):
@@ -88,7 +93,7 @@ class Sharing:
     """How the ranks of a tensor group hand each other rows, in all layers alike."""
 
     group: dist.ProcessGroup
-    by_rows: bool  # --sequence_parallel: between the halves of layers each rank has its part of the rows
+    splits_rows: bool  # --sequence_parallel: between the halves of layers each rank has its part of the rows
 
     def copied(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows that all ranks have, for products that each has a part of."""
@@ -100,23 +105,23 @@ class Sharing:
 
     def enter(self, rows: torch.Tensor, count: int) -> torch.Tensor:
         """Between a norm and the products that read it: all `count` rows."""
-        if not self.by_rows:
+        if not self.splits_rows:
             return self.copied(rows)
         return Exchange.apply(rows, gathered, own_part_of_total, self.group)[:count]
 
     def leave(self, parts: torch.Tensor) -> torch.Tensor:
         """After the product whose outputs are parts of a sum."""
-        if not self.by_rows:
+        if not self.splits_rows:
             return self.summed(parts)
         return Exchange.apply(self.filled_up(parts), own_part_of_total, gathered, self.group)
 
     def before_layers(self, rows: torch.Tensor) -> torch.Tensor:
         """What the first layer gets of rows that all ranks have."""
-        return Exchange.apply(self.filled_up(rows), own_part, gathered, self.group) if self.by_rows else rows
+        return Exchange.apply(self.filled_up(rows), own_part, gathered, self.group) if self.splits_rows else rows
 
     def after_layers(self, rows: torch.Tensor, count: int) -> torch.Tensor:
         """Of what the last layer gives, all `count` rows on all ranks."""
-        return Exchange.apply(rows, gathered, own_part, self.group)[:count] if self.by_rows else rows
+        return Exchange.apply(rows, gathered, own_part, self.group)[:count] if self.splits_rows else rows
 
     def filled_up(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows up to a multiple of the ranks; those that are added stay apart, and have no gradient."""
@@ -140,16 +145,18 @@ class ByRows(nn.Linear):
     sharing: Sharing
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        summed = self.sharing.leave(F.linear(rows, self.weight.to_local()))
+        summed = self.sum_up(F.linear(rows, self.weight.to_local()))
         return summed if self.bias is None else summed + self.bias  # added once, and not by each rank
+
+    def sum_up(self, parts: torch.Tensor) -> torch.Tensor:
+        return self.sharing.leave(parts)
 
 
 class ByRowsOfAll(ByRows):
     """The same outside of the layers, where every rank has all rows."""
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        summed = self.sharing.summed(F.linear(rows, self.weight.to_local()))
-        return summed if self.bias is None else summed + self.bias
+    def sum_up(self, parts: torch.Tensor) -> torch.Tensor:
+        return self.sharing.summed(parts)
 
 
 class OwnHeads(nn.Linear):
@@ -257,12 +264,12 @@ LAYER: Kinds = {
 MERGER: Kinds = {"mlp.0": ByColumns, "mlp.2": ByRowsOfAll}
 
 
-def split(packed: TensorLoss, mesh: DeviceMesh, by_rows: bool) -> None:
+def split(packed: TensorLoss, mesh: DeviceMesh, splits_rows: bool) -> None:
     """Keep of every matrix of a model this rank's part on a mesh of one axis. To be called before FSDP shards the rest.
 
     Parts are DTensors, which know of what they are parts: checkpoints and exports have whole weights by their names.
     """
-    sharing = packed.sharing = Sharing(mesh.get_group(), by_rows)
+    sharing = packed.sharing = Sharing(mesh.get_group(), splits_rows)
     tower = packed.model.model.visual
     language_model = packed.model.model.language_model
     for repeated, kinds in ((tower.blocks, BLOCK), (language_model.layers, LAYER)):
@@ -349,7 +356,7 @@ def agree(packed: TensorLoss) -> None:
         if parameter.grad is None or is_in_parts(parameter):
             continue
         gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-        if not has_partial_gradient(name, sharing.by_rows):
+        if not has_partial_gradient(name, sharing.splits_rows):
             gradient /= sharing.group.size()
         gradients.append(gradient)
     if not gradients:
@@ -361,6 +368,6 @@ def agree(packed: TensorLoss) -> None:
         gradient.copy_(values.view_as(gradient))
 
 
-def has_partial_gradient(name: str, by_rows: bool) -> bool:
+def has_partial_gradient(name: str, splits_rows: bool) -> bool:
     """Whether a rank's gradient of a weight that it has whole is a part of a sum over the ranks."""
-    return ".qkv." in name or (by_rows and (".blocks." in name or ".layers." in name))
+    return ".qkv." in name or (splits_rows and (".blocks." in name or ".layers." in name))
