@@ -79,9 +79,8 @@ def forecast(
     The peak is that of the `micro_batches` and of the moments of a step (`moments`) which need most. `passes`: the most
     micro-batches that a step has; from the second one on the gradients of all are there. `device`: where the run will
     be, None: where nothing is compiled. Weights, gradients and moments are divided among `shards` devices; less than
-    full sharding also keeps whole copies on each. What lies beside what is allocated: `reserved_margin`. Patches of the
-    `largest_picture`: an image, or a pair of frames of a video, which ranks that share a row do not divide. `among`:
-    which processes train, where they are others than those of this run (layouts.py).
+    full sharding also keeps whole copies on each. `largest_picture`: see `load_of_rank`. `among`: which processes
+    train, where they are others than those of this run. What lies beside what is allocated: `reserved_margin`.
     """
     is_compiled = device is not None and compilation.is_on(config.compile, device)
     counts = counts_of_rank(model_config, counts, config)
@@ -92,9 +91,7 @@ def forecast(
     # are made. A rank among several has dummy patches.
     with_patches = among.several or not loads or any(int(patches) for _, patches, _ in loads)
     gradients = Gradients.of(model_config, counts, config, dtype, with_patches, passes, among.several)
-    # those with small moments keep each of the two in 8 bits
-    of_adamw = 2 * max(FP32, dtype.itemsize) if config.optimizer == "adamw" else 2
-    states["moments"] = of_adamw * gradients.parameters / shards
+    states["moments"] = bytes_of_moments(config, dtype) * gradients.parameters / shards
     found = []
     for load in loads or [(0, 0, 0)]:
         kept = kept_by(model_config, config, dtype, load, is_compiled, among.divided)
@@ -105,6 +102,11 @@ def forecast(
             whole.moment = name
             found.append(whole)
     return max(found, key=lambda parts: sum(parts.values()))
+
+
+def bytes_of_moments(config: Config, dtype: torch.dtype) -> int:
+    """Of a parameter; small ones keep each of the two in 8 bits."""
+    return 2 * max(FP32, dtype.itemsize) if config.optimizer == "adamw" else 2
 
 
 def divided_by(config: Config) -> Divided:
@@ -133,6 +135,7 @@ def load_of_rank(load: Load, config: Config, largest_picture: int = 0) -> Load:
 
     Of the tokens an equal part; what is supervised may stand together in one of the parts. Pictures are dealt whole,
     each to the rank with least so far: none has more than the mean when it gets its last one (Graham's bound).
+    `largest_picture`: patches of an image, or of a pair of frames of a video.
     """
     tokens, patches, supervised = (int(number) for number in load)
     ranks_of_row = config.context_parallel_size
