@@ -412,6 +412,8 @@ def test_checkpoints_of_stages_resume_on_four_ranks(saved, four):
     """2 -> 4 stages, and 2 stages -> 4 ranks with samples of their own."""
     ends_alike(four / "2 to 4", saved)
     ends_alike(four / "2 to data", saved)
+    ours, theirs = (run / "generation_config.json" for run in (four / "2 to data", saved))
+    assert ours.read_text() == theirs.read_text(), "that of the model that was trained, also without stages"
 
 
 def test_a_checkpoint_of_stages_is_exported_as_the_final_model(two, tmp_path):

@@ -343,6 +343,8 @@ def build_sharded(
         if whole:
             buffer.copy_(whole.get_buffer(name))
         dist.broadcast(buffer, src=0)
+    if whole:  # the first rank writes it with the model that is trained
+        packed.model.generation_config = whole.model.generation_config
     return packed
 
 
