@@ -105,15 +105,15 @@ BROKEN = {
 SAVED = {"max_steps": 4, "save_every": 2, "keep": 9}
 
 
-def case(name: str, model: Path, data: dict[str, Path], directory: Path, **more) -> dict:
-    """Config fields of a case."""
+def case(name: str, model: Path, files: dict[str, Path], directory: Path, **more) -> dict:
+    """Config fields of a case; `data` is a name of one of the files."""
     cases = {**CASES, **SLOW, **FOUR, **SLOW_FOUR}
     changes = {"context_parallel_size": 2, "max_steps": 3, **cases.get(name, {}), **more}
     if changes.get("eval_data") == "texts":
-        changes["eval_data"] = [str(data["texts"])]
+        changes["eval_data"] = [str(files["texts"])]
     if "new_tokens" in changes:
-        changes["new_tokens"] = str(data[changes["new_tokens"]])
-    return settings(model, data[changes.pop("data", "showcase")], directory, **changes)
+        changes["new_tokens"] = str(files[changes["new_tokens"]])
+    return settings(model, files[changes.pop("data", "showcase")], directory, **changes)
 
 
 def broken_case(name: str, model: Path, broken: Path, directory: Path) -> dict:
