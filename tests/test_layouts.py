@@ -342,6 +342,18 @@ def test_with_more_memory_the_choice_is_never_worse():
     assert scores[0] > scores[-1]
 
 
+def test_nothing_faster_is_left_out():
+    """Against every layout with all of its settings."""
+    few = search("7b", 4, samples=12)
+    every = []
+    for layout in few.layouts():
+        for shape in few.settings_of(layout):
+            every += few.candidates(shape)
+    found = few.run()
+    assert len(found) < len(every)
+    assert found[0].score == min(one.score for one in every if one.time)
+
+
 def test_2b_on_images_wants_nothing_but_data():
     work = work_of([PICTURE] * 64, "2b")
     best = Search(official_config("2b"), Config(global_batch_size=64), work, 8, Hardware(memory=80 * GIB)).run()[0]

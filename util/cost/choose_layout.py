@@ -45,9 +45,17 @@ class Candidate:
     def score(self) -> float:
         """What is least for the one to take: seconds of a step, and a little more for each axis beside data."""
         assert self.time
-        shape = self.shape
-        axes = (shape.tensor > 1) + (shape.pipeline > 1) + (shape.context > 1) + (1 < shape.group < shape.of_a_weight)
-        return self.time.step * (1 + AXIS_COSTS * axes)
+        in_groups = 1 < self.shape.group < self.shape.of_a_weight
+        return self.time.step * (1 + AXIS_COSTS * (sum(kind_of(self.shape)) + in_groups))
+
+    @property
+    def least_score(self) -> float:
+        """No score of the same axes is below this, whatever the sharding, the checkpointing and the number of rows:
+        these change what is sent of weights, their update, the bubble, and what is computed again."""
+        assert self.time
+        changing = ("sharding", "update", "bubble", "recomputation")
+        step = self.time.step - sum(self.time.parts[name] for name in changing)
+        return step * (1 + AXIS_COSTS * sum(kind_of(self.shape)))
 
 
 @dataclass
@@ -118,7 +126,7 @@ class Search:
             groups = {self.config.shard_group_size} & set(divisors(ranks))
         for checkpointing in self.choices("activation_checkpointing"):
             for sharding in self.choices("sharding") if ranks > 1 else ("full",):
-                for group in sorted(groups) if sharding != "none" else (1,):
+                for group in sorted(groups, reverse=True) if sharding != "none" else (1,):
                     yield replace(layout, sharding=sharding, group=group, checkpointing=checkpointing)
 
     def choices(self, name: str) -> tuple[str, ...]:
@@ -178,14 +186,33 @@ class Search:
             candidate.time = step_seconds(course, self.work)
         return found
 
+    def worth_a_look(self, layout: Shape, best: float) -> list[Candidate]:
+        """The candidates of a layout. Settings are left out that cannot come below `best`, a score, or that need more
+        memory than others that do not fit; of data alone none are left out, since people ask for these."""
+        is_plain = layout.ranks == layout.data
+        found: list[Candidate] = []
+        too_large = set()  # kinds of checkpointing under which not even full sharding over all fits, which needs least
+        for shape in self.settings_of(layout):
+            least = max((one.least_score for one in found if one.time), default=0.0)
+            if not is_plain and (least >= best or shape.checkpointing in too_large):
+                continue
+            made = self.candidates(shape)
+            if not made[0].time and shape.sharding == "full" and shape.group == layout.of_a_weight:
+                too_large.add(shape.checkpointing)
+            found += made
+        return found
+
     def run(self) -> list[Candidate]:
         """All of them, those that fit by their score, then those that do not by what they need."""
         from tqdm import tqdm
 
         found = []
+        best: dict[tuple, float] = {}  # score of each kind of layout
         for layout in tqdm(list(self.layouts()), desc="layouts", leave=False, delay=1):
-            for shape in self.settings_of(layout):
-                found += self.candidates(shape)
+            of_layout = self.worth_a_look(layout, best.get(kind_of(layout), math.inf))
+            found += of_layout
+            scores = [one.score for one in of_layout if one.time]
+            best[kind_of(layout)] = min([*scores, best.get(kind_of(layout), math.inf)])
         return sorted(found, key=lambda one: (one.time is None, one.score if one.time else one.needed))
 
 
