@@ -266,7 +266,7 @@ def test_halves_of_a_batch_of_which_some_is_kept_add_up_to_it(name, data, tiny_p
     loss, gradients = backward(model, computed, trained)
     model.kept.wait()
     kept = [samples[number] for number in range(6)]
-    chance = random.Random(1)
+    chance = random.Random(0)
     for share in (1.0, 0.6, 0.5, 0.4):
         mixed = partly_kept(computed, kept, share, chance)
         whole = Collator()(mixed)
