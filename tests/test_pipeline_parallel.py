@@ -471,7 +471,7 @@ def test_a_stage_that_fails_ends_the_job_with_the_first_cause(fault, last_line, 
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same(two, tiny_path, data, tmp_path):
-    config = settings(tiny_path, data["showcase"], tmp_path / "run", compile="on", pipeline_parallel_size=2)
+def test_compiled_layers_give_the_same(two, tiny_path, untied, data, tmp_path):
+    config = case({**TWO["full"], "compile": "on"}, tmp_path / "run", tiny_path, untied, data)
     torchrun(2, [config], tmp_path)
     assert metrics(tmp_path / "run") == pytest.approx(metrics(two / "full"), rel=1e-6)
