@@ -308,10 +308,13 @@ def own_shard(whole: torch.Tensor, parameter: Any) -> torch.Tensor:
     """Of a whole weight what this rank has of `parameter`, a DTensor. The innermost axis of its mesh cuts first: where
     matrices are in parts, FSDP2 shards these parts."""
     part = whole
-    places = parameter.device_mesh.get_coordinate()
-    for axis in reversed(range(parameter.device_mesh.ndim)):
-        if parameter.placements[axis].is_shard():
-            pieces = part.chunk(parameter.device_mesh.size(axis), parameter.placements[axis].dim)
+    mesh = parameter.device_mesh
+    places = mesh.get_coordinate()
+    for axis in reversed(range(mesh.ndim)):
+        # A shard of a part is of another class, whose is_shard() says no (torch 2.14). Both have a dimension.
+        dimension = getattr(parameter.placements[axis], "dim", None)
+        if dimension is not None:
+            pieces = part.chunk(mesh.size(axis), dimension)
             is_there = places[axis] < len(pieces)  # of fewer rows than ranks the last ranks have none
             part = pieces[places[axis]] if is_there else part[:0]
     return part
