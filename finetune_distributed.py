@@ -23,7 +23,6 @@ def train(config: Config) -> str:
     from util.cost import disk, fastest, flops, memory
     from util.cost.budget import fit_memory
     from util.cost.measure import measure_all
-    from util.data.loader import packed_batches
     from util.data.media import MediaReader
     from util.dataset import Examples, Samples
     from util.frozen import keep_features
@@ -31,6 +30,7 @@ def train(config: Config) -> str:
     from util.model import choose_dtype, find_model, load_config, load_processor
     from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
     from util.parallel import distributed, faults
+    from util.parallel.rows import packed_batches
     from util.plan import print_plan
     from util.publish.final_model import FinalModel
     from util.results.evaluate import evaluate_answers, evaluate_loss
@@ -46,6 +46,7 @@ def train(config: Config) -> str:
     resumed = distributed.from_first_rank(resolve_resume, config, LATEST)
     path = distributed.first_rank_first(find_model, config.model, device)
     model_config = load_config(path, config)
+    distributed.check_model(model_config, world)
     processor = load_processor(path, config)
     collate = distributed.EvenCollator()
 
@@ -84,9 +85,9 @@ def train(config: Config) -> str:
     # ---- the run: the first batch, the model, the files
     # The first batch is made before anything is written: if its pixels cannot be decoded, no run directory is left.
     first = read_state(resumed)["step"] if resumed else 0
-    batches = packed_batches(samples, steps.micro_batches(first), collate, config, device).begin()
+    batches = packed_batches(samples, steps.micro_batches(first), collate, config, world).begin()
 
-    model = distributed.build_model(config, path, model_config, processor, world)
+    model = distributed.build_model(config, path, model_config, processor, world, sizes)
     optimizer = build_optimizer(model, config, steps.survey.most)
     if resumed:
         load_checkpoint(resumed, model, optimizer)
@@ -100,7 +101,7 @@ def train(config: Config) -> str:
 
     def evaluate(step: int, held_out: Samples, evaluation: Steps) -> float:
         """The mean loss on held-out data; it is logged, with the scores of answers if any are asked for."""
-        held_out_batches = packed_batches(held_out, evaluation.micro_batches(), collate, config, device)
+        held_out_batches = packed_batches(held_out, evaluation.micro_batches(), collate, config, world)
         totals = world.sum(evaluate_loss(model, stop.watch_together(held_out_batches), device))
         scores = evaluate_answers(model, held_out, device, config, stop)
         return run.log_evaluation(step, totals, scores)

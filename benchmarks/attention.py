@@ -112,8 +112,8 @@ def reference(shape: Shape, lengths: list[int], tensors: list[Tensor], gradient:
     q, k, v = tensors
     exact = [q[:, queries], k[:, [0, -1]], v[:, [0, -1]]]
     exact = [x.detach().float().requires_grad_() for x in exact]
-    wide = [exact[0], *(x.repeat_interleave(group, dim=1) for x in exact[1:])]  # else sdpa has no quick way in float32
-    out = attention.stacked_sdpa(*wide, Segments.of(lengths), shape.causal, shape.scale)
+    wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in exact[1:])  # else sdpa has no quick way in float32
+    out = attention.stacked_sdpa(exact[0], wide_k, wide_v, Segments.of(lengths), shape.causal, shape.scale)
     gradients = torch.autograd.grad(out, exact, gradient[:, queries].float())
     return [out.detach(), *gradients]
 

@@ -53,6 +53,7 @@ NO_CODE = {
     tokenize.ENDMARKER,
 }
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+Import = ast.Import | ast.ImportFrom
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 WITH_DOCSTRING = (ast.Module, ast.ClassDef, *FUNCTIONS)
 NOT_MEASURED = "not measured"
@@ -176,7 +177,7 @@ def functions_by_length(sources: Iterable[Source]) -> list[tuple[int, str]]:
 # ---- imports --------------------------------------------------------------------------------------------------------
 
 
-def import_statements(node: ast.AST, inside_function: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+def import_statements(node: ast.AST, inside_function: bool = False) -> Iterator[tuple[Import, bool]]:
     """Every import below `node`, and whether it is inside of a function; none that is for type checkers alone."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.Import, ast.ImportFrom)):
@@ -188,7 +189,7 @@ def import_statements(node: ast.AST, inside_function: bool = False) -> Iterator[
             yield from import_statements(child, inside_function or isinstance(child, FUNCTIONS))
 
 
-def imported_modules(source: Source, statement: ast.AST, known: set[str]) -> set[str]:
+def imported_modules(source: Source, statement: Import, known: set[str]) -> set[str]:
     """Those of the `known` modules that an import statement of `source` names."""
     if isinstance(statement, ast.Import):
         return {alias.name for alias in statement.names} & known

@@ -13,6 +13,8 @@ GPU's.
 
 import argparse
 import gc
+import importlib.util
+import json
 import os
 import sys
 import time
@@ -85,6 +87,8 @@ def all_cases() -> dict[str, Case]:
         cases[f"{size}_short_selective"] = Case(size, selective, *LOADS["short"])
         cases[f"{size}_long_selective"] = Case(size, selective, *LOADS["long"])
         cases[f"{size}_text_full"] = Case(size, {}, 4096, 0)
+        least = {"optimizer": "adamw_flash", **SETTINGS["recomputed"]}
+        cases[f"{size}_short_flash_recomputed"] = Case(size, least, *LOADS["short"])
         cases[f"{size}_long_lora_recomputed"] = Case(size, SETTINGS["lora"] | SETTINGS["recomputed"], *LOADS["long"])
     for name, settings in OTHERS.items():
         cases[f"2b_short_{name}"] = Case("2b", settings, *LOADS["short"])
@@ -189,12 +193,18 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--no-updates", action="store_true", help="leave the weights as they are")
     parser.add_argument("--most", type=float, help="leave out cases whose forecast is above so many GiB")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
+    parser.add_argument("--add", action="store_true", help="to the cases that --out holds already")
     own = parser.parse_args(arguments)
+    if own.add and not (own.out and own.out.is_file()):
+        parser.error("--add: --out names no file that is there")
     device = choose_device("cuda")
     limit = own.most or memory.free_bytes(device) / GIB
     found = {}
     for name, case in all_cases().items():
         if not any(name == chosen if own.exact else name.startswith(chosen) for chosen in own.cases):
+            continue
+        if case.settings.get("optimizer") == "adamw_flash" and not importlib.util.find_spec("flashoptim"):
+            print(f"{name:>28}  left out: flashoptim is not installed", flush=True)
             continue
         changes = {"compile": own.compile}
         forecast = forecast_of(case, changes, device)
@@ -215,6 +225,11 @@ def main(arguments: list[str]) -> None:
     is_there = "PHANTOM_LIBRARY" not in os.environ
     name = torch.cuda.get_device_name(device) if is_there else "no GPU: counted on stand-ins for CUDA's libraries"
     result = {**origin("memory_table.py", arguments, device=name), "versions": versions(), "cases": found}
+    if own.add:
+        before = json.loads(own.out.read_text(encoding="utf-8"))
+        measured_now = {key: result[key] for key in ("command", "commit")}
+        added = {case: {**row, **measured_now} for case, row in found.items()}
+        result = {**before, "cases": {**before["cases"], **added}}
     write_result(result, own.out)
 
 

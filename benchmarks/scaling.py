@@ -15,7 +15,8 @@ import math
 import random
 import statistics
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -23,94 +24,37 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from transformers import Qwen2VLForConditionalGeneration
+from tqdm import tqdm
 
-from benchmarks.balance import draw, hands_of, unevenness
+from benchmarks.balance import hands_of, unevenness
 from benchmarks.report import origin, processor_name, write_result
 from tests.official import official_config
 from util.config import Config
 from util.cost.activations import kept_by
+from util.cost.choose_layout import Search, layout_in_words
 from util.cost.flops import training_flops
+from util.cost.layouts import Unit, collectives, state_bytes, units_of, update_bytes
+from util.cost.links import GATHER, REDUCE, SCATTER, Hardware, collective_time
+from util.cost.settings import GIB
+from util.cost.step_time import SCALAR_ALL_REDUCES, exposed, pass_times
+from util.cost.work import Workload, draw, typical
 from util.dataset import Size
-from util.model import freeze, layers
-from util.vision import Budget, Grid
+from util.vision import PATCH, Budget, Grid, frame_count, frame_size
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
-GATHER, SCATTER, REDUCE = "all_gather", "reduce_scatter", "all_reduce"
-SCALAR_ALL_REDUCES = 3  # a few numbers each: a step's counts, its loss, and the norms of its gradients
 
 
 # ---- what is communicated -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Unit:
-    """What FSDP2 gathers and reduces at once: one layer, or what is left (the root)."""
-
-    shapes: list[tuple[int, ...]]  # of its parameters
-    trained: list[bool]  # which of them have gradients
-    in_backward: bool  # gradients flow through it, so its weights are needed again
-    is_root: bool = False
-
-    def padded(self, group: int, trained_only: bool = False) -> int:
-        """Elements after each parameter's first dimension is padded to a multiple of `group`, as FSDP2 does."""
-        chosen = (shape for shape, trains in zip(self.shapes, self.trained, strict=True) if trains or not trained_only)
-        return sum(-(-shape[0] // group) * group * math.prod(shape[1:]) for shape in chosen)
-
-
-def units_of(model_config, frozen: tuple[str, ...] = ()) -> list[Unit]:
-    """The units of `util.model.shard`: every layer in the order of the forward pass, then the root."""
-    with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(model_config)
-    freeze(model, list(frozen))
-    units, in_layers = [], set()
-    blocks = len(model.model.visual.blocks)
-    for number, layer in enumerate(layers(model)):
-        parameters = list(layer.parameters())
-        in_layers.update(map(id, parameters))
-        # a tower that is not trained has no backward pass: nothing before it is trained either
-        in_backward = number >= blocks or "vision" not in frozen
-        units.append(Unit(*shapes_and_trained(parameters), in_backward))
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in in_layers]
-    return [*units, Unit(*shapes_and_trained(rest), in_backward=True, is_root=True)]
-
-
-def shapes_and_trained(parameters: list[torch.nn.Parameter]) -> tuple[list[tuple[int, ...]], list[bool]]:
-    return [tuple(parameter.shape) for parameter in parameters], [p.requires_grad for p in parameters]
-
-
-def collectives(units: list[Unit], sharding: str, ranks: int, group: int, micro_batch: int, micro_batches: int):
-    """What one rank takes part in during one micro-batch (counted from 0): (forward, backward), each a list of
-    (collective, unit, elements of the whole tensor, ranks that take part).
-
-    `group` ranks share one copy of the weights. Rules, with where they come from:
-    - weights are gathered for the forward pass, unless they still are (ZeRO-1, `before_backward`);
-    - only `full` frees a layer after its forward pass and gathers it again for the backward pass; the root never;
-    - gradients are scattered in every micro-batch; ZeRO-1 does so in the last one alone;
-    - copies add up their gradients in the last micro-batch (`before_backward`);
-    - one rank alone gathers and scatters nothing, and one copy alone adds up nothing (FSDP2).
-    """
-    is_last = micro_batch == micro_batches - 1
-    forward, backward = [], []
-    if group > 1 and (sharding != "optimizer" or micro_batch == 0):
-        # the root's forward begins first
-        forward = [(GATHER, unit, unit.padded(group), group) for unit in [units[-1], *units[:-1]]]
-    for number, unit in reversed(list(enumerate(units))):
-        # While a layer's backward runs, FSDP2 already gathers the layer before it, even one that has none.
-        wanted = unit.in_backward or units[number + 1].in_backward
-        if group > 1 and sharding == "full" and wanted and not unit.is_root:
-            backward.append((GATHER, unit, unit.padded(group), group))
-    for unit in units:
-        elements = unit.padded(group, trained_only=True)
-        if elements and group > 1 and (sharding != "optimizer" or is_last):
-            backward.append((SCATTER, unit, elements, group))
-        if elements and ranks > group and is_last:
-            backward.append((REDUCE, unit, elements // group, ranks // group))
-    return forward, backward
-
-
 def bytes_per_step(
-    units: list[Unit], sharding: str, ranks: int, group: int, micro_batches: int, compute_bytes: int, reduce_bytes: int
+    units: Sequence[Unit],
+    sharding: str,
+    ranks: int,
+    group: int,
+    micro_batches: int,
+    compute_bytes: int,
+    reduce_bytes: int,
 ) -> dict[str, dict[str, float]]:
     """What one rank communicates in one optimizer step, by collective: `calls`, `input_bytes` and `ring_bytes`.
 
@@ -134,74 +78,8 @@ def bytes_per_step(
 # ---- how long it takes ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """Machines of 8 H100 SXM. Datasheet figures carry no efficiency; the rest is assumed. Bytes, seconds, FLOP/s."""
-
-    peak: float = 989e12  # dense bf16 (datasheet)
-    mfu: float = 0.4  # assumed: model FLOPs utilisation of the compute alone
-    memory_bandwidth: float = 3.35e12  # HBM3 (datasheet)
-    memory_efficiency: float = 0.8  # assumed
-    memory: float = 80e9  # (datasheet)
-    memory_usable: float = 0.9  # assumed: the rest is for CUDA, NCCL and fragmentation
-    machine: int = 8  # GPUs
-    nvlink: float = 450e9  # each direction (datasheet: 900 GB/s both)
-    network: float = 50e9  # 400 Gb/s InfiniBand for each GPU, each direction (ConnectX-7 datasheet)
-    link_efficiency: float = 0.8  # assumed; 350 and 360 of 450 GB/s are reported on H100 in NVIDIA/nccl issue 1281
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How NCCL runs a collective: seconds once and for every hop, and the share of the links' bandwidth it reaches."""
-
-    base: float
-    nvlink_hop: float
-    network_hop: float
-    bandwidth: float
-
-
-# NCCL's own model of rings and trees over NVLink and a network: its protocols LL128 and Simple (NVIDIA/nccl at b647562,
-# src/graph/tuning.cc)
-RING = (Protocol(14.0e-6, 1.9e-6, 4.0e-6, 0.92), Protocol(8.4e-6, 3.4e-6, 14.0e-6, 1.0))
-TREE = (Protocol(14.0e-6, 1.25e-6, 8.5e-6, 0.92 * 120 / 128), Protocol(0.0, 28e-6, 28e-6, 0.92))
-
-
-def collective_time(hardware: Hardware, name: str, whole: float, members: int, stride: int = 1) -> dict[str, float]:
-    """Seconds of one collective over `whole` bytes among `members` ranks, every `stride`-th of them: latency, and what
-    NVLink and the network need. A machine's members share its traffic, each with a network link of its own."""
-    if members == 1:
-        return {"latency": 0.0, "nvlink": 0.0, "network": 0.0}
-    local = max(1, min(members, hardware.machine // stride))
-    machines = -(-members // local)
-    passes = 2 if name == REDUCE else 1
-    nvlink = passes * whole * (members - 1) / members / (hardware.nvlink * hardware.link_efficiency)
-    entering = passes * whole * (machines - 1) / machines  # each machine
-    network = entering / local / (hardware.network * hardware.link_efficiency)
-    ways = []
-    for protocol in RING:
-        hops = (members - machines) * protocol.nvlink_hop + (machines - 1) * protocol.network_hop
-        ways.append((protocol, passes * hops))
-    for protocol in TREE if name == REDUCE else ():  # NCCL has no tree for the other two
-        hops = (local - 1) * protocol.nvlink_hop + math.log2(machines) * protocol.network_hop
-        ways.append((protocol, passes * hops))
-    options = [
-        {
-            "latency": protocol.base + hops,
-            "nvlink": nvlink / protocol.bandwidth if local > 1 else 0.0,
-            "network": network / protocol.bandwidth,
-        }
-        for protocol, hops in ways
-    ]
-    return min(options, key=duration)  # as NCCL chooses
-
-
-def duration(seconds: dict[str, float]) -> float:
-    """NVLink and network work at the same time on different pieces of a collective; the slower one counts."""
-    return seconds["latency"] + max(seconds["nvlink"], seconds["network"])
-
-
 def step_time(
-    units: list[Unit], flops: float, sharding: str, ranks: int, group: int, micro_batches: int,
+    units: Sequence[Unit], flops: float, sharding: str, ranks: int, group: int, micro_batches: int,
     hardware: Hardware = Hardware(), imbalance: float = 1.0,
 ) -> dict[str, float | str]:  # fmt: skip
     """Seconds of one optimizer step in bfloat16, by part, and what bounds it, where a mean rank computes `flops` and
@@ -214,56 +92,37 @@ def step_time(
     compute = flops / (hardware.peak * hardware.mfu)
     passes = [imbalance * compute / 3 / micro_batches, imbalance * compute * 2 / 3 / micro_batches]
     parts = {"latency": 0.0, "nvlink": 0.0, "network": 0.0}
-    communication = exposed = 0.0
+    communication = bare_or_late = 0.0
     for micro_batch in range(micro_batches):
         both = collectives(units, sharding, ranks, group, micro_batch, micro_batches)
         for work, calls, is_forward in zip(passes, both, (True, False), strict=True):
-            hidden = bare = 0.0
-            for name, unit, elements, members in calls:
-                whole = elements * (2 if name == GATHER else 4)
-                seconds = collective_time(hardware, name, whole, members, group if name == REDUCE else 1)
-                parts = {key: parts[key] + seconds[key] for key in parts}
-                if unit.is_root or (is_forward and unit is units[0]):
-                    bare += duration(seconds)
-                else:
-                    hidden += duration(seconds)
+            hidden, bare, links = pass_times(calls, hardware, group, 1, is_forward)
+            parts = {key: parts[key] + links[key] for key in parts}
             communication += hidden + bare
-            exposed += bare + max(0.0, hidden - work)
+            bare_or_late += float(exposed(hidden, bare, work))
     update = update_bytes(units, group) / (hardware.memory_bandwidth * hardware.memory_efficiency)
     scalars = SCALAR_ALL_REDUCES * collective_time(hardware, REDUCE, 8, ranks, 1)["latency"]
     bound = "compute" if imbalance < 2 else "imbalance"  # the slowest rank computes more than twice the mean
     if communication > imbalance * compute:
         bound = max(parts, key=parts.get)
     return {
-        "step": imbalance * compute + exposed + update + scalars, "compute": compute,
-        "waiting": (imbalance - 1) * compute, "communication": communication, "exposed": exposed,
+        "step": imbalance * compute + bare_or_late + update + scalars, "compute": compute,
+        "waiting": (imbalance - 1) * compute, "communication": communication, "exposed": bare_or_late,
         "update": update, "scalars": scalars, **parts, "bound": bound,
     }  # fmt: skip
-
-
-def update_bytes(units: list[Unit], group: int) -> float:
-    """Bytes through HBM of clipping and AdamW: the norm reads gradients (4), scaling reads and writes them (8), the
-    fused update reads weights, gradients and both moments (16) and writes all but the gradients (12)."""
-    return 40 * sum(unit.padded(group, trained_only=True) for unit in units) / group
 
 
 # ---- what fits ------------------------------------------------------------------------------------------------------
 
 
-def state_bytes(units: list[Unit], group: int) -> float:
-    """Weights, gradients and two moments of one rank in fp32, padding included."""
-    weights = sum(unit.padded(group) for unit in units)
-    return 4 * (weights + 3 * sum(unit.padded(group, trained_only=True) for unit in units)) / group
-
-
-def copy_bytes(units: list[Unit], sharding: str, group: int) -> float:
+def copy_bytes(units: Sequence[Unit], sharding: str, group: int) -> float:
     """The bf16 copies that compute works on: the root and two layers under `full`, else all of them."""
     sizes = [unit.padded(group) for unit in units]
     return 2 * (sizes[-1] + 2 * max(sizes[:-1]) if sharding == "full" else sum(sizes))
 
 
 def fewest_micro_batches(
-    units: list[Unit], model_config, sample: Size, samples: int, sharding: str, group: int, hardware: Hardware
+    units: Sequence[Unit], model_config, sample: Size, samples: int, sharding: str, group: int, hardware: Hardware
 ) -> int | None:
     """The fewest micro-batches in which `samples` of a rank fit its memory; None where not even one does."""
     free = hardware.memory * hardware.memory_usable - state_bytes(units, group) - copy_bytes(units, sharding, group)
@@ -382,6 +241,85 @@ def byte_table(rows: list[dict]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
+# ---- layouts --------------------------------------------------------------------------------------------------------
+
+
+KINDS = {"data alone": None, "with context": "context", "with tensor": "tensor", "with pipeline": "pipeline"}
+HOUR = 3600  # seconds of a video
+# size, samples, GPUs: of the mix so many for each GPU, or in all; or images, or videos of an hour
+LAYOUTS = [
+    *(("72b", "8 a GPU", gpus) for gpus in (64, 128, 256, 512, 1024)),
+    *(("72b", "512 in all", gpus) for gpus in (64, 128, 256, 512, 1024)),
+    *(("7b", "hour-long videos, 1 a GPU", gpus) for gpus in (8, 64)),
+    *(("7b", "8 hour-long videos", gpus) for gpus in (8, 64)),
+    *(("2b", "8 images a GPU", gpus) for gpus in (8, 64, 256)),
+    *(("2b", "8 a GPU", gpus) for gpus in (8, 64, 256)),
+]
+LONG_VIDEO_TOKENS = 131_072  # --video_max_tokens of those of an hour
+
+
+def work_of(model_config, samples: str, gpus: int) -> tuple[Config, Workload]:
+    """The samples of a step as a row of LAYOUTS names them, and the settings that go with them."""
+    number = int(next(word for word in samples.split() if word.isdigit()))
+    number *= gpus if samples.endswith("a GPU") else 1
+    tokens = LONG_VIDEO_TOKENS if "video" in samples else Config.video_max_tokens
+    config = Config(global_batch_size=number, video_max_tokens=tokens)
+    if "image" in samples:
+        return config, Workload.of_sizes([SAMPLE] * number, config, model_config, samples)
+    if "video" not in samples:
+        return config, typical(config, model_config)
+    budget = Budget.of(config)
+    frames = frame_count({}, HOUR * 30, 30, budget)
+    (height, width), _ = frame_size({}, 720, 1280, frames, budget)
+    grid = Grid(frames // 2, height // PATCH, width // PATCH)
+    size = Size(tokens=grid.tokens + 200, supervised=100, grids=[grid])
+    return config, Workload.of_sizes([size] * number, config, model_config, samples)
+
+
+def layout_row(size: str, samples: str, gpus: int, hardware: Hardware) -> dict:
+    """The best layout, and the step of the best of each kind: None where none of them fits."""
+    model_config = official_config(size)
+    config, work = work_of(model_config, samples, gpus)
+    found = Search(model_config, config, work, gpus, replace(hardware, memory=80 * GIB)).run()
+    best = found[0]
+    assert best.time, f"{size} does not fit {gpus} GPUs"
+    row = {
+        "model": size, "samples": samples, "gpus": gpus, "layout": layout_in_words(best.shape),
+        "step": best.time.step, "parts": best.time.parts,
+        "mfu": work.work / (best.time.step * gpus * hardware.peak),
+        "bytes": best.needed, "bound": best.time.bound,
+    }  # fmt: skip
+    for kind, axis in KINDS.items():
+        row[kind] = None
+        for one in found:
+            is_of_kind = getattr(one.shape, axis) > 1 if axis else one.shape.data == gpus
+            if one.time and is_of_kind and (row[kind] is None or one.time.step < row[kind]):
+                row[kind] = one.time.step
+    return row
+
+
+def layout_table(rows: list[dict]) -> list[str]:
+    """The rows as a Markdown table. Efficiency: the MFU against that of the fewest GPUs with the same samples."""
+    head = ["model", "samples", "GPUs", "best layout", "step s", "MFU", "efficiency", "bound by", "GiB", *KINDS]
+    lines = [head, ["---"] * len(head)]
+    first: dict[tuple, dict] = {}
+    for row in rows:
+        start = first.setdefault((row["model"], row["samples"]), row)
+        beside = max((name for name in row["parts"] if name != "computation"), key=row["parts"].get)
+        bound = row["bound"] if row["bound"] != "computation" else f"computation, then {beside}"
+        lines.append([
+            row["model"].upper(), row["samples"], f"{row['gpus']:,}", row["layout"], f"{row['step']:.2f}",
+            f"{row['mfu']:.1%}", f"{row['mfu'] / start['mfu']:.0%}", bound, f"{row['bytes'] / GIB:.0f}",
+            *("does not fit" if row[kind] is None else f"{row[kind] / row['step']:.2f} x" for kind in KINDS),
+        ])  # fmt: skip
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def layout_rows(hardware: Hardware) -> list[dict]:
+    cases = tqdm(LAYOUTS, desc="layouts", leave=False)
+    return [layout_row(size, samples, gpus, hardware) for size, samples, gpus in cases]
+
+
 def tables(arguments: argparse.Namespace) -> tuple[list[str], dict[str, list[dict]]]:
     """The printed lines, and the rows behind them."""
     hardware = replace(Hardware(), mfu=arguments.mfu, link_efficiency=arguments.link_efficiency)
@@ -422,7 +360,10 @@ def significant(value):
 def main() -> None:
     arguments = parser().parse_args()
     lines, rows = tables(arguments)
-    print("\n".join(lines))
+    print("\n".join(lines), flush=True)
+    hardware = replace(Hardware(), mfu=arguments.mfu, link_efficiency=arguments.link_efficiency)
+    rows["layouts"] = layout_rows(hardware)
+    print("\n".join(["", "The best layouts", "", *layout_table(rows["layouts"])]))
     result = {
         **origin("scaling.py", sys.argv[1:], device=f"computed, not measured, on {processor_name()}"),
         "rows": significant(rows),

@@ -19,7 +19,15 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     # Two processes of pytest-xdist take whole files: the longest first, so that both end at about the same time
-    longest = ("test_scripts", "test_distributed", "test_faults", "test_matrix", "test_survival", "test_hub")
+    longest = (
+        "test_scripts",
+        "test_distributed",
+        "test_context_parallel",
+        "test_faults",
+        "test_matrix",
+        "test_survival",
+        "test_hub",
+    )
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
     if config.getoption("--gpu"):
         items[:] = [item for item in items if needs_a_gpu(item)]

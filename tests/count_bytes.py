@@ -34,6 +34,9 @@ OPERATIONS = {
     "c10d._reduce_scatter_base_": ("reduce_scatter", 1),
     "c10d.allreduce_": ("all_reduce", 0),
     "_c10d_functional.all_reduce": ("all_reduce", 0),
+    "_c10d_functional.all_to_all_single": ("all_to_all", 0),
+    "_c10d_functional.all_gather_into_tensor": ("gather_rows", 0),
+    "_c10d_functional.reduce_scatter_tensor": ("scatter_rows", 0),
 }
 
 

@@ -97,3 +97,28 @@ def test_default_adapters_gain_nine_tenths_of_a_full_run_and_at_its_rate_do_not(
     assert rows["lora"]["learning_rate"] == 1e-4
     assert rows["lora"]["share_of_full"] >= 0.9
     assert rows["lora_1e-5"]["share_of_full"] < 0.9
+
+
+# What is run by nothing else, as short as it can be, on a CPU.
+SHORTEST = {
+    "attention.py": ["--smoke"],
+    "balance.py": ["--ranks", "8", "--samples_per_rank", "8", "--steps", "1"],
+    "compile_check.py": ["--device", "cpu"],
+    "features.py": ["--epochs", "2", "--blocks", "1", "--max_steps", "4"],
+    "optimizer.py": ["--device", "cpu", "--layers", "1", "--steps", "1", "--warmup", "1"],
+    "overhead.py": ["--steps", "2", "--blocks", "1", "--device", "cpu"],
+    "save.py": ["--layers", "1", "--saves", "1"],
+    "start.py": ["--samples", "20", "40", "--repetitions", "1"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SHORTEST)
+def test_the_shortest_form_of_a_benchmark_ends_with_its_result(script, tmp_path, request):
+    """It calls what is there: figures of a run as short as this mean nothing, and nothing is asserted on them."""
+    if script == "optimizer.py":
+        request.getfixturevalue("official_processor")  # its folder holds the published config
+    file = tmp_path / "result.json"
+    done = run(*SHORTEST[script], "--out", str(file), script=script)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert json.loads(file.read_text())["command"].startswith(f"python benchmarks/{script} ")

@@ -232,3 +232,37 @@ def test_what_cannot_fit_is_refused_with_what_would(tiny_path, tmp_path):
     assert "are allowed by --memory_budget 22MiB" in text
     assert "Settings that fit:\n" in text or "No setting fits" in text
     assert not (tmp_path / "run").exists()
+
+
+def ways(gib: float, config: Config, monkeypatch) -> list[str]:
+    """What the refusal of 2B names: 40 samples a step, each of 1,120 tokens with an image of 4,096 patches."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: gib * GIB)
+    model_config = official_config("2b")
+    sizes = Sizes.of([Finding(Size(1120, 40, [Grid(1, 64, 64)]))] * 40)
+    steps = Steps(sizes, lambda epoch: np.arange(40), 40, 1, None, config)
+    counts = memory.count_parameters(model_config, config)
+    config, steps, needs = fit_memory(config, steps, model_config, counts, torch.bfloat16, GPU)
+    with pytest.raises(UserError) as refused:
+        memory.check(model_config, config, torch.bfloat16, GPU, steps.survey, needs)
+    return [line.strip() for line in str(refused.value).splitlines() if line.startswith("  --")]
+
+
+def test_what_would_fit_is_told_with_the_least_change_first(monkeypatch):
+    """All of 2B is trained in 24 GiB with small moments: 9 bytes for each of 2.2e9 weights. Then less of it, then adapters."""
+    own = {"global_batch_size": 40, "compile": "off"}
+    told = ways(23.4, Config(**own), monkeypatch)
+    first = ["--optimizer adamw_flash --activation_checkpointing full", "--freeze vision ", "--freeze language_model ",
+             "--lora_rank 16 --", "--lora_rank 16 --quantize nf4 "]  # fmt: skip
+    assert len(told) == len(first), told
+    for line, begin in zip(told, first, strict=True):
+        assert line.startswith(begin), told
+    assert all("adamw" not in line for line in told if line.startswith("--freeze language_model")), "AdamW itself fits"
+    assert ways(20, Config(**own, freeze=["merger"]), monkeypatch)[0].startswith("--freeze merger vision ")
+
+
+def test_ranks_are_not_told_of_what_works_on_one_gpu_alone(monkeypatch):
+    monkeypatch.setattr(ranks, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr(ranks, "gather_on_all", lambda value: [value, value])
+    told = ways(30, Config(global_batch_size=40, compile="off"), monkeypatch)
+    assert told
+    assert not any("--optimizer" in line for line in told), told

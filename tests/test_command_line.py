@@ -81,7 +81,7 @@ def test_every_common_name_leads_to_a_flag():
 
 
 AT_LEAST_ONE = ("fetch_concurrency", "epochs", "max_steps", "global_batch_size", "micro_batch_size", "max_tokens",
-                "min_pixels", "max_pixels", "video_max_tokens", "keep", "shard_group_size", "lora_alpha", "logit_rows")  # fmt: skip
+                "min_pixels", "max_pixels", "video_max_tokens", "keep", "shard_group_size", "pipeline_parallel_size", "context_parallel_size", "tensor_parallel_size", "lora_alpha", "logit_rows")  # fmt: skip
 NOT_NEGATIVE = ("fetch_retries", "learning_rate", "vision_learning_rate", "merger_learning_rate", "weight_decay",
                 "max_grad_norm", "eval_every", "eval_samples", "stop_after", "num_workers", "lora_rank", "lora_dropout",
                 "warmup_ratio")  # fmt: skip
@@ -111,7 +111,7 @@ def test_what_a_resumed_run_may_change():
     assert harmless_settings(Config) == {
         "output_dir", "micro_batch_size", "max_tokens", "on_bad_sample", "device", "attention",
         "activation_checkpointing", "compile", "check_memory", "memory_budget", "memory_budget_may_change_optimizer", "logit_rows", "check_disk", "eval_data", "eval_every", "eval_samples",
-        "eval_metrics", "stop_after", "final", "save_every", "keep", "sharding", "shard_group_size", "resume", "resume_anyway", "num_workers",
+        "eval_metrics", "stop_after", "final", "save_every", "keep", "sharding", "shard_group_size", "pipeline_parallel_size", "context_parallel_size", "tensor_parallel_size", "sequence_parallel", "resume", "resume_anyway", "num_workers",
         "fetch_concurrency", "fetch_retries", "fetch_timeout", "cache_dir", "cache_max_gib", "keep_features", "report_to", "project",
         "run_name", "push_to_hub", "push_every_save", "hub_private",
     }  # fmt: skip

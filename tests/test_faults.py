@@ -1,11 +1,14 @@
 """Faults in a job of several processes: it ends quickly, says why, and starts again where it was."""
 
+import ctypes
+import hashlib
 import json
 import os
 import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 from tests import runs
 from tests.runs import same_run
 from util.checkpoint import complete_checkpoints, verify
+from util.parallel import distributed
 from util.parallel.faults import name_slow_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,6 +149,41 @@ def test_a_rank_that_waits_for_its_data_is_named(tiny_path, tmp_path):
     config = settings(tiny_path, tmp_path / "run", max_steps=20, dtype="float32", num_workers=0)
     printed, _ = finish(launch("slow data", config), expect=0)
     assert re.findall(r"step 20: (rank \d) waits for its data", printed) == ["rank 1"], printed[-2000:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of threads are read from /proc")
+def test_the_end_of_a_process_waits_for_the_threads_of_gloo(monkeypatch):
+    """A thread with their name that computes without Python's lock, as they do."""
+    begun = threading.Event()
+    done = []
+
+    def work() -> None:
+        ctypes.CDLL(None).prctl(15, b"pt_gloo_runloop", 0, 0, 0)  # PR_SET_NAME
+        begun.set()
+        done.append(hashlib.pbkdf2_hmac("sha256", b"password", b"salt", 2_000_000))
+
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)  # the group of other tests stays
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait()
+    distributed.leave_group()
+    assert done, "the process would have ended in the midst of it"
+    thread.join()
+    assert not distributed.gloo_is_at_work()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a thread can be starved")
+def test_ranks_whose_gloo_threads_are_starved_end_in_order():
+    """Without the wait of `distributed.leave_group` 4 of 6 such jobs were aborted: "terminate called without an active
+    exception", exit code -6."""
+    for _ in range(6):
+        port = str(29500 + random.SystemRandom().randrange(2000))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+        done = subprocess.run(
+            [*command, "tests/starved_runs.py"], cwd=ROOT, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_slow_ranks_by_hand():

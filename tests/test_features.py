@@ -21,14 +21,15 @@ import finetune
 from tests.runs import log, metrics, settings, weights
 from tests.samples import assistant, entry, text, user
 from tests.test_cache import small_disk  # noqa: F401
+from tests.test_passes import assert_equal
 from util import frozen
-from util.collator import Collator
+from util.collator import Batch, Collator
 from util.config import Config
 from util.cost import flops
 from util.data.cache import FrameCache
 from util.data.features import FeatureCache, FeatureWriter, Unkept
 from util.data.media import MediaReader
-from util.dataset import Examples, Samples, Size
+from util.dataset import Examples, Sample, Samples, Size
 from util.loss import PackedLoss
 from util.model import build_model, load_config, load_processor
 from util.vision import Budget, Grid, Medium
@@ -221,10 +222,7 @@ def test_any_part_of_a_batch_may_be_kept(name, data, tiny_path, tmp_path):
     assert [len(medium.patches) for sample in kept for medium in sample.media] == [0] * 8
     chance = random.Random(0)
     for share in (1.0, 0.5, 0.5, 0.3, 0.7):
-        mixed = []
-        for one, other in zip(computed, kept, strict=True):
-            media = [chance.choices(pair, (1 - share, share))[0] for pair in zip(one.media, other.media, strict=True)]
-            mixed.append(dataclasses.replace(one, media=media))
+        mixed = partly_kept(computed, kept, share, chance)
         found, found_gradients = backward(model, mixed, trained)
         assert found == pytest.approx(loss, abs=1e-12)
         for weight, gradient in gradients.items():
@@ -235,11 +233,79 @@ def test_any_part_of_a_batch_may_be_kept(name, data, tiny_path, tmp_path):
     )
 
 
+def partly_kept(computed: list[Sample], kept: list[Sample], share: float, chance: random.Random) -> list[Sample]:
+    """The samples with so large a share of their media as features, the others as patches."""
+    mixed = []
+    for one, other in zip(computed, kept, strict=True):
+        media = [chance.choices(pair, (1 - share, share))[0] for pair in zip(one.media, other.media, strict=True)]
+        mixed.append(dataclasses.replace(one, media=media))
+    return mixed
+
+
 def backward(model, samples: list, trained: dict) -> tuple[float, dict]:
+    return backward_of(model, [Collator()(samples)], trained)
+
+
+def backward_of(model, batches: list[Batch], trained: dict) -> tuple[float, dict]:
+    """The sum of the losses of some batches, and what their passes add to the gradients."""
     model.zero_grad()
-    loss = model(Collator()(samples))
-    loss.backward()
-    return loss.item(), {name: weight.grad.clone() for name, weight in trained.items() if weight.grad is not None}
+    total = 0.0
+    for batch in batches:
+        loss = model(batch)
+        loss.backward()
+        total += loss.item()
+    return total, {name: weight.grad.clone() for name, weight in trained.items() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["tower", "tower and merger"])  # features before the merger, and behind it
+def test_halves_of_a_batch_of_which_some_is_kept_add_up_to_it(name, data, tiny_path, tmp_path):
+    model, reader, config, processor = built(tiny_path, tmp_path, **FROZEN[name][0])
+    samples = Samples(Examples([str(data)], processor), processor, Budget.of(config), reader)
+    computed = [samples[number] for number in range(6)]
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    loss, gradients = backward(model, computed, trained)
+    model.kept.wait()
+    kept = [samples[number] for number in range(6)]
+    chance = random.Random(0)
+    for share in (1.0, 0.6, 0.5, 0.4):
+        mixed = partly_kept(computed, kept, share, chance)
+        whole = Collator()(mixed)
+        assert len(whole.kept_grids) > 1
+        halves = whole.halves()
+        first = len(halves[0].where)
+        for half, part in zip(halves, (mixed[:first], mixed[first:]), strict=True):
+            assert_equal(half, Collator()(part))
+        for parts in (halves, single_samples(whole)):
+            found, found_gradients = backward_of(model, parts, trained)
+            assert found == pytest.approx(loss, abs=1e-12)
+            for weight, gradient in gradients.items():
+                torch.testing.assert_close(found_gradients[weight], gradient, atol=1e-12, rtol=1e-9)
+
+
+def single_samples(batch: Batch) -> list[Batch]:
+    """Halves of halves, down to each sample."""
+    halves = batch.halves()
+    return [*single_samples(halves[0]), *single_samples(halves[1])] if halves else [batch]
+
+
+@pytest.mark.parametrize("name", ["tower", "tower and merger"])
+def test_out_of_memory_with_kept_features_runs_again_in_smaller_batches(name, data, tiny_path, tmp_path, monkeypatch):
+    """Every pass of several samples of which something was kept fails: those of the second epoch."""
+    rows = PackedLoss.supervised_rows
+    failed = []
+
+    def small_alone(model, batch, embeddings):
+        if torch.is_grad_enabled() and batch.kept_grids and len(batch.where) > 1:
+            failed.append(len(batch.where))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return rows(model, batch, embeddings)
+
+    changes = {**FROZEN[name][0], "max_tokens": 4096}
+    plain = run(tiny_path, data, tmp_path / "plain", **changes)
+    monkeypatch.setattr(PackedLoss, "supervised_rows", small_alone)
+    kept = run(tiny_path, data, tmp_path / "kept", cache_dir=str(tmp_path / "cache"), **changes)
+    assert failed, "nothing was kept, or no pass had several samples"
+    assert_same(kept, plain)
 
 
 # ---- what they depend on --------------------------------------------------------------------------------------------

@@ -146,6 +146,6 @@ def test_attentions_of_all_kinds_are_kept_by_their_names():
         "flash_attn_3._flash_attn_forward.default",
     ]
     for operation in operations:
-        assert recompute.keep_products(None, None, operation) == CheckpointPolicy.MUST_SAVE, operation
+        assert recompute.keep_products((), None, operation) == CheckpointPolicy.MUST_SAVE, operation
     for operation in (torch.ops.aten.silu.default, torch.ops.aten._fused_rms_norm.default, torch.ops.aten.mul.Tensor):
-        assert recompute.keep_products(None, None, operation) == CheckpointPolicy.PREFER_RECOMPUTE, operation
+        assert recompute.keep_products((), None, operation) == CheckpointPolicy.PREFER_RECOMPUTE, operation

@@ -16,8 +16,10 @@ import pytest
 from transformers import Qwen2VLForConditionalGeneration
 
 from benchmarks import scaling
-from benchmarks.scaling import Hardware, bytes_per_step, collective_time, duration, step_time, units_of
+from benchmarks.scaling import bytes_per_step, step_time
 from tests.official import official_config
+from util.cost.layouts import Unit, state_bytes, units_of
+from util.cost.links import Hardware, collective_time, duration
 from util.model import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,18 +111,18 @@ def test_parameters_of_the_units_are_those_of_the_model():
         units = units_of(official_config(size))
         assert len(units) == 32 + 28 + 1
         assert sum(unit.padded(1) for unit in units) == parameters
-        assert scaling.state_bytes(units, 1) == 16 * parameters
+        assert state_bytes(units, 1) == 16 * parameters
 
 
 def test_padding_by_hand():
-    unit = scaling.Unit([(5, 3), (4,)], [True, False], True)
+    unit = Unit([(5, 3), (4,)], [True, False], True)
     assert unit.padded(1) == 19
     assert unit.padded(4) == 8 * 3 + 4
     assert unit.padded(4, trained_only=True) == 8 * 3
 
 
 @cache
-def official_units(size: str) -> list[scaling.Unit]:
+def official_units(size: str) -> tuple[Unit, ...]:
     return units_of(official_config(size))
 
 
@@ -261,4 +263,8 @@ def test_the_result_file_holds_the_same_rows():
     assert {"command", "device", "commit", "rows"} <= result.keys()
     assert result["device"].startswith("computed, not measured")
     _, rows = scaling.tables(scaling.parser().parse_args([]))
+    layouts = result["rows"].pop("layouts")
     assert result["rows"] == scaling.significant(rows)
+    assert [(row["model"], row["samples"], row["gpus"]) for row in layouts] == scaling.LAYOUTS
+    in_the_page = DOCUMENT.read_text().split("<!-- layouts -->")[1]
+    assert in_the_page.split("\n")[1:-1] == scaling.layout_table(layouts)

@@ -200,6 +200,13 @@ def test_every_moment_of_two_ranks(moment, name, to_all, start):
     check(start(moment, ranks=2, dtype="float64"), name, to_all)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["start", "data", "save", "best"])
+def test_two_stages_of_a_pipeline(moment, start):
+    stages = {"pipeline_parallel_size": 2, "eval_samples": 0, "dtype": "float64"}
+    check(start(moment, ranks=2, **stages), "SIGTERM", to_all=True)
+
+
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_second_ctrl_c_ends_at_once(ranks, start):
     signalled = start("step", ranks=ranks)

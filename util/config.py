@@ -12,6 +12,7 @@ from util.adapters.settings import ADAPTER_LEARNING_RATE, LoraSettings, TokenSet
 from util.command_line import UserError, out_of_range, parse, setting
 from util.cost.settings import MemorySettings, invalid_memory_settings
 from util.data.settings import CacheSettings, FetchSettings, SampleSettings
+from util.parallel.settings import ParallelSettings, invalid_parallel_settings
 from util.publish.settings import (
     FinalSettings,
     HubSettings,
@@ -39,6 +40,7 @@ class Config(
     TokenSettings,
     TrackerSettings,
     HubSettings,
+    ParallelSettings,
 ):
     """The settings of a run: these, and those of what is optional, which stand in the settings.py of their rooms."""
 
@@ -217,17 +219,6 @@ class Config(
         harmless=True,
     )
 
-    sharding: Literal["full", "gradients", "optimizer", "none"] = setting(
-        "full", "what is sharded: ZeRO 3, 2, 1 or plain data parallelism", group="many GPUs", harmless=True
-    )
-    shard_group_size: int | None = setting(
-        None,
-        "shard inside groups of this many, replicate between; default: over all",
-        group="many GPUs",
-        least=1,
-        harmless=True,
-    )
-
     @property
     def leaves(self) -> str:
         """Which model the run leaves: "best" or "last"."""
@@ -245,6 +236,7 @@ class Config(
         found += invalid_final_settings(self)
         found += missing_trackers(self)
         found += invalid_hub_settings(self)
+        found += invalid_parallel_settings(self)
         if found:
             raise UserError("\n".join(found))
 

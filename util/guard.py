@@ -99,8 +99,11 @@ class StopSignal:
 
     def fetch(self, batches: Iterator[Batch], count: int) -> list[Batch]:
         """The batches of a step. Where one cannot be read, a stand-in, over which `end_if_unread` ends the run."""
+        found: list[Batch] = []
         try:
-            return [next(batches) for _ in range(count)]
+            while len(found) < count and not any(batch.counts["unread"] for batch in found):
+                found.append(next(batches))  # which may say that a rank with the same samples could not read it
+            return found
         except Exception as error:  # of whatever kind: bad data, a disk, a killed data worker, a bug in it
             self._note_failure(error)
             return [unread_batch()]
@@ -224,9 +227,9 @@ class FiniteGuard:
             return True
         self.left_out += 1
         self.in_a_row += 1
-        names: list[str] = []
+        names: dict[str, None] = {}  # each once: several ranks may have parts of the same sample
         for share in ranks.gather_on_all([batch.where for batch in batches]):
-            names += chain.from_iterable(share)
+            names |= dict.fromkeys(chain.from_iterable(share))
         what = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
         self.say(f"step {step.number}: {what}: this update is left out. Its samples: {'; '.join(names)}")
         if self.in_a_row == MOST_IN_A_ROW:

@@ -46,6 +46,7 @@ class Run:
             )
         hub.check_token(config, self.say)
         self.peak_flops = flops.peak_flops(device)
+        self.layout = ""  # how several processes share the work, in words, where some work on the same samples
         self.tally = bad_samples.Tally()
         self.began = self.last = time.perf_counter()
         self.trained_seconds = 0.0
@@ -155,6 +156,10 @@ class Run:
         self.say(text)
         return loss
 
+    def log_ranks(self, line: dict) -> None:
+        """A line of what several ranks compared: faults.Watch."""
+        self.write(self.metrics, line)
+
     def write(self, file: IO, line: dict) -> None:
         """A line of JSON, which knows no NaN: what is no number is null."""
         known = {}
@@ -230,6 +235,8 @@ class SilentRun:
 
     def log_evaluation(self, step: int, totals: dict[str, float], scores: dict[str, float | None]) -> float:
         return mean_loss(totals)
+
+    def log_ranks(self, line: dict) -> None: ...
 
     def say(self, text: str) -> None: ...
 

@@ -53,6 +53,10 @@ class PackedLoss(nn.Module):
         self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
         self.register_buffer("pixel_shift", -mean / std, persistent=False)
 
+    def whole_form(self) -> Any:
+        """The model with all its modules, as it is written: of its weights only the names count."""
+        return self.model
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """The cross-entropies of all supervised tokens, each times its weight, summed up: a scalar in fp32 (fp64 where
         the model's weights are)."""
@@ -74,23 +78,30 @@ class PackedLoss(nn.Module):
         hidden = self.supervised_rows(batch, self.embed(batch, visual))
         found = [torch.zeros(2, 0, device=hidden.device)]
         for rows, targets in chunks(hidden, batch.target_ids, self.logit_rows):
-            logits = self.logits(rows)
-            losses = F.cross_entropy(logits, targets, reduction="none")
-            found.append(torch.stack([losses, logits.argmax(1) == targets]))
+            found.append(self.judged(rows, targets))
         return torch.cat(found, dim=1)
+
+    def judged(self, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+        """(S, D), (S,) -> of each token its cross-entropy, and 1.0 where it has the largest logit (2, S)."""
+        logits = self.logits(hidden)
+        losses = F.cross_entropy(logits, target_ids, reduction="none")
+        return torch.stack([losses, logits.argmax(1) == target_ids])
 
     def supervised_rows(self, batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
         """Embeddings (T, D) -> the hidden states (S, D) whose next token is supervised: the head sees no other row."""
+        hidden = self.decode(batch, embeddings)
+        # A prompt's tokens have no target: the head, 152,000 logits wide, skips them.
+        supervised = hidden.index_select(0, batch.supervised_index)
+        # the norm works row by row, so the others can do without
+        return rms_norm(self.model.model.language_model.norm, supervised)
+
+    def decode(self, batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
+        """The decoder layers: (T, D) -> (T, D)."""
         language_model = self.model.model.language_model
         hidden = embeddings  # (T, D)
         cos, sin = language_model.rotary_emb(hidden, batch.position_ids[:, None])  # (1, T, width of a head) each
-        position_embeddings = (cos[0], sin[0])
         # transformers' own model would build a mask of T x T; these layers take where each sample begins and ends.
-        for layer in language_model.layers:
-            hidden = layer(hidden, position_embeddings=position_embeddings, segments=batch.segments)
-        # A prompt's tokens have no target: the head, 152,000 logits wide, skips them.
-        supervised = hidden.index_select(0, batch.supervised_index)
-        return rms_norm(language_model.norm, supervised)  # the norm works row by row, so the others can do without
+        return self.run_layers(language_model.layers, hidden, (cos[0], sin[0]), batch.segments)
 
     def embed(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
         """The row's embeddings (T, D), visual tokens in their places; `visual` (V, D) where they are known already."""
@@ -125,10 +136,14 @@ class PackedLoss(nn.Module):
         # 2D rotary embedding: half of the angles from the patch's row, half from its column
         angles = batch.vision_position_ids[:, :, None] * visual.rotary_pos_emb.inv_freq.float()  # (P, 2, width / 4)
         angles = angles.flatten(1).repeat(1, 2)
-        position_embeddings = (angles.cos(), angles.sin())
-        segments = batch.vision_segments  # an image sees itself, and of a video each pair of frames
-        for block in visual.blocks:
-            hidden = block(hidden, position_embeddings=position_embeddings, segments=segments)
+        # an image sees itself, and of a video each pair of frames
+        return self.run_layers(visual.blocks, hidden, (angles.cos(), angles.sin()), batch.vision_segments)
+
+    def run_layers(self, repeated: nn.ModuleList, hidden: torch.Tensor, rotation: Any, segments: Any) -> torch.Tensor:
+        """Rows (T, D) -> (T, D), through the tower's blocks or the language model's layers. `rotation`: cos and sin of
+        each row's angles."""
+        for layer in repeated:
+            hidden = layer(hidden, position_embeddings=rotation, segments=segments)
         return hidden
 
     def embed_patches(self, image_patches: torch.Tensor, video_patches: torch.Tensor) -> torch.Tensor:

@@ -228,8 +228,9 @@ def update_in_pieces(
     tensors = zip(weights, remainders, means, squares, gradients, strict=True)
     for number, (*states, gradient) in enumerate(tensors):
         flat = [*(state.view(-1) for state in states), gradient.reshape(-1)]
-        for piece in zip(*(tensor.split(CACHED) for tensor in flat), strict=True):
-            update(*([part] for part in piece), numbers[number : number + 1], factor, beta1, beta2)
+        own = numbers[number : number + 1]
+        for weight, remainder, mean, square, part in zip(*(tensor.split(CACHED) for tensor in flat), strict=True):
+            update([weight], [remainder], [mean], [square], [part], own, factor, beta1, beta2)
 
 
 # ---- compiled, on a GPU ---------------------------------------------------------------------------------------------

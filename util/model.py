@@ -248,10 +248,17 @@ def prepare_model(
     return packed.train()
 
 
-def pack_loss(model: Qwen2VLForConditionalGeneration, config: Config, processor, device: torch.device) -> PackedLoss:
-    """The forward pass of util/loss.py over a model whose layers are prepared."""
+def pack_loss(
+    model: Qwen2VLForConditionalGeneration,
+    config: Config,
+    processor,
+    device: torch.device,
+    kind: type[PackedLoss] = PackedLoss,
+) -> PackedLoss:
+    """The forward pass of util/loss.py, or that of a class which several ranks need, over a model whose layers are
+    prepared."""
     rows = most_logit_rows(config.logit_rows, compilation.is_on(config.compile, device))
-    return PackedLoss(prepare_layers(model, config, device), processor, choose_dtype(config.dtype, device), rows)
+    return kind(prepare_layers(model, config, device), processor, choose_dtype(config.dtype, device), rows)
 
 
 def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, device: torch.device):

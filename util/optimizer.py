@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ def build_optimizer(model: nn.Module, config: Config, micro_batches: int = 1) ->
         if next(model.parameters()).device.type == "cpu":
             raise UserError(f"--optimizer {config.optimizer} needs a GPU; use --optimizer adamw")
         return small_adamw.BUILD[config.optimizer](groups)
-    if all(parameter.dtype == torch.bfloat16 for parameter in parameters_of(groups)):
+    trained = list(parameters_of(groups))
+    if trained and all(parameter.dtype == torch.bfloat16 for parameter in trained):
         return MixedAdamW(groups, updated_together(model), betas=(0.9, 0.999))
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
@@ -49,7 +51,8 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
             if chosen:
                 decay = config.weight_decay if decays else 0.0
                 groups.append({"params": chosen, "weight_decay": decay, "peak": rate, "lr": rate})
-    return groups
+    # a stage of a pipeline may have nothing that is trained
+    return groups or [{"params": [], "weight_decay": 0.0, "peak": config.learning_rate, "lr": config.learning_rate}]
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -127,13 +130,54 @@ def clip_gradient(model: nn.Module, optimizer: Any, max_norm: float) -> torch.Te
     The gradients of bf16 weights are not scaled here, where they would be rounded once more: the optimizer does so as
     it reads them. Their norm is added up in fp32.
     """
-    trained: list[Any] = [p for p in run_parameters(model).values() if p.grad is not None]
-    if not trained or trained[0].dtype != torch.bfloat16:
-        norm = torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    named = {name: p for name, p in run_parameters(model).items() if p.grad is not None}
+    trained: list[Any] = list(named.values())
+    over_stages = getattr(model, "norm_over_stages", None)  # of a pipeline, other ranks have other layers
+    if over_stages or not trained or trained[0].dtype != torch.bfloat16:
+        norm = over_stages(named) if over_stages else total_norm([p.grad for p in trained])
+        meshes = by_mesh(trained)
+        if over_stages or len(meshes) > 1:
+            # Groups of ranks have added up in orders of their own. Copies of a weight are scaled by the same bits.
+            torch.distributed.all_reduce(norm, torch.distributed.ReduceOp.MAX)
+        for parameters in meshes:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm or math.inf, norm)
+        return norm
     norms = torch._foreach_norm([p.grad for p in trained], 2, dtype=torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(norms))
     optimizer.gradient_factor = None
     if max_norm:  # as torch.nn.utils.clip_grad_norm_ has it
         optimizer.gradient_factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return norm
+
+
+def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The norm of all gradients, also of those on several meshes, which torch's own refuses (pytorch#180346).
+
+    Each mesh's norm is that of all its ranks, in which an element that several of them have counts once.
+    """
+    meshes: dict[Any, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        meshes.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
+    norms = [whole_norm(torch.nn.utils.get_total_norm(some)) for some in meshes.values()]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())]))
+
+
+def by_mesh(trained: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters whose gradients lie on the same mesh, together."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for parameter in trained:
+        found.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    return list(found.values())
+
+
+def whole_norm(norm: Any) -> torch.Tensor:
+    """The norm over all ranks, of gradients of which each has a part."""
+    if not hasattr(norm, "full_tensor"):
+        return norm
+    partial = [axis for axis, placement in enumerate(norm.placements) if placement.is_partial()]
+    if len(partial) == 1:
+        return norm.full_tensor()
+    square = norm.to_local().square()  # torch would warn that it adds up along one axis after the other
+    for axis in partial:
+        torch.distributed.all_reduce(square, group=norm.device_mesh.get_group(axis))
+    return square.sqrt()

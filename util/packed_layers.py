@@ -30,6 +30,7 @@ class Kind:
     after: Callable[..., torch.Tensor]  # (layer, hidden (T, D), mixed (T, D)) -> hidden (T, D)
     until_last: Callable[..., tuple]  # the same, up to the last product: (hidden (T, D), what that product reads)
     attention: str  # the name of the attention in a layer
+    after_attention: str  # the name of the matrix product after it
     last_product: str  # the name of the layer's last matrix product
 
 
@@ -53,7 +54,8 @@ def attend(attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.
 
 
 def before_block_attention(block: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
-    joined = block.attn.qkv(block.norm1(hidden)).unflatten(1, (3, block.attn.num_heads, -1))  # (T, 3, H, W)
+    normed = read_by_products(block, block.norm1(hidden), len(cos))
+    joined = block.attn.qkv(normed).unflatten(1, (3, block.attn.num_heads, -1))  # (T, 3, H, W)
     query, key = rotate_patches(joined[:, 0], joined[:, 1], cos, sin)
     # A copy, as a view would keep the whole product of (T, 3, H, W) for the backward pass, with what is not needed.
     value = joined[:, 2].contiguous()
@@ -67,7 +69,8 @@ def after_block_attention(block: Any, hidden: torch.Tensor, mixed: torch.Tensor)
 
 def until_last_of_block(block: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = hidden + block.attn.proj(mixed)
-    return hidden, block.mlp.act(block.mlp.fc1(block.norm2(hidden)))
+    normed = read_by_products(block, block.norm2(hidden), len(mixed))
+    return hidden, block.mlp.act(block.mlp.fc1(normed))
 
 
 def rotate_patches(
@@ -89,7 +92,7 @@ def rotate_patches(
 
 def before_layer_attention(layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
     attention = layer.self_attn
-    normed = rms_norm(layer.input_layernorm, hidden)
+    normed = read_by_products(layer, rms_norm(layer.input_layernorm, hidden), len(cos))
     width = attention.head_dim
     query = attention.q_proj(normed).unflatten(1, (-1, width))
     key = attention.k_proj(normed).unflatten(1, (-1, width))
@@ -106,7 +109,7 @@ def after_layer_attention(layer: Any, hidden: torch.Tensor, mixed: torch.Tensor)
 
 def until_last_of_layer(layer: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = hidden + layer.self_attn.o_proj(mixed)
-    normed = rms_norm(layer.post_attention_layernorm, hidden)
+    normed = read_by_products(layer, rms_norm(layer.post_attention_layernorm, hidden), len(mixed))
     return hidden, layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
 
 
@@ -117,8 +120,10 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return heads * cos + turned * sin
 
 
-BLOCK = Kind(before_block_attention, after_block_attention, until_last_of_block, "attn", "mlp.fc2")
-LAYER = Kind(before_layer_attention, after_layer_attention, until_last_of_layer, "self_attn", "mlp.down_proj")
+BLOCK = Kind(before_block_attention, after_block_attention, until_last_of_block, "attn", "attn.proj", "mlp.fc2")
+LAYER = Kind(
+    before_layer_attention, after_layer_attention, until_last_of_layer, "self_attn", "self_attn.o_proj", "mlp.down_proj"
+)
 
 
 # ---- in a model -----------------------------------------------------------------------------------------------------
@@ -126,6 +131,7 @@ LAYER = Kind(before_layer_attention, after_layer_attention, until_last_of_layer,
 
 def pack(layer: Any, kind: Kind, run: Callable[..., torch.Tensor] = run_packed) -> None:
     """Let a layer run packed rows by `run`, and what `generate` gives it by transformers' own code, as before."""
+    layer.sharing = None  # of its products with other ranks
     layer.forward = partial(packed_or_own, type(layer).forward, layer, kind, run)
 
 
@@ -134,6 +140,12 @@ def packed_or_own(own_forward: Callable, layer: Any, kind: Kind, run: Callable, 
     if "segments" not in given:
         return own_forward(layer, hidden, **given)
     return run(layer, kind, hidden, given["position_embeddings"], given["segments"])
+
+
+def read_by_products(layer: Any, normed: torch.Tensor, rows: int) -> torch.Tensor:
+    """What the products after a norm read: all `rows`, of which several ranks that share a layer's products
+    (util/parallel/tensor.py) may each have a part."""
+    return normed if layer.sharing is None else layer.sharing.enter(normed, rows)
 
 
 def rms_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:

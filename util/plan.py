@@ -9,7 +9,7 @@ from util import compilation, frozen, ranks
 from util.adapters import new_tokens
 from util.adapters.settings import ADAPTER_LEARNING_RATE
 from util.config import Config
-from util.cost import disk, flops
+from util.cost import disk, flops, stages
 from util.cost.allocator import segments_expand
 from util.cost.measure import CUT, DEEP, FIRST, unlearned_in_words, unused_in_words, weighted_in_words
 from util.cost.memory import GIB, Forecast, free_bytes, parts_in_words, peak_bytes, reserved_margin
@@ -53,7 +53,9 @@ def print_plan(
         **of_the_vocabulary(config, path, samples, sizes),
         **of_the_data(config, sizes, worker_count(config, run.device)),
         **of_the_steps(config, steps),
+        **({"processes": run.layout} if run.layout else {}),
         "work": work_in_words(config, sizes, steps, model_config),
+        **stages.in_words(model_config, config, sizes, steps),
         "memory": memory_in_words(needs, run.device),
         **({"memory budget": needs.chosen} if needs.chosen else {}),
         **frozen.features_in_words(samples.reader, path, config, dtype, [steps.sizes, *of_evaluation]),

@@ -43,6 +43,21 @@ def from_first(value: object) -> object:
     return box[0]
 
 
+def sent_to_first(
+    tensor: torch.Tensor | None, sender: int, shape: torch.Size, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """A tensor in CPU memory of rank `sender`, on the first rank; None on all others. Only these two need to call."""
+    rank, _ = rank_and_size()
+    if rank == sender:
+        assert tensor is not None
+        dist.send(tensor.contiguous(), dst=0)
+    if rank != 0:
+        return None
+    received = torch.empty(shape, dtype=dtype)
+    dist.recv(received, src=sender)
+    return received
+
+
 def any_of(flag: bool | int) -> bool:
     """Whether the flag is set on any rank; all ranks must call. It goes over the CPU, so that no GPU is waited for."""
     if not are_several():

@@ -1,17 +1,20 @@
 """`--activation_checkpointing`: what a layer keeps of its forward pass, and what its backward pass makes anew."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from util.packed_layers import Kind, run_packed
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.linear.default}
+functional = torch.ops._c10d_functional
+SUMS = {functional.all_reduce.default, functional.reduce_scatter_tensor.default}  # over the ranks of a tensor group
 
 
 def running(how: str, is_compiled: bool) -> Callable[..., torch.Tensor]:
@@ -41,7 +44,7 @@ def products_kept(layer: Any, kind: Kind, *inputs: Any) -> torch.Tensor:
     """
     if not has_backward(layer, inputs[0]):
         return run_packed(layer, kind, *inputs)
-    policy = partial(keep_products, unread_width(layer, kind))
+    policy = partial(keep_products, unread_widths(layer, kind))
     contexts = partial(create_selective_checkpoint_contexts, policy)
     return checkpoint(run_packed, layer, kind, *inputs, use_reentrant=False, context_fn=contexts)
 
@@ -53,25 +56,35 @@ def has_backward(layer: nn.Module, hidden: torch.Tensor) -> bool:
     return hidden.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
 
 
-def unread_width(layer: nn.Module, kind: Kind) -> int | None:
-    """The width that only the layer's last product reads, whose output no backward pass needs; None: there is no such.
+def unread_widths(layer: nn.Module, kind: Kind) -> set[int]:
+    """The widths that only products read whose own output no backward pass needs.
 
-    Under an adapter, or in 4 bits, other operations follow that product, so that it would be made anew.
+    One is the layer's last product. Under an adapter, or in 4 bits, other operations follow it, so that it would be
+    made anew. The other, where ranks have parts of the layer's matrices, is the product after attention: its output is
+    a part of a sum, and that sum is kept.
     """
-    last = layer.get_submodule(kind.last_product)
-    return last.in_features if type(last) is nn.Linear else None
+    last: Any = layer.get_submodule(kind.last_product)
+    if type(last) is nn.Linear:
+        return {last.in_features}
+    if not isinstance(last.weight, DTensor):
+        return set()
+    mixing: Any = layer.get_submodule(kind.after_attention)
+    return {last.in_features, mixing.in_features} - {last.out_features}  # which others may read, too
 
 
-def keep_products(unread: int | None, context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+def keep_products(
+    unread: Collection[int], context: Any, operation: Any, *arguments: Any, **named: Any
+) -> CheckpointPolicy:
     """The policy of torch's selective checkpoint contexts.
 
     The layer's last product is not kept. Nor is it made anew: recomputing ends when all that is needed is there, and
-    its own input is the last of that.
+    its own input is the last of that. Sums over ranks are kept, so that none is made twice; rows that were gathered
+    from ranks are not, as they are large.
     """
     if operation in PRODUCTS:
-        is_last = arguments[-2].shape[-1] == unread  # mm(rows, weight), addmm(bias, rows, weight)
-        return CheckpointPolicy.PREFER_RECOMPUTE if is_last else CheckpointPolicy.MUST_SAVE
+        is_unread = arguments[-2].shape[-1] in unread  # mm(rows, weight), addmm(bias, rows, weight)
+        return CheckpointPolicy.PREFER_RECOMPUTE if is_unread else CheckpointPolicy.MUST_SAVE
     # torch's attentions (scaled_dot_product, flash, efficient, cudnn), torch_attn's, those of the flash-attn packages
-    if "attention" in str(operation) or "attn" in str(operation):
+    if "attention" in str(operation) or "attn" in str(operation) or operation in SUMS:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

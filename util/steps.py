@@ -14,11 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from util import ranks
+from util.command_line import UserError
 from util.config import Config
 from util.cost.sizes import Sizes
 from util.dataset import Examples
 
 BLOCK = 2**16  # samples planned at a time
+# settings that say over how many ranks something is split
+SPLITS = ("pipeline_parallel_size", "context_parallel_size", "tensor_parallel_size")
 
 Load = tuple[int, int, int]  # tokens, patches and supervised tokens of a micro-batch
 
@@ -48,6 +51,7 @@ class Dealing:
     costs: np.ndarray | None = None
     rank: int = 0
     ranks: int = 1
+    rows: int = 1  # micro-batches that a step is dealt to at least, where it has as many samples; from 2 on by cost
 
 
 @dataclass
@@ -160,7 +164,12 @@ class Steps:
         samples, there, tokens, hands = (
             np.take_along_axis(column, longest_first, axis=1) for column in (samples, there, tokens, hands)
         )
-        rows = first_fit(tokens, there, hands, dealing.ranks, config.max_tokens, config.micro_batch_size)
+        limits = config.max_tokens, config.micro_batch_size
+        if dealing.costs is not None and dealing.rows > 1:
+            costs = np.where(there, dealing.costs[samples], 0.0)
+            rows = even_rows(costs, tokens, there, hands, dealing.ranks, dealing.rows, *limits)
+        else:
+            rows = first_fit(tokens, there, hands, dealing.ranks, *limits)
         return Block(samples, there, hands, rows)
 
     def _survey(self) -> "Survey":
@@ -174,16 +183,30 @@ class Steps:
         usable = self.sizes.usable
         columns = (self.sizes.tokens, self.sizes.patches, self.sizes.supervised)
         whole.heaviest_samples = heaviest(np.stack([column[usable] for column in columns], axis=1))
+        whole.largest_picture = int(self.sizes.usable_grids[:, 1:3].prod(axis=1).max(initial=0))
         return whole
 
 
 def training_steps(sizes: Sizes, examples: Examples, config: Config, dealing: Dealing | None = None) -> Steps:
     """Every epoch in its order, up to `--max_steps`."""
 
+    if dealing is None:
+        refuse_several_ranks(config)
+
     def order(epoch: int) -> np.ndarray:
         return examples.order(config.seed, epoch)
 
     return Steps(sizes, order, examples.epoch_samples, config.epochs, config.max_steps, config, dealing)
+
+
+def refuse_several_ranks(config: Config) -> None:
+    """Raise UserError for settings that split over several processes what this one alone is to train."""
+    for name in SPLITS:
+        if (size := getattr(config, name)) > 1:
+            raise UserError(
+                f"--{name} {size} needs {size} processes or a multiple of them, and finetune.py is one: "
+                f"NPROC_PER_NODE={size} ./finetune_distributed.sh --{name} {size}"
+            )
 
 
 def held_out_steps(sizes: Sizes, config: Config, dealing: Dealing | None = None) -> Steps:
@@ -235,6 +258,48 @@ def first_fit(
     return rows
 
 
+def even_rows(
+    costs: np.ndarray,
+    tokens: np.ndarray,
+    there: np.ndarray,
+    hands: np.ndarray,
+    ranks: int,
+    least: int,
+    max_tokens: int,
+    micro_batch_size: int | None,
+) -> np.ndarray:
+    """Deal the samples of each step, costs and tokens (N, G), to micro-batches (N, G) of equal cost of their ranks.
+
+    The costliest first, each to that of `least` micro-batches which costs least so far and has room; where none has,
+    to a further one. First-fit fills the first ones and leaves little for the last, behind which stages of a pipeline
+    would wait.
+    """
+    steps = np.arange(len(tokens))
+    loads = np.zeros((len(tokens), ranks, least))
+    used = np.zeros(loads.shape, dtype=np.int64)  # tokens of each micro-batch
+    members = np.zeros_like(used)
+    rows = np.zeros(tokens.shape, dtype=np.int64)
+    for column in np.argsort(-costs, axis=1, kind="stable").T:
+        if members[:, :, -1].any():  # a further one may be needed
+            wider = ((0, 0), (0, 0), (0, 1))
+            loads = np.pad(loads, wider)
+            used = np.pad(used, wider)
+            members = np.pad(members, wider)
+        hand = hands[steps, column]
+        beside = members[steps, hand]  # (N, micro-batches)
+        own_tokens = tokens[steps, column]
+        fits = used[steps, hand] + own_tokens[:, None] <= max_tokens
+        fits &= beside < (micro_batch_size or tokens.shape[1])
+        further = (np.arange(fits.shape[1]) >= least) & (beside == 0)
+        key = np.where(fits | (beside == 0), loads[steps, hand], np.inf)
+        row = np.where(further, np.finfo(float).max, key).argmin(axis=1)
+        rows[steps, column] = row
+        loads[steps, hand, row] += costs[steps, column]
+        used[steps, hand, row] += own_tokens
+        members[steps, hand, row] += there[steps, column]
+    return rows
+
+
 # ---- all steps at a glance ------------------------------------------------------------------------------------------
 
 
@@ -253,6 +318,7 @@ class Survey:
         self.idle_turns = 0  # of all ranks in all steps: how often one has no sample
         self.heaviest = np.zeros((0, 3), dtype=np.int64)  # Loads: no micro-batch is above all of them
         self.heaviest_samples = self.heaviest  # the same of micro-batches of one sample
+        self.largest_picture = 0  # patches of an image, or of a pair of frames
 
     @property
     def idle_ranks(self) -> int:

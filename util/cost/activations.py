@@ -27,6 +27,13 @@ class Layer(NamedTuple):
     working: float = 0  # gradients of activations, where its backward pass needs most, less what it has freed by then
 
 
+class Divided(NamedTuple):
+    """Among how many ranks of a tensor-parallel group a layer's tensors are divided."""
+
+    matrices: int = 1  # whatever lies between two matrices: heads, and the MLP's inner width
+    residual: int = 1  # what lies between layers, and norms: the rows of a decoder layer, in sequence parallelism
+
+
 class Kept(NamedTuple):
     """Bytes of a packed micro-batch: what is kept of its whole forward pass, and what the passes need beside it."""
 
@@ -45,7 +52,14 @@ class Kept(NamedTuple):
         return self.text + self.tower + self.merger
 
 
-def kept_by(model_config, config: Config, dtype: torch.dtype, load: Load, is_compiled: bool = False) -> Kept:
+def kept_by(
+    model_config,
+    config: Config,
+    dtype: torch.dtype,
+    load: Load,
+    is_compiled: bool = False,
+    divided: Divided = Divided(),
+) -> Kept:
     """What a micro-batch of (tokens, patches, supervised tokens) keeps under these settings.
 
     `is_compiled`: whether the layers and the loss are compiled, which then keep less (util/compilation.py).
@@ -59,18 +73,14 @@ def kept_by(model_config, config: Config, dtype: torch.dtype, load: Load, is_com
     tower_learns = "vision" in learns and patches > 0
     merger_learns = tower_learns or ("merger" in learns and patches > 0)
     text_learns = merger_learns or "language_model" in learns
-
-    decoder = Layer()
+    decoder = block = Layer()
     if text_learns:
-        decoder = scaled(decoder_layer(model_config, config, dtype, is_compiled), tokens)
-    block = Layer()
-    pixels = 0
+        decoder = scaled(decoder_layer(model_config, config, dtype, is_compiled, divided), tokens)
+    pixels = 0.0
     if tower_learns:
-        block = scaled(tower_block(model_config, config, dtype, is_compiled), patches)
-        # what the patch embedding has read, of a video; an image's patches, which have one frame, are half as long
-        pixels = compute * tower.in_channels * tower.temporal_patch_size * tower.patch_size**2 * patches
-    # its input, normalised, after its first product, after GELU; four patches side by side are as wide as four
-    merger = 4 * compute * tower.embed_dim * patches if merger_learns else 0
+        block = scaled(tower_block(model_config, config, dtype, is_compiled, divided), patches)
+        pixels = pixel_bytes(tower, compute, patches)
+    merger = merger_bytes(tower, compute, patches, divided) if merger_learns else 0
     return Kept(
         text=text.num_hidden_layers * decoder.kept,
         decoder=decoder,
@@ -82,6 +92,16 @@ def kept_by(model_config, config: Config, dtype: torch.dtype, load: Load, is_com
         # a block's input, that of its MLP, and the MLP's first product twice more while GELU reads it
         frozen_tower=0 if tower_learns else compute * tower.embed_dim * (2 + 3 * tower.mlp_ratio) * patches,
     )
+
+
+def pixel_bytes(tower, compute: int, patches: int) -> float:
+    """What the patch embedding has read, of a video; an image's patches, which have one frame, are half as long."""
+    return compute * tower.in_channels * tower.temporal_patch_size * tower.patch_size**2 * patches
+
+
+def merger_bytes(tower, compute: int, patches: int, divided: Divided) -> float:
+    """Its input, normalised, after its first product, after GELU; four patches side by side are as wide as four."""
+    return (2 + 2 / divided.matrices) * compute * tower.embed_dim * patches
 
 
 def parts_that_learn(config: Config) -> set[str]:
@@ -110,12 +130,15 @@ def reads(part: str, names: set[str], config: Config) -> bool:
     return part not in config.freeze
 
 
-def decoder_layer(model_config, config: Config, dtype: torch.dtype, is_compiled: bool) -> Layer:
+def decoder_layer(
+    model_config, config: Config, dtype: torch.dtype, is_compiled: bool, divided: Divided = Divided()
+) -> Layer:
     """A layer of the language model, per token."""
     text = model_config.text_config
-    width = text.hidden_size
-    inner = text.intermediate_size
-    key_value = width // text.num_attention_heads * text.num_key_value_heads
+    width = text.hidden_size / divided.residual
+    heads = text.hidden_size / divided.matrices
+    inner = text.intermediate_size / divided.matrices
+    key_value = heads / text.num_attention_heads * text.num_key_value_heads
 
     def read_by(*names: str) -> bool:
         return reads("language_model", set(names), config)
@@ -123,10 +146,10 @@ def decoder_layer(model_config, config: Config, dtype: torch.dtype, is_compiled:
     whole = {
         "input": width,
         "normalised for attention": width * read_by("q_proj", "k_proj", "v_proj"),
-        "queries, turned": width,
+        "queries, turned": heads,
         "keys, turned": key_value,
         "values": key_value,
-        "mixed": width,  # attention's output
+        "mixed": heads,  # attention's output
         "after attention": width,
         "normalised for the MLP": width * read_by("gate_proj", "up_proj"),
         "gate": inner,
@@ -134,6 +157,7 @@ def decoder_layer(model_config, config: Config, dtype: torch.dtype, is_compiled:
         # compiled it is made anew from the gate, except beside DoRA's lengths
         "gate after SiLU": 0 if is_compiled and not config.lora_dora else inner,
         "product": inner * read_by("down_proj"),
+        "sent for attention": sent_for_attention(text, config),
     }
     # queries, keys and values before they are turned are as wide as after
     products = ("queries, turned", "keys, turned", "values", "mixed", "after attention", "gate", "up")
@@ -141,16 +165,32 @@ def decoder_layer(model_config, config: Config, dtype: torch.dtype, is_compiled:
     kept, remade = split(whole, products, stay, config, is_compiled)
     # of the product, of the gate before and after SiLU, and of the factor beside it; and what comes from the next layer
     working = width + inner * (2 if is_compiled else 3) - whole["product"]
-    statistics = attention_statistics(text.num_attention_heads, config, dtype, width, key_value)
+    statistics = attention_statistics(text.num_attention_heads / divided.matrices, config, dtype, heads, key_value)
     beside = by_adapters("language_model", model_config, config, dtype, is_compiled)
     return layer_of(dtype, config, kept, remade, working, statistics + beside)
 
 
-def tower_block(model_config, config: Config, dtype: torch.dtype, is_compiled: bool) -> Layer:
-    """A block of the tower, per patch."""
+def sent_for_attention(text, config: Config) -> float:
+    """Numbers per token that attention over a row in parts keeps beyond that over a whole row, on the fullest rank: its
+    output before it is sent back, and heads that this rank has more than the mean (util/parallel/context.py)."""
+    ranks = config.context_parallel_size
+    if ranks == 1:
+        return 0
+    heads = text.num_attention_heads
+    own = -(-heads // ranks)
+    own_keys = -(-own // (heads // text.num_key_value_heads))
+    more_keys = ranks * own_keys - text.num_key_value_heads
+    return text.hidden_size // heads * (2 * ranks * own - heads + 2 * more_keys)
+
+
+def tower_block(
+    model_config, config: Config, dtype: torch.dtype, is_compiled: bool, divided: Divided = Divided()
+) -> Layer:
+    """A block of the tower, per patch; its residual is whole on every rank."""
     tower = model_config.vision_config
     width = tower.embed_dim
-    inner = tower.embed_dim * tower.mlp_ratio
+    heads = width / divided.matrices
+    inner = tower.embed_dim * tower.mlp_ratio / divided.matrices
 
     def read_by(*names: str) -> bool:
         return reads("vision", set(names), config)
@@ -158,10 +198,10 @@ def tower_block(model_config, config: Config, dtype: torch.dtype, is_compiled: b
     whole = {
         "input": width,
         "normalised for attention": width * read_by("attn.qkv"),
-        "queries, turned": width,
-        "keys, turned": width,
-        "values": width,
-        "mixed": width,
+        "queries, turned": heads,
+        "keys, turned": heads,
+        "values": heads,
+        "mixed": heads,
         "after attention": width,
         "normalised for the MLP": width * read_by("mlp.fc1"),
         "first product": inner,
@@ -172,7 +212,7 @@ def tower_block(model_config, config: Config, dtype: torch.dtype, is_compiled: b
     stay = ("mixed", "first product")
     kept, remade = split(whole, products, stay, config, is_compiled)
     working = width + (inner if is_compiled else 3 * inner - whole["after GELU"])
-    statistics = attention_statistics(tower.num_heads, config, dtype, width, width)
+    statistics = attention_statistics(tower.num_heads / divided.matrices, config, dtype, heads, heads)
     beside = by_adapters("vision", model_config, config, dtype, is_compiled)
     return layer_of(dtype, config, kept, remade, working, statistics + beside)
 
@@ -202,7 +242,7 @@ def layer_of(dtype: torch.dtype, config: Config, kept: float, remade: float, wor
     return Layer(dtype.itemsize * kept + beside, dtype.itemsize * remade, dtype.itemsize * working)
 
 
-def attention_statistics(heads: int, config: Config, dtype: torch.dtype, width: int, key_value: int) -> float:
+def attention_statistics(heads: float, config: Config, dtype: torch.dtype, width: float, key_value: float) -> float:
     """Bytes per row of what attention keeps beside its inputs and output: the logarithm of each row's sum, in fp32.
 
     torch's dense attention, in which pieces of one length are stacked, also keeps its output in another order, and keys

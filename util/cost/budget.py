@@ -112,8 +112,9 @@ class Planner:
         steps = self.steps_of(config)
         loads = steps.survey.heaviest
         needs = memory.forecast(
-            self.model_config, self.counts, config, self.dtype, loads, self.shards, steps.survey.most, self.device
-        )
+            self.model_config, self.counts, config, self.dtype, loads, self.shards, steps.survey.most, self.device,
+            steps.survey.largest_picture,
+        )  # fmt: skip
         needed = sum(needs.values()) + memory.reserved_margin(needs, self.device)
         return Rung(changes, config, steps, self.seconds(config, steps), needs, needed)
 
@@ -121,7 +122,8 @@ class Planner:
         """What all steps take: the larger of the GPU's time and the host's for launching, and each pass's gradients."""
         passes = steps.survey.passes
         layers = self.model_config.text_config.num_hidden_layers + self.model_config.vision_config.depth
-        work = (self.training + self.recomputed(config, steps)) / FLOPS_PER_SECOND / steps.dealing.ranks
+        ranks_at_work = steps.dealing.ranks * config.context_parallel_size
+        work = (self.training + self.recomputed(config, steps)) / FLOPS_PER_SECOND / ranks_at_work
         trained = sum(self.counts[part] for part in PARTS if part not in config.freeze)
         if config.lora_rank:
             trained = sum(self.counts["adapters"].values())
@@ -168,7 +170,9 @@ def fit_memory(
     budget = memory.budget_of(config, device)
     if budget is None:
         survey = steps.survey
-        needs = memory.forecast(model_config, counts, config, dtype, survey.heaviest, shards, survey.most, device)
+        needs = memory.forecast(
+            model_config, counts, config, dtype, survey.heaviest, shards, survey.most, device, survey.largest_picture
+        )
         return config, steps, needs
     budget = min(ranks.gather_on_all(budget))
     planner = Planner(config, steps, model_config, counts, dtype, device, shards)

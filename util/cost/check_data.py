@@ -3,10 +3,14 @@
 Files come first, then any flags of finetune.py. It tells which samples a training with these flags would refuse or
 shrink, and everything that file headers say; with --decode every file is decoded, too. No weights are loaded. The exit
 code is 2 where a sample cannot be trained on, or a file cannot be decoded.
+
+With --gpus it also proposes how to lay out so many GPUs, for these data or, where no file is named, for a typical mix;
+a folder with a config.json is enough of a model then.
 """
 
 import argparse
 import hashlib
+import math
 import os
 import time
 import unicodedata
@@ -21,11 +25,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from util.command_line import MOST_TOLD, UserError, parse, setting, settings_parser
 from util.config import Config
+from util.cost.settings import budget_in_bytes, changed
 
 if TYPE_CHECKING:
     from util.dataset import Samples
 
 REPORT = "test_output/refused.txt"
+GPU_MEMORY = "80GiB"
+SAMPLES_PER_GPU = 8  # of a global batch, where --global_batch_size is not typed
 ASSUMED_MFU = 0.35  # share of a GPU's peak that training reaches
 ASSUMED_SHARE = 0.1  # of a large matrix product's rate that training reaches on a CPU, about what `tiny` does
 
@@ -37,6 +44,33 @@ class CheckSettings(Config):
     )
 
     decode: bool = setting(False, "decode every image and every frame of every video, and name the files that fail")
+    gpus: int | None = setting(
+        None, "propose how to lay out the model on so many H100s; computed, not measured", least=1
+    )
+    gpu_memory: str | None = setting(None, "with --gpus: memory of each, such as 80GiB; default: 80GiB")
+    gpus_per_machine: int = setting(8, "with --gpus: how many of them NVLink joins", least=1)
+
+    def invalid_combinations(self) -> list[str]:
+        return [*super().invalid_combinations(), *self.invalid_gpus()]
+
+    def invalid_gpus(self) -> list[str]:
+        """A message for each setting that says something impossible of GPUs to lay out."""
+        if not self.gpus:
+            return [f"--gpu_memory {self.gpu_memory} needs --gpus"] if self.gpu_memory else []
+        found = []
+        size = budget_in_bytes(self.gpu_memory or GPU_MEMORY)
+        if not size or math.isinf(size):
+            found.append(f"--gpu_memory {self.gpu_memory}: must be a size above 0 such as 80GiB")
+        if self.gpus > self.gpus_per_machine and self.gpus % self.gpus_per_machine:
+            found.append(
+                f"--gpus {self.gpus}: must be at most the {self.gpus_per_machine} of a machine, or whole machines of "
+                f"{self.gpus_per_machine} (--gpus_per_machine)"
+            )
+        if self.dtype not in ("auto", "bfloat16"):
+            found.append(f"--gpus counts in bfloat16, and --dtype is {self.dtype}")
+        if self.gpus > 1 and self.optimizer != "adamw":
+            found.append(f"--optimizer {self.optimizer} runs on one GPU alone, and --gpus is {self.gpus}")
+        return found
 
 
 @dataclass
@@ -285,6 +319,42 @@ def training_rate(device, dtype) -> tuple[float | None, str]:
     return ASSUMED_SHARE * rate, f"an assumed {ASSUMED_SHARE:.0%} of the {rate / 1e9:,.0f} GFLOP/s just measured here"
 
 
+# ---- a layout for many GPUs ------------------------------------------------------------------------------------------
+
+
+def propose_layout(config: CheckSettings, path: str, train: "Looked | None") -> None:
+    """Print how to lay out `--gpus` of them, and why, for what was looked at or, without data, for a typical mix."""
+    from util.cost import choose_layout, work
+    from util.cost.links import Hardware
+    from util.cost.sizes import Sizes
+    from util.model import load_config
+
+    assert config.gpus
+    model_config = load_config(path, config)
+    beside = {}
+    sizes = Sizes.of(train.findings) if train else None
+    if "global_batch_size" not in config.given:
+        most = len(sizes.usable) if sizes else math.inf
+        config = changed(config, global_batch_size=int(min(SAMPLES_PER_GPU * config.gpus, most)))
+        beside["assumed"] = (
+            f"--global_batch_size {config.global_batch_size}, up to {SAMPLES_PER_GPU} samples for each GPU; of what "
+            "stands here it is the one flag that changes the result, so choose it first"
+        )
+    if train and sizes:
+        order = train.samples.examples.order(config.seed, 0)
+        order = order[sizes.is_usable[order]]
+        samples = work.Workload.of(sizes, order, config, model_config, f"of {', '.join(config.data)}")
+    else:
+        samples = work.typical(config, model_config)
+    memory = budget_in_bytes(config.gpu_memory or GPU_MEMORY) or 0
+    hardware = Hardware(memory=memory, machine=config.gpus_per_machine)
+    proposal = choose_layout.propose(choose_layout.Search(model_config, config, samples, config.gpus, hardware))
+    show_table(proposal.title, {**proposal.facts, **beside})
+    show_list("why not another one", proposal.others)
+    show_list("what does not fit", proposal.misfits)
+    show_list("to start it", proposal.commands)
+
+
 # ---- the overview ---------------------------------------------------------------------------------------------------
 
 
@@ -466,11 +536,16 @@ def show_overlap(train: list[Note], held_out: list[Note]) -> None:
 
 def check(config: CheckSettings) -> None:
     """Look at all data of `config` and print what there is to know; UserError where samples are refused."""
+    import torch
+
     from util.cost.sizes import Sizes
     from util.model import choose_device, find_model, load_processor
 
     device = choose_device(config.device)
-    path = find_model(config.model, device)
+    # what is laid out for GPUs is, unless named, what a GPU would train
+    path = find_model(config.model, torch.device("cuda") if config.gpus else device)
+    if config.gpus and "data" not in config.given:
+        return propose_layout(config, path, None)
     processor = load_processor(path, config)
     train = look_at("training data", config.data, processor, config)
     all_data = [train]
@@ -481,6 +556,8 @@ def check(config: CheckSettings) -> None:
     sizes = Sizes.of(train.findings)
     if len(sizes.usable):
         show_table("forecast", forecast(config, path, train.samples, sizes, device))
+        if config.gpus:
+            propose_layout(config, path, train)
 
     problems = []
     undecodable = []

@@ -83,7 +83,7 @@ def choose_kernels(
         known.words = asked
         return
     if ranks.is_first():
-        kinds = kinds_of(parts_of(model_config), sizes, steps, device, dtype)
+        kinds = kinds_of(parts_of(model_config, config), sizes, steps, device, dtype)
         times: Times = {}
         if asked == rule.AUTO:
             pays = len(steps) * steps.survey.most >= FEWEST
@@ -114,17 +114,23 @@ def in_words(asked: str, kinds: list[Kind], times: Times) -> str:
 # ---- the calls of a run ---------------------------------------------------------------------------------------------
 
 
-def parts_of(model_config) -> list[Part]:
+def parts_of(model_config, config: Config) -> list[Part]:
+    """The tower and the language model, with the heads that one rank has.
+
+    A rank that shares a row attends over all of it, for some of the language model's heads (parallel/context.py). One
+    that has parts of matrices has some heads of both (parallel/tensor.py).
+    """
     tower = model_config.vision_config
     text = model_config.text_config
-    heads = text.num_attention_heads
+    of_matrix = config.tensor_parallel_size
+    heads = tower.num_heads // of_matrix
+    own = -(-text.num_attention_heads // of_matrix // config.context_parallel_size)
+    shared = -(-own // (text.num_attention_heads // text.num_key_value_heads))
+    width = text.hidden_size // text.num_attention_heads
     return [
-        Part("tower", tower.depth, tower.num_heads, tower.num_heads, tower.embed_dim // tower.num_heads, causal=False),
-        Part(
-            "language model", text.num_hidden_layers, heads, text.num_key_value_heads, text.hidden_size // heads,
-            causal=True,
-        ),
-    ]  # fmt: skip
+        Part("tower", tower.depth, heads, heads, tower.embed_dim // tower.num_heads, causal=False),
+        Part("language model", text.num_hidden_layers, own, shared, width, causal=True),
+    ]
 
 
 def kinds_of(parts: list[Part], sizes: Sizes, steps: Steps, device: torch.device, dtype: torch.dtype) -> list[Kind]:

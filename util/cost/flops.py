@@ -49,7 +49,7 @@ def forward_flops(config, size: Size | Columns) -> dict[str, float]:
     key_value = width // text.num_attention_heads * text.num_key_value_heads
     layer_weights = 2 * width * width + 2 * width * key_value + 3 * width * text.intermediate_size
     language = 2 * layer_weights * layers * size.tokens
-    language += 2 * width * layers * size.tokens**2  # causal: half of 4 s^2 D
+    language += attention_flops(config, size)
     head = 2 * width * text.vocab_size * size.supervised
     patch_weights = 3 * tower.temporal_patch_size * tower.patch_size**2 * tower.embed_dim
     block_weights = (4 + 2 * tower.mlp_ratio) * tower.embed_dim**2
@@ -58,6 +58,12 @@ def forward_flops(config, size: Size | Columns) -> dict[str, float]:
     merged = tower.embed_dim * tower.spatial_merge_size**2
     merger = 2 * (merged * merged + merged * width) * (size.patches / tower.spatial_merge_size**2)
     return {"vision": vision, "merger": merger, "language_model": language, "head": head}
+
+
+def attention_flops(config, size: Size | Columns) -> Any:
+    """Of the language model's forward pass what grows with the square of the tokens."""
+    text = config.text_config
+    return 2 * text.hidden_size * text.num_hidden_layers * size.tokens**2  # causal: half of 4 s^2 D
 
 
 def training_flops(model_config, sizes: Iterable[Size | Columns], config: Config) -> float:

@@ -6,9 +6,10 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from util.adapters import lora
 from util.command_line import UserError, choices_of
 from util.config import Config
 from util.cost import allocator
-from util.cost.activations import FP32, Kept, kept_by
+from util.cost.activations import FP32, Divided, Kept, kept_by
 from util.cost.settings import GIB, budget_in_bytes
 from util.model import layers
 from util.steps import Load, Survey
@@ -53,6 +54,14 @@ class Forecast(dict[str, float]):
     chosen: str = ""  # what a memory budget chose for it, in words (budget.fit_memory)
 
 
+class Among(NamedTuple):
+    """How a process stands among others that train together."""
+
+    several: bool  # whether there are others
+    divided: Divided = Divided()  # among how many of them a layer's activations are
+    waiting: float = 0  # bytes of activations that a pipeline's stage keeps of its other rows
+
+
 def forecast(
     model_config,
     counts: dict,
@@ -62,40 +71,84 @@ def forecast(
     shards: int = 1,
     passes: int = 1,
     device: torch.device | None = None,
+    largest_picture: int = 0,
+    among: Among | None = None,
 ) -> Forecast:
     """Bytes by part: a dict whose values add up to the peak within a training step.
 
     The peak is that of the `micro_batches` and of the moments of a step (`moments`) which need most. `passes`: the most
     micro-batches that a step has; from the second one on the gradients of all are there. `device`: where the run will
     be, None: where nothing is compiled. Weights, gradients and moments are divided among `shards` devices; less than
-    full sharding also keeps whole copies on each. What lies beside what is allocated: `reserved_margin`.
+    full sharding also keeps whole copies on each. `largest_picture`: see `load_of_rank`. `among`: which processes
+    train, where they are others than those of this run. What lies beside what is allocated: `reserved_margin`.
     """
     is_compiled = device is not None and compilation.is_on(config.compile, device)
-    loads = list(micro_batches)
-    several = shards > 1 or ranks.are_several()
-    states = kept_states(model_config, counts, config, dtype, shards)
+    counts = counts_of_rank(model_config, counts, config)
+    loads = [load_of_rank(load, config, largest_picture) for load in micro_batches]
+    among = among or Among(shards > 1 or ranks.are_several(), divided_by(config))
+    states = kept_states(model_config, counts, config, dtype, shards, among.several)
     # Of parts that no gradient ever reaches, as the tower's where there is text alone, neither gradients nor moments
     # are made. A rank among several has dummy patches.
-    with_patches = several or not loads or any(int(patches) for _, patches, _ in loads)
-    gradients = Gradients.of(model_config, counts, config, dtype, with_patches, passes, several)
-    # those with small moments keep each of the two in 8 bits
-    of_adamw = 2 * max(FP32, dtype.itemsize) if config.optimizer == "adamw" else 2
-    states["moments"] = of_adamw * gradients.parameters / shards
+    with_patches = among.several or not loads or any(int(patches) for _, patches, _ in loads)
+    gradients = Gradients.of(model_config, counts, config, dtype, with_patches, passes, among.several)
+    states["moments"] = bytes_of_moments(config, dtype) * gradients.parameters / shards
     found = []
     for load in loads or [(0, 0, 0)]:
-        kept = kept_by(model_config, config, dtype, load, is_compiled)
+        kept = kept_by(model_config, config, dtype, load, is_compiled, among.divided)
         for name, parts in moments(kept, gradients, is_compiled).items():
             parts["gradients"] /= shards
+            parts["activations"] += among.waiting
             whole = Forecast(states | parts)
             whole.moment = name
             found.append(whole)
     return max(found, key=lambda parts: sum(parts.values()))
 
 
-def kept_states(model_config, counts: dict, config: Config, dtype: torch.dtype, shards: int) -> dict[str, float]:
+def bytes_of_moments(config: Config, dtype: torch.dtype) -> int:
+    """Of a parameter; small ones keep each of the two in 8 bits."""
+    return 2 * max(FP32, dtype.itemsize) if config.optimizer == "adamw" else 2
+
+
+def divided_by(config: Config) -> Divided:
+    """Among how many tensor ranks what lies between two matrices is divided, and what lies between layers."""
+    size = config.tensor_parallel_size
+    return Divided(size, size if config.sequence_parallel else 1)
+
+
+def counts_of_rank(model_config, counts: dict, config: Config) -> dict:
+    """Of the parameters as many as one tensor rank computes with: a part of every matrix, but the tower's qkv and its
+    patch embedding whole (util/parallel/tensor.py). What else is whole, norms and biases, is too little to count."""
+    ranks_of_matrix = config.tensor_parallel_size
+    if ranks_of_matrix == 1:
+        return counts
+    tower = model_config.vision_config
+    found = {**counts, **{name: count / ranks_of_matrix for name, count in counts.items() if name != "adapters"}}
+    of_others = 1 - 1 / ranks_of_matrix
+    qkv = of_others * tower.depth * 3 * tower.embed_dim**2
+    pixels = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+    patches = of_others * pixels * tower.embed_dim
+    return {**found, "vision": found["vision"] + qkv + patches, "all_layers": found["all_layers"] + qkv}
+
+
+def load_of_rank(load: Load, config: Config, largest_picture: int = 0) -> Load:
+    """Of a micro-batch what the fullest of the ranks has that share its row.
+
+    Of the tokens an equal part; what is supervised may stand together in one of the parts. Pictures are dealt whole,
+    each to the rank with least so far: none has more than the mean when it gets its last one (Graham's bound).
+    `largest_picture`: patches of an image, or of a pair of frames of a video.
+    """
+    tokens, patches, supervised = (int(number) for number in load)
+    ranks_of_row = config.context_parallel_size
+    tokens = -(-tokens // ranks_of_row)
+    dealt = -(-(patches + largest_picture * (ranks_of_row - 1)) // ranks_of_row)
+    return tokens, min(patches, dealt), min(supervised, tokens)
+
+
+def kept_states(
+    model_config, counts: dict, config: Config, dtype: torch.dtype, shards: int, several: bool
+) -> dict[str, float]:
     """Bytes of the weights as they are trained, and of the copies of them that a pass computes with."""
     total = sum(counts[part] for part in PARTS)
-    several = shards > 1 or ranks.are_several()
     wide = max(FP32, dtype.itemsize)
     if config.lora_rank:
         # not counts["adapters"]: where remedies are tried, `counts` were made for a config without them
@@ -162,6 +215,7 @@ class Gradients:
             trained = lora.count_trained(model_config, config)
         elif trained["language_model"]:
             head = model_config.text_config.vocab_size * model_config.text_config.hidden_size
+            head //= config.tensor_parallel_size
         if not with_patches:
             trained = {**trained, "vision": 0, "merger": 0}
         is_tied = model_config.tie_word_embeddings
@@ -241,31 +295,49 @@ def check(
         free, where = budget, f"are allowed by --memory_budget {config.memory_budget}"
     if needed + margin <= free or not config.check_memory:
         return
+    ways = ways_to_fit(model_config, config, dtype, device, survey, free, shards)
+    remedy = "No setting fits; use a smaller model, or several GPUs (./finetune_distributed.sh)"
+    if ways:
+        remedy = "Settings that fit:\n" + "\n".join(ways)
+    beside = f" and {margin / GIB:.1f} GiB between tensors and for kernels" if margin else ""
+    raise UserError(
+        f"not enough memory on {device}: the run needs {needed / GIB:.1f} GiB ({parts_in_words(parts)}){beside}, "
+        f"{free / GIB:.1f} GiB {where}.\n{remedy}\n{what_else_helps(config, survey)}. "
+        "--no-check_memory goes ahead all the same."
+    )
+
+
+def ways_to_fit(
+    model_config, config: Config, dtype: torch.dtype, device: torch.device, survey: Survey, free: float, shards: int
+) -> list[str]:
+    """Flags with which a run would fit into `free` bytes, one line for each of the `remedies` that can help."""
     counts = count_parameters(model_config, config)
     # With --micro_batch_size 1 the longest sample alone decides: less is not possible.
     batch_choices = [([], survey.heaviest), (["--micro_batch_size 1"], survey.heaviest_samples)]
     ways = []
-    for changes, changed in remedies(config, device):
-        for batch_flags, batches in batch_choices:
+    for choices in remedies(config, device):
+        for (changes, changed), (batch_flags, batches) in itertools.product(choices, batch_choices):
             # with one sample a micro-batch, a step of several samples has several
             passes = survey.most if not batch_flags else max(survey.most, min(2, config.global_batch_size))
-            changed_parts = forecast(model_config, counts, changed, dtype, batches, shards, passes, device)
-            total = sum(changed_parts.values())
-            if total + reserved_margin(changed_parts, device) <= free:
+            parts = forecast(
+                model_config, counts, changed, dtype, batches, shards, passes, device, survey.largest_picture
+            )
+            total = sum(parts.values())
+            if total + reserved_margin(parts, device) <= free:
                 flags = [flag_in_words(name, value) for name, value in changes.items()]
                 ways.append(f"  {' '.join(flags + batch_flags)}: {total / GIB:.1f} GiB")
-                break
-    remedy = "No setting fits; use a smaller model, or several GPUs (./finetune_distributed.sh)"
-    if ways:
-        remedy = "Settings that fit:\n" + "\n".join(ways[:4])
-    beside = f" and {margin / GIB:.1f} GiB between tensors and for kernels" if margin else ""
+                break  # the other choices change more
+    return ways
+
+
+def what_else_helps(config: Config, survey: Survey) -> str:
+    """Beside the settings that are tried."""
     has_patches = any(patches for _, patches, _ in survey.heaviest)
-    smaller = "Smaller images help too (--max_pixels)" if has_patches else "Shorter conversations help too"
-    raise UserError(
-        f"not enough memory on {device}: the run needs {needed / GIB:.1f} GiB ({parts_in_words(parts)}){beside}, "
-        f"{free / GIB:.1f} GiB {where}.\n{remedy}\n{smaller}. "
-        "--no-check_memory goes ahead all the same."
-    )
+    helps = "Smaller images help too (--max_pixels)" if has_patches else "Shorter conversations help too"
+    twice = 2 * config.context_parallel_size
+    if ranks.rank_and_size()[1] % twice == 0:
+        helps += f", and more processes for each row (--context_parallel_size {twice})"
+    return helps
 
 
 def flag_in_words(name: str, value: object) -> str:
@@ -273,24 +345,32 @@ def flag_in_words(name: str, value: object) -> str:
     return f"--{name} {' '.join(value) if isinstance(value, list) else value}"
 
 
-def remedies(config: Config, device: torch.device) -> Iterator[tuple[dict, Config]]:
-    """Changes that need less memory, each with the changed settings.
+def remedies(config: Config, device: torch.device) -> Iterator[list[tuple[dict, Config]]]:
+    """Ways to need less memory, those that change least first: the whole model as asked for, less of it, then adapters.
 
-    First those that leave the mathematics as it is, then the optimizer, then training less of the model, then adapters.
+    Each is a list of changes with the changed settings: those to memory and speed alone, then to the optimizer, too.
     """
-    parts = ({}, {"freeze": ["vision"]}, {"freeze": ["language_model"]})
-    adapters = [{"quantize": "nf4"}]
+    optimizers = ("adamw",)
+    if device.type == "cuda" and not ranks.are_several():  # where the others work
+        optimizers = choices_of(Config, "optimizer")
+    yield list(with_dials({}, config, optimizers))
+    for part in ("vision", "language_model"):
+        if part not in config.freeze:
+            yield list(with_dials({"freeze": [*config.freeze, part]}, config, optimizers))
     if not config.lora_rank:
-        adapters = [{"lora_rank": 16}, {"lora_rank": 16, "quantize": "nf4"}]
-    optimizers = choices_of(Config, "optimizer") if device.type == "cuda" else ("adamw",)
-    choices = [*itertools.product(parts, optimizers), *itertools.product(adapters, ("adamw",))]
-    for (part, optimizer), checkpointing in itertools.product(choices, choices_of(Config, "activation_checkpointing")):
-        changes = {**part, "optimizer": optimizer, "activation_checkpointing": checkpointing}
-        changes = {name: value for name, value in changes.items() if value != getattr(config, name)}
-        unused = {f"{part}_learning_rate": None for part in changes.get("freeze", []) if part != "language_model"}
+        yield list(with_dials({"lora_rank": 16}, config, ("adamw",)))
+    yield list(with_dials({"lora_rank": config.lora_rank or 16, "quantize": "nf4"}, config, ("adamw",)))
+
+
+def with_dials(changes: dict, config: Config, optimizers: Sequence[str]) -> Iterator[tuple[dict, Config]]:
+    """`changes` with each optimizer and activation checkpointing, as far as no other setting contradicts them."""
+    for optimizer, checkpointing in itertools.product(optimizers, choices_of(Config, "activation_checkpointing")):
+        all_changes = {**changes, "optimizer": optimizer, "activation_checkpointing": checkpointing}
+        new = {name: value for name, value in all_changes.items() if value != getattr(config, name)}
+        unused = {f"{part}_learning_rate": None for part in new.get("freeze", []) if part != "language_model"}
         try:
-            yield changes, dataclasses.replace(config, **changes, **unused)
-        except UserError:  # the change contradicts another setting
+            yield new, dataclasses.replace(config, **new, **unused)
+        except UserError:
             continue
 
 

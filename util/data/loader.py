@@ -66,9 +66,16 @@ def told_of_dead_workers(batches) -> Iterator:
 
 
 def packed_batches(
-    samples, micro_batches: Iterable[list[int]], collate: Callable, config, device: torch.device
+    samples,
+    micro_batches: Iterable[list[int]],
+    collate: Callable,
+    config,
+    device: torch.device,
+    is_pinned: bool = True,
 ) -> Loader:
     """The packed batch of each of `micro_batches`, lists of sample numbers, made in data workers.
+
+    `is_pinned`: for a GPU they are in memory that it can copy from while it computes.
 
     Raises DataError where a sample cannot be read; with `--on_bad_sample skip` the batch does without and counts it.
     """
@@ -77,15 +84,16 @@ def packed_batches(
         batch_sampler=micro_batches,
         collate_fn=LenientCollator(collate),
         num_workers=worker_count(config, device),
-        pin_memory=device.type == "cuda",
+        pin_memory=is_pinned and device.type == "cuda",
     )
 
 
 def worker_count(config, device: torch.device) -> int:
-    """Data worker processes: --num_workers, else up to 8 with a GPU, and 1 beside a CPU that is busy training."""
+    """Data worker processes: --num_workers, else up to 8 with a GPU, and 1 beside a CPU that is busy training. Ranks
+    that share rows have these 8 together, as they read by turns."""
     if config.num_workers is not None:
         return config.num_workers
-    return min(8, usable_cpus()) if device.type == "cuda" else 1
+    return -(-min(8, usable_cpus()) // config.context_parallel_size) if device.type == "cuda" else 1
 
 
 def usable_cpus() -> int:

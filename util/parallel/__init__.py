@@ -3,5 +3,5 @@
 Enters: torchrun's environment. Leaves: a `World`, a sharded model, sums over ranks.
 `finetune.py` imports nothing of it.
 
-May import: ground, walk, loop, adapters, cost.
+May import: ground, walk, loop, data, adapters, cost.
 """

@@ -6,9 +6,11 @@ moments over a DeviceMesh, and four settings of it are ZeRO 3, 2, 1 and plain da
 
 import atexit
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -21,16 +23,20 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from util import compilation, model, ranks
 from util.adapters import lora
+from util.adapters.settings import untrained_parts
 from util.attention import Segments
 from util.collator import Batch, Collator, patch_positions
 from util.command_line import Ended, UserError
 from util.config import Config
+from util.cost import stages
 from util.cost.flops import training_flops
 from util.cost.sizes import Sizes
 from util.dataset import Sample
 from util.log import Run, SilentRun
 from util.loss import PackedLoss
-from util.model import choose_device, choose_dtype, layers, load_trainable, shard
+from util.model import choose_attention, choose_device, choose_dtype, layers, load_trainable, shard
+from util.parallel import context, pipeline, tensor
+from util.parallel.layout import Layout, Place
 from util.passes import Passes
 from util.steps import Dealing, Steps
 from util.tensors import part_of, run_parameters, trained_parameters
@@ -46,6 +52,19 @@ class World:
     rank: int
     size: int
     device: torch.device
+    layout: Layout = None  # type: ignore[assignment]  # of its own data on every rank
+    row_ranks: list[int] = None  # type: ignore[assignment]  # that work on the same samples, this one among them
+    row_group: dist.ProcessGroup | None = None  # theirs, where there are others; on the CPU
+    context_group: dist.ProcessGroup | None = None  # of the ranks that have the parts of the same rows
+    pipe: pipeline.Pipe | None = None  # its stage among others, where there are several
+
+    def __post_init__(self) -> None:
+        self.layout = self.layout or Layout(self.size)
+        self.row_ranks = self.row_ranks or [self.rank]
+
+    @property
+    def place(self) -> Place:
+        return self.layout.place(self.rank)
 
     @property
     def is_first(self) -> bool:
@@ -81,8 +100,8 @@ def join_group(config: Config, timeout: float) -> World:
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         # 30 seconds later than asked for, so that faults.Watch comes first: it can say where every rank is.
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout + 30), **alone)
-        atexit.register(dist.destroy_process_group)
-    world = World(dist.get_rank(), dist.get_world_size(), device)
+        atexit.register(leave_group)
+    world = make_world(config, device, timedelta(seconds=timeout + 30))
     if config.optimizer != "adamw" and world.size > 1:
         raise UserError(
             f"--optimizer {config.optimizer}: its moments are quantised in blocks, which cannot be handed to another "
@@ -90,6 +109,59 @@ def join_group(config: Config, timeout: float) -> World:
             "them"
         )
     return world
+
+
+def make_world(config: Config, device: torch.device, timeout: timedelta | None = None) -> World:
+    """This process in the layout that the settings ask for. All ranks call, as they make groups together."""
+    rank, size = ranks.rank_and_size()
+    layout = Layout.of(config, size)
+    refuse_what_rows_cannot_share(config, layout)
+    row_ranks = next(group for group in layout.row_groups() if rank in group)
+    world = World(rank, size, device, layout, row_ranks)
+    if layout.of_a_row > 1:
+        world.row_group, _ = dist.new_subgroups_by_enumeration(layout.row_groups(), timeout, backend="gloo")
+    if layout.context > 1:
+        world.context_group, _ = dist.new_subgroups_by_enumeration(layout.context_groups(), timeout)
+    world.pipe = pipeline.Pipe.of(layout, rank, timeout)
+    return world
+
+
+def refuse_what_rows_cannot_share(config: Config, layout: Layout) -> None:
+    """Raise UserError for settings that go by one rank for each row of samples."""
+    if layout.of_a_row > 1 and config.cache_dir and "vision" in untrained_parts(config):
+        raise UserError(
+            "--cache_dir keeps what a frozen vision tower gives for whole pictures of one rank, and of "
+            f"{layout.in_words()} several share them: leave --cache_dir out"
+        )
+
+
+def leave_group() -> None:
+    """Destroy the process group as this process ends, and wait until its threads have nothing left to do.
+
+    A thread of gloo's lets go of a collective's tensors some time after the collective has returned here, on a busy
+    machine long after, and needs Python's lock for that. Nobody gets it any more while Python is taken apart: the
+    thread is ended in a place where C++ allows no such end, and the process is aborted, with nothing wrong
+    (pytorch#179291).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    deadline = time.monotonic() + 10
+    looks = 0
+    while looks < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)  # without Python's lock
+        looks = 0 if gloo_is_at_work() else looks + 1
+
+
+def gloo_is_at_work() -> bool:
+    """Whether a thread of gloo's runs, or would if there was a core for it. Told on Linux alone; False elsewhere."""
+    for task in Path("/proc/self/task").glob("*/stat"):
+        try:
+            name, _, values = task.read_text().partition("(")[2].rpartition(")")
+        except OSError:  # it has just ended
+            continue
+        if name.startswith("pt_gloo") and values.split()[0] != "S":  # S: it sleeps
+            return True
+    return False
 
 
 def wait_for_all() -> None:
@@ -122,31 +194,49 @@ def from_first_rank(decide: Callable, *arguments):
 def open_run(config: Config, resumed: Path | None, world: World):
     """The Run on rank 0; on the other ranks a SilentRun that writes and prints nothing, with the same directory."""
     run = Run(config, world.device, resumed) if world.is_first else None
+    if run:
+        run.layout = world.layout.in_words()
+        if run.peak_flops:  # what is logged as this rank's work is that of all who share its rows
+            run.peak_flops *= world.layout.of_a_row
     directory = from_first_rank(lambda: str(run.directory))
     return run or SilentRun(Path(directory))
+
+
+def check_model(model_config, world: World) -> None:
+    """Raise UserError where the model cannot be split as the layout has it."""
+    if world.layout.context > 1:
+        context.check_sizes(model_config, world.layout.context)
+    if world.layout.tensor > 1:
+        tensor.check_sizes(model_config, world.layout.tensor)
+    stages.refuse_too_few_layers(model_config.text_config.num_hidden_layers, world.layout.pipeline)
 
 
 # ---- which rank trains which sample ---------------------------------------------------------------------------------
 
 
 def dealing(sizes: Sizes, config: Config, model_config, world: World) -> Dealing:
-    """Deals the samples of each global batch to the ranks by their FLOPs.
+    """Deals the samples of each global batch to the ranks by their FLOPs; those that share a row are one.
 
-    A global batch holds the same samples on any number of ranks.
+    A global batch holds the same samples on any number of ranks. A pipeline gets at least twice as many rows as it has
+    stages: with fewer, its stages wait for each other most of the time.
     """
-    return Dealing(training_flops(model_config, [sizes.columns()], config), world.rank, world.size)
+    costs = training_flops(model_config, [sizes.columns()], config)
+    rows = 2 * world.layout.pipeline if world.pipe else 1
+    return Dealing(costs, world.place.data, world.layout.data, rows)
 
 
 def refuse_idle_ranks(steps: Steps, config: Config, world: World) -> None:
     """Raise UserError where a process would never have a sample: it would cost a GPU and give nothing."""
     if not (idle := steps.survey.idle_ranks):
         return
-    ways = [f"start at most {world.size - idle}"]
-    if config.global_batch_size < world.size <= steps.epoch_samples:
-        ways.insert(0, f"give at least --global_batch_size {world.size}")
+    shared = world.layout.of_a_row
+    hands = world.layout.data  # each has samples of its own
+    ways = [f"start at most {(hands - idle) * shared}"]
+    if config.global_batch_size < hands <= steps.epoch_samples:
+        ways.insert(0, f"give at least --global_batch_size {hands}")
     raise UserError(
-        f"{idle} of the {world.size} processes would never have a sample: no step has more than {world.size - idle} "
-        f"(--global_batch_size {config.global_batch_size}, {steps.epoch_samples:,} samples an epoch); "
+        f"{idle * shared} of the {world.size} processes would never have a sample: no step has more than "
+        f"{hands - idle} (--global_batch_size {config.global_batch_size}, {steps.epoch_samples:,} samples an epoch); "
         + ", or ".join(ways)
     )
 
@@ -178,56 +268,96 @@ class EvenCollator(Collator):
 
 def shard_group(config: Config, world: World) -> int:
     """How many ranks share one copy of the weights. Raises UserError where that does not divide the ranks."""
-    group = config.shard_group_size or world.size
+    ranks = world.layout.of_a_weight
+    group = config.shard_group_size or ranks
     if config.sharding == "none":
         group = 1
-    if world.size % group:
-        raise UserError(f"--shard_group_size {group} does not divide the {world.size} processes")
+    if ranks % group:
+        which = "" if ranks == world.size else " that have the same weights"
+        raise UserError(f"--shard_group_size {group} does not divide the {ranks} processes{which}")
     return group
 
 
 def make_mesh(config: Config, world: World) -> DeviceMesh:
-    """(ranks,) to shard over all; (replicas, group) to shard inside groups of `--shard_group_size` ranks."""
+    """All ranks by axes: `shard`, over which weights are sharded, and around it those that have more than one rank:
+    outside `pipeline` and, of groups of `--shard_group_size` ranks, `replicate`; inside `tensor`."""
     group = shard_group(config, world)
-    if group == world.size:
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    shape = (world.size // group, group)
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    layout = world.layout
+    sizes = {"pipeline": layout.pipeline, "replicate": layout.of_a_weight // group, "shard": group}
+    sizes[tensor.AXIS] = layout.tensor
+    axes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    return init_device_mesh(world.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
 
-def build_model(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
-    """As model.build_model does, but sharded over the ranks."""
+def build_model(
+    config: Config, path: str, model_config, processor, world: World, sizes: Sizes | None = None
+) -> PackedLoss:
+    """As model.build_model does, but sharded over the ranks. `sizes`: of the training data, by whose work a model is
+    cut into stages."""
     if world.size == 1:
         return model.build_model(config, path, processor, world.device)
-    build = build_sharded if config.quantize == "none" else build_quantised
-    packed = build(config, path, model_config, processor, world)
+    if config.quantize != "none":
+        packed = build_quantised(config, path, model_config, processor, world)
+    else:
+        packed = build_sharded(config, path, model_config, processor, world, sizes)
+    if world.context_group:
+        dtype = choose_dtype(config.dtype, world.device)
+        context.split_attention(packed, choose_attention(config.attention, world.device, dtype), world.context_group)
     if compilation.is_on(config.compile, world.device):
         compilation.compile_loss(packed)
     torch.manual_seed(config.seed + world.rank)  # dropout draws anew on every rank
     return packed.train()
 
 
-def build_sharded(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
+def build_sharded(
+    config: Config, path: str, model_config, processor, world: World, sizes: Sizes | None = None
+) -> PackedLoss:
     """Rank 0 alone reads the weights; the others begin without memory for them."""
     dtype = choose_dtype(config.dtype, world.device)
+    kind = kind_of_loss(world)
+    whole = None
     if world.is_first:
         read = load_trainable(config, path, torch.device("cpu"))
-        whole = model.pack_loss(read, config, processor, world.device)
+        whole = model.pack_loss(read, config, processor, world.device, kind)
     with torch.device("meta"):
         bare = Qwen2VLForConditionalGeneration(model_config)
-        packed = model.pack_loss(bare, config, processor, world.device)
+        packed = model.pack_loss(bare, config, processor, world.device, kind)
     take_precision(packed, from_first_rank(lambda: precision_of(whole)))
-    shard(packed, dtype=dtype, **sharding_of(config, world))
+    mesh = make_mesh(config, world)
+    if isinstance(packed, tensor.TensorLoss):
+        tensor.split(packed, mesh[tensor.AXIS], config.sequence_parallel)
+    if world.pipe:
+        assert isinstance(packed, pipeline.StageLoss)
+        assert sizes is not None
+        pipeline.cut(packed, world.pipe, stages.stages_of(model_config, config, sizes)[world.pipe.index].layers)
+    shard(packed, dtype=dtype, **sharding_of(config, mesh))
     for layer, following in pairwise(layers(packed.model)):
         layer.set_modules_to_forward_prefetch([following])
     packed.to_empty(device=world.device)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(packed, whole.state_dict() if world.is_first else {}, options=options)
+    if world.pipe:
+        pipeline.hand_out(packed, whole, world.device)
+    else:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(packed, whole.state_dict() if whole else {}, options=options)
     for name, buffer in packed.named_buffers():  # constants that no checkpoint holds, such as the rotary frequencies
-        if world.is_first:
+        if whole:
             buffer.copy_(whole.get_buffer(name))
         dist.broadcast(buffer, src=0)
+    if whole:  # the first rank writes it with the model that is trained
+        packed.model.generation_config = whole.model.generation_config
     return packed
+
+
+def kind_of_loss(world: World) -> type[PackedLoss]:
+    """The forward pass of ranks that share a row: each way of sharing adds what it needs."""
+    kinds: list[type[PackedLoss]] = []
+    if world.layout.pipeline > 1:
+        kinds.append(pipeline.StageLoss)
+    if world.layout.tensor > 1:
+        kinds.append(tensor.TensorLoss)
+    if world.layout.context > 1:
+        kinds.append(context.ContextLoss)
+    return type("SharedLoss", tuple(kinds), {}) if len(kinds) > 1 else [*kinds, PackedLoss][0]
 
 
 def precision_of(module: torch.nn.Module) -> dict[str, torch.dtype]:
@@ -241,24 +371,27 @@ def take_precision(bare: torch.nn.Module, precision: dict[str, torch.dtype]) -> 
     `module.to(dtype)` would cast the buffers, too: with rotary frequencies in bf16 the angles of a long row are wrong
     by whole radians.
     """
-    for name, tensor in [*bare.named_parameters(), *bare.named_buffers()]:
-        tensor.data = tensor.data.to(precision[name])
+    for name, held in [*bare.named_parameters(), *bare.named_buffers()]:
+        held.data = held.data.to(precision[name])
 
 
 def build_quantised(config: Config, path: str, model_config, processor, world: World) -> PackedLoss:
     """Every rank reads and keeps all weights, as 4 bits cannot be sharded; the adapters are sharded."""
     dtype = choose_dtype(config.dtype, world.device)
     quantised = load_trainable(config, path, world.device)
-    packed = model.pack_loss(quantised, config, processor, world.device).to(world.device)
+    packed = model.pack_loss(quantised, config, processor, world.device, kind_of_loss(world)).to(world.device)
     for parameter in trained_parameters(packed).values():
         dist.broadcast(parameter.data, src=0)
-    shard(packed, dtype=dtype, kept_whole=lora.frozen_parameters(packed), **sharding_of(config, world))
+    mesh = make_mesh(config, world)
+    shard(packed, dtype=dtype, kept_whole=lora.frozen_parameters(packed), **sharding_of(config, mesh))
     return packed
 
 
-def sharding_of(config: Config, world: World) -> dict:
-    """Over which ranks to shard, and whether a layer's weights are freed between its passes, which only ZeRO-3 does."""
-    return {"mesh": make_mesh(config, world), "reshard_after_forward": config.sharding == "full"}
+def sharding_of(config: Config, mesh: DeviceMesh) -> dict:
+    """Over which axes to shard, and whether a layer's weights are freed between its passes, which only ZeRO-3 does."""
+    assert mesh.mesh_dim_names
+    axes = tuple(name for name in mesh.mesh_dim_names if name not in ("pipeline", tensor.AXIS))
+    return {"mesh": mesh[axes], "reshard_after_forward": config.sharding == "full"}
 
 
 def drop_blank_gradients(packed: PackedLoss, visual_tokens: float) -> None:
@@ -279,10 +412,29 @@ class EvenPasses(Passes):
     def __init__(self, run_pass, model, optimizer, device, steps: Steps, stop, saver, config: Config) -> None:
         super().__init__(run_pass, model, optimizer, device, steps, stop, saver)
         self.config = config
+        layout = Layout.of(config, dist.get_world_size())
+        self.averaged = layout.of_a_weight  # ranks whose gradients become their mean
+        self.counts = layout.place(dist.get_rank()).tensor == 0  # the ranks of a tensor group have the same loss
+
+    def run(self, step: int, micro_batches: Sequence[Batch], divisor: float) -> torch.Tensor:
+        """As Passes has it; where several ranks have the same loss, one gives it, since all are added up."""
+        loss_sum = super().run(step, micro_batches, divisor)
+        if isinstance(self.model, tensor.TensorLoss):
+            tensor.agree(self.model)
+        return loss_sum if self.counts else torch.zeros_like(loss_sum)
+
+    def attempt(self, micro_batches: Sequence[Batch], divisor: float) -> torch.Tensor | None:
+        """As Passes has it, one micro-batch after the other; in a pipeline several are under way."""
+        if not isinstance(self.model, pipeline.StageLoss):
+            return super().attempt(micro_batches, divisor)
+        prepare = partial(before_backward, self.model, self.config)
+        loss_sum = pipeline.one_forward_one_backward(self.model, micro_batches, divisor / self.averaged, prepare)
+        self.model.add_tied_gradients()
+        return loss_sum
 
     def run_one(self, batch: Batch, divisor: float, is_last: bool) -> torch.Tensor:
         before_backward(self.model, self.config, is_last)
-        return super().run_one(batch, divisor / dist.get_world_size(), is_last)
+        return super().run_one(batch, divisor / self.averaged, is_last)
 
 
 def before_backward(packed: PackedLoss, config: Config, is_last: bool) -> None:

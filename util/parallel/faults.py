@@ -8,8 +8,11 @@ import socket
 import statistics
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -19,6 +22,7 @@ from util.config import Config
 from util.cost.settings import changed
 from util.loss import PackedLoss
 from util.model import layers
+from util.parallel.context import ContextLoss
 
 EVERY = 20  # steps between two comparisons of the ranks
 MEASURED = 5  # of these, the last steps are measured
@@ -70,7 +74,9 @@ class Watch:
     Every rank writes into the job's store (torchrun's, which outlives any rank) which samples it is at. A thread ends
     the job when its rank has not moved for `collective_timeout()` seconds: once one rank hangs, no rank moves. Every
     20 steps the ranks compare how many seconds they computed per unit of work. Only the forward passes of a rank's own
-    layers are timed, so that waiting for other ranks does not count.
+    layers are timed, so that waiting for other ranks does not count. Of ranks that share a row attention waits for the
+    others, and pictures are dealt unevenly: there the language model's layers are timed without attention, and the unit
+    of work is a token.
     """
 
     def __init__(self, world, model: PackedLoss, run, saver, last_step: int) -> None:
@@ -78,6 +84,8 @@ class Watch:
         self.number = 0  # of the step
         self.measuring = False
         self.work = self.data_seconds = self.step_seconds = 0.0
+        self.shares_rows = isinstance(model, ContextLoss)
+        self.is_inside = False  # of the forward pass of a layer
         self.marks: list = []  # begin, end, begin, end ... of layers: seconds, or events on a GPU
         self.began = self.moved = time.monotonic()
         self.finished = threading.Event()
@@ -89,8 +97,12 @@ class Watch:
         self.store = dist.PrefixStore(f"watch_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self._tell("starting", [])
         saver.while_waiting = lambda: self._tell("waiting for room on the disk", [])
-        model.register_forward_pre_hook(lambda module, args: self._tell("training on", args[0].where), prepend=True)
-        for layer in layers(model.model):  # inside the hooks of fully_shard, so that no collective is timed
+        model.register_forward_pre_hook(self._begin_pass, prepend=True)
+        timed = layers(model.model)
+        if isinstance(model, ContextLoss):
+            timed = model.model.model.language_model.layers
+            model.around_attention = self._left
+        for layer in timed:  # inside the hooks of fully_shard, so that no collective is timed
             layer.register_forward_pre_hook(self._enter)
             layer.register_forward_hook(self._leave, prepend=True)
         threading.Thread(target=self._guard, daemon=True).start()
@@ -106,7 +118,7 @@ class Watch:
     def end(self, work: float, data_seconds: float) -> None:
         """A step is done: this rank's share was `work` FLOPs, and it waited `data_seconds` for its data."""
         if self.measuring:
-            self.work += work
+            self.work += 0 if self.shares_rows else work
             self.data_seconds += data_seconds
             self.step_seconds += time.monotonic() - self.began
             if self.number % EVERY == 0:
@@ -121,13 +133,31 @@ class Watch:
 
     # ---- slow ranks ----
 
+    def _begin_pass(self, module, args) -> None:
+        batch = args[0]
+        self._tell("training on", batch.where)
+        if self.measuring and self.shares_rows:
+            self.work += len(batch.input_ids)
+
+    @contextmanager
+    def _left(self) -> Iterator[None]:
+        """While a layer waits for others, which is not its own work; where it computes once more, nothing is timed."""
+        is_timed = self.is_inside
+        if is_timed:
+            self._leave()
+        yield
+        if is_timed:
+            self._enter()
+
     @torch.compiler.disable
-    def _enter(self, module, args) -> None:
+    def _enter(self, *unused: object) -> None:
+        self.is_inside = True
         if self.measuring:
             self._mark()
 
     @torch.compiler.disable
-    def _leave(self, module, args, output) -> None:
+    def _leave(self, *unused: object) -> None:
+        self.is_inside = False
         if self.measuring:
             self._mark()
 
@@ -152,13 +182,15 @@ class Watch:
         everyone = [torch.zeros_like(mine) for _ in range(self.world.size)]
         dist.all_gather(everyone, mine)
         computing, work, waiting = torch.stack(everyone).T.tolist()
-        self.run.write({
+        self.run.log_ranks({
             "step": self.number,
             "compute_seconds_by_rank": [round(value, 4) for value in computing],
             "data_seconds_by_rank": [round(value, 4) for value in waiting],
         })  # fmt: skip
-        for text in name_slow_ranks(computing, work, waiting, self.step_seconds):
-            self.run.say(f"step {self.number}: {text}")
+        for ranks in self.world.layout.weight_groups():  # other stages have other work for the same samples
+            own = np.array([computing, work, waiting])[:, ranks].tolist()
+            for text in name_slow_ranks(*own, self.step_seconds, ranks):
+                self.run.say(f"step {self.number}: {text}")
         self.work = self.data_seconds = self.step_seconds = 0.0
         self.marks.clear()
 
@@ -193,25 +225,28 @@ class Watch:
         os._exit(1)
 
 
-def name_slow_ranks(computing: list[float], work: list[float], waiting: list[float], step_seconds: float) -> list[str]:
+def name_slow_ranks(
+    computing: list[float], work: list[float], waiting: list[float], step_seconds: float, ranks: list[int] | None = None
+) -> list[str]:
     """A line for each rank that, against the median rank, computes slowly for its work or waits long for its data.
 
     computing and waiting: seconds by rank; work: FLOPs by rank; step_seconds: what the measured steps took together.
+    `ranks`: the numbers of those that are compared; None: all, counted from 0.
     """
+    ranks = ranks or list(range(len(work)))
     rates = {}  # seconds per FLOP of the ranks that had work
-    for rank, (seconds, flops) in enumerate(zip(computing, work, strict=True)):
+    for place, (seconds, flops) in enumerate(zip(computing, work, strict=True)):
         if flops:
-            rates[rank] = seconds / flops
+            rates[place] = seconds / flops
     lines = []
     if rates:
         usual = statistics.median_low(rates.values())
-        for rank, rate in rates.items():
+        for place, rate in rates.items():
             if rate > SLOW * usual:
-                own = computing[rank]
-                others = usual * work[rank]
-                lines.append(f"rank {rank} is slow: {own:.2f} s of computing for what takes the others {others:.2f} s")
+                own = f"rank {ranks[place]} is slow: {computing[place]:.2f} s of computing"
+                lines.append(f"{own} for what takes the others {usual * work[place]:.2f} s")
     usual = statistics.median_low(waiting)
-    for rank, seconds in enumerate(waiting):
+    for rank, seconds in zip(ranks, waiting, strict=True):
         if seconds - usual > STARVED * step_seconds:
             lines.append(f"rank {rank} waits for its data: {seconds:.2f} s, the others {usual:.2f} s (--num_workers)")
     return lines

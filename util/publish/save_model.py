@@ -31,27 +31,42 @@ def save_model(
     """
     weights = gather_weights(packed)
     set_budget(processor, budget)
-    disk.until_saved(lambda: write_or_say_why(packed.model, weights, processor, directory), say)
+    disk.until_saved(lambda: write_or_say_why(packed.whole_form(), weights, processor, directory), say)
 
 
 def try_to_save(packed: PackedLoss, processor, budget: vision.Budget, directory: Path) -> str:
     """The same, tried once: on the first rank why it failed, or "". On the others always ""."""
     weights = gather_weights(packed)
     set_budget(processor, budget)
-    return write_or_say_why(packed.model, weights, processor, directory)
+    return write_or_say_why(packed.whole_form(), weights, processor, directory)
 
 
 def gather_weights(packed: PackedLoss) -> dict:
     """What is trained, whole and as it is saved, by the names of transformers and peft; None for each tensor on all
     ranks but the first. All must call."""
     weights = {}
-    for name, tensor in trained_parameters(packed).items():  # a tied head is not named twice
-        name = name.removeprefix("model.")  # as transformers and peft know it
-        tensor = exact_value(tensor)
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        dtype = tensor.dtype if lora.has_adapters(packed.model) else packed.dtype
-        weights[name] = tensor.to("cpu", dtype) if ranks.is_first() else None
+    own = trained_parameters(packed)  # a tied head is not named twice
+    for name, (holder, shape) in holders_of(own).items():
+        tensor = None
+        if name in own:
+            tensor = exact_value(own[name])
+            tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            dtype = tensor.dtype if lora.has_adapters(packed.model) else packed.dtype
+            tensor = tensor.to("cpu", dtype) if ranks.rank_and_size()[0] in (0, holder) else None
+        if holder:
+            tensor = ranks.sent_to_first(tensor, holder, shape, packed.dtype)
+        weights[name.removeprefix("model.")] = tensor  # as transformers and peft know it
     return weights
+
+
+def holders_of(own: dict[str, nn.Parameter]) -> dict[str, tuple[int, torch.Size]]:
+    """Of every tensor of the model the first rank that has it, whole or a shard, and its whole shape. In a pipeline no
+    rank has all of them. All ranks must call."""
+    found: dict[str, tuple[int, torch.Size]] = {}
+    for rank, share in enumerate(ranks.gather_on_all({name: tensor.shape for name, tensor in own.items()})):
+        for name, shape in share.items():
+            found.setdefault(name, (rank, shape))
+    return found
 
 
 def write_or_say_why(model: nn.Module, weights: dict, processor, directory: Path) -> str:

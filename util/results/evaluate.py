@@ -2,9 +2,9 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain, takewhile
+from itertools import chain, islice, takewhile
 
 import torch
 from torch import nn
@@ -52,12 +52,19 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch], device: torch.devi
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     counts = Counter(Collator()([]).counts)  # all keys are there, even if there is no batch
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed, and training's generator must not move
-        for batch in batches:
+        for batch in ahead(batches, getattr(model, "rows_at_once", 1)):
             for of_part in in_parts(sums_of, batch, batch_halves):
                 sums += of_part
             counts.update(batch.counts)
     model.train()
     return {"loss_sum": sums[0].item(), "likeliest_tokens": round(sums[1].item()), **counts}
+
+
+def ahead(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+    """The batches, of which so many are read together before the first of them is handed out."""
+    batches = iter(batches)
+    while some := list(islice(batches, count)):
+        yield from some
 
 
 def evaluate_answers(

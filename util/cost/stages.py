@@ -1,0 +1,117 @@
+"""How the layers are cut into the stages of a pipeline, so that each has about as much to do: by the floating-point
+operations of the samples that are trained on.
+"""
+
+from dataclasses import dataclass
+
+from util.command_line import UserError
+from util.config import Config
+from util.cost import flops
+from util.cost.sizes import Sizes
+from util.steps import Steps
+
+UNEVEN = 1.1  # the first stage has so many times its equal part
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The first stage has the vision tower, the merger and the embedding, too; the last one the norm and the head."""
+
+    layers: range  # of the language model
+    share: float  # of all floating-point operations
+
+
+def stages_of(model_config, config: Config, sizes: Sizes) -> list[Stage]:
+    """The stages of `--pipeline_parallel_size`, the first one first. The same on every rank.
+
+    Raises UserError where there are fewer layers than stages.
+    """
+    stages = config.pipeline_parallel_size
+    depth = model_config.text_config.num_hidden_layers
+    refuse_too_few_layers(depth, stages)
+    work = flops.epoch_work(model_config, sizes, sizes.usable, config)
+    a_layer = work["language_model"] / depth
+    loads = [a_layer] * stages
+    loads[0] += work["vision"] + work["merger"]
+    loads[-1] += work["head"]
+    counts = [1] * stages
+    # Layers are alike: each further one to the stage that has least keeps the largest as small as can be. Of equals to
+    # the last, as earlier stages hold more rows at a time.
+    for _ in range(depth - stages):
+        least = min(reversed(range(stages)), key=lambda stage: loads[stage])
+        loads[least] += a_layer
+        counts[least] += 1
+    found = []
+    begin = 0
+    for count, load in zip(counts, loads, strict=True):
+        found.append(Stage(range(begin, begin + count), load / (sum(loads) or 1.0)))
+        begin += count
+    return found
+
+
+def refuse_too_few_layers(depth: int, stages: int) -> None:
+    if depth < stages:
+        raise UserError(
+            f"--pipeline_parallel_size {stages}: the language model has {depth} layers, and each stage needs one; give "
+            f"at most --pipeline_parallel_size {depth}"
+        )
+
+
+def bubble_of(stages: int, rows: float) -> float:
+    """The share of a step in which a stage waits for the first row to come or the last one to go (arXiv 2104.04473,
+    section 2.2, there over the time that is worked)."""
+    return (stages - 1) / (rows + stages - 1)
+
+
+def in_words(model_config, config: Config, sizes: Sizes, steps: Steps) -> dict[str, str]:
+    """Lines of the plan: which stage has what, and what of the ranks' time is lost by that; {} of one stage."""
+    if config.pipeline_parallel_size == 1:
+        return {}
+    stages = stages_of(model_config, config, sizes)
+    rows = steps.survey.passes / max(1, len(steps))
+    facts = [waiting_in_words(stages, rows)]
+    if config.sharding in ("full", "gradients"):
+        facts.append(f"--sharding {config.sharding} gathers weights for every row, --sharding optimizer once a step")
+    facts += what_cannot_pay(model_config, config, sizes, stages)
+    return {"stages": stages_in_words(stages), "pipeline": "; ".join(facts)}
+
+
+def stages_in_words(stages: list[Stage]) -> str:
+    """`0: tower, merger, embedding, layers 0 to 2 (51 %); 1: layers 3 to 8, norm, head (49 %)`."""
+    parts = []
+    for number, stage in enumerate(stages):
+        first, last = stage.layers[0], stage.layers[-1]
+        parts_of_stage = [f"layers {first} to {last}" if first < last else f"layer {first}"]
+        if number == 0:
+            parts_of_stage = ["tower, merger, embedding", *parts_of_stage]
+        if number == len(stages) - 1:
+            parts_of_stage += ["norm, head"]
+        parts.append(f"{number}: {', '.join(parts_of_stage)} ({100 * stage.share:.0f} %)")
+    return "; ".join(parts)
+
+
+def waiting_in_words(stages: list[Stage], rows: float) -> str:
+    """The bubble and the imbalance, and what both leave. `rows`: of a step, on average."""
+    others = len(stages) - 1
+    bubble = bubble_of(len(stages), rows)
+    slowest = max(stage.share for stage in stages) * len(stages)
+    return (
+        f"{100 * bubble:.0f} % of a step is its bubble, {others} / ({rows:.1f} rows + {others}); the slowest stage has "
+        f"{slowest:.2f} times the mean; so at most {len(stages) * (1 - bubble) / slowest:.1f} times as fast as one rank"
+    )
+
+
+def what_cannot_pay(model_config, config: Config, sizes: Sizes, stages: list[Stage]) -> list[str]:
+    """A text where the vision tower, which is not cut, is more than its stage's part: how many layers it is worth."""
+    is_even = stages[0].share * len(stages) < UNEVEN
+    if is_even or len(stages[0].layers) > 1:  # what is more than its part then is a layer that cannot be cut, either
+        return []
+    work = flops.epoch_work(model_config, sizes, sizes.usable, config)
+    depth = model_config.text_config.num_hidden_layers
+    worth = (work["vision"] + work["merger"]) / (work["language_model"] / depth)
+    most = 1 / stages[0].share
+    return [
+        f"SO MANY STAGES CANNOT PAY: on this data tower and merger, which are not cut, are worth {worth:.0f} of the "
+        f"{depth} layers, so that no number of stages is more than {most:.1f} times as fast as one. Give each rank "
+        "samples of its own (--pipeline_parallel_size 1), or take smaller pictures (--max_pixels)"
+    ]

@@ -1,0 +1,319 @@
+"""Sequence parallelism: one packed row over several ranks, for samples that a single one cannot hold.
+
+Each of C ranks has T / C neighbouring tokens of the row, and computes all that treats tokens one by one (norms, MLPs,
+the head and its loss) for these alone. Three things need more than that:
+
+    the vision tower     no patch sees beyond its image or pair of frames, so whole ones are dealt to the ranks
+    its visual tokens    each is sent to the one rank in whose part of the row it stands
+    attention            rank:   0      1      2      3          0       1       2       3
+      (Ulysses,                tokens of all heads      --->    all tokens of some heads
+      arXiv 2309.14509)       [ 0-9 ][10-19][20-29][30-39]    [heads 0, 1][2, 3][4, 5][6, 7]
+
+    Before attention each rank gives away the heads that are not its own, and after it the tokens. Both are one
+    all-to-all. Where C does not divide the heads, some ranks have one more than others.
+
+Letters in shapes: C ranks, T tokens of the row, V visual tokens, H heads, H_kv key-value heads, W a head's width.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from util.attention import BACKENDS, NAME, Segments
+from util.collator import Batch, patch_positions, tower_segments
+from util.command_line import UserError
+from util.loss import PackedLoss
+from util.vision import MERGE, PATCH, Grid
+
+# ---- a rank's part of a batch ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class RowSegments(Segments):
+    """The segments of the whole row, of which a rank has a part."""
+
+
+@dataclass
+class RowPart(Batch):
+    """A rank's part of a batch: T / C of its tokens, with what is supervised of them, and some of its pictures.
+
+    `segments` are those of the whole row. What is short of a multiple of C is filled up by a segment of tokens that
+    nobody sees. `visual_index` (V of these tokens) is in the order in which visual tokens arrive.
+    """
+
+    sent_index: Any = None  # (V,) int64: of the visual tokens that the tower makes here, in the order they are sent
+    sent: Any = None  # how many of them each rank gets
+    received: Any = None  # how many each rank sends here
+
+
+@dataclass
+class Unit:
+    """What a tower sees by itself: an image, or a pair of frames of a video."""
+
+    is_video: bool
+    patches: slice  # of the batch's image patches, or of its video patches
+    tokens: range  # in the order of the batch's visual tokens
+    grid: Grid
+
+
+def parts_of(batch: Batch, ranks: int) -> list[Batch]:
+    """Of a batch what each rank of a context group gets."""
+    if ranks == 1:
+        return [batch]
+    length = len(batch.input_ids)
+    size = -(-length // ranks)
+    missing = size * ranks - length
+    lengths = batch.segments.lengths + [missing] * (missing > 0)
+    whole = replace(
+        batch,
+        input_ids=F.pad(batch.input_ids, (0, missing)),
+        position_ids=F.pad(batch.position_ids, (0, missing)),
+        segments=RowSegments.of(lengths),
+    )
+    units = units_of(batch)
+    hands = deal_units([unit.grid for unit in units], ranks)
+    dealt: list[list[Unit]] = [[] for _ in range(ranks)]
+    for unit, hand in zip(units, hands, strict=True):
+        dealt[hand].append(unit)
+    orders = [order_of(own, batch.visual_index // size, ranks) for own in dealt]
+    return [part_of(whole, rank, size, dealt[rank], orders) for rank in range(ranks)]
+
+
+def units_of(batch: Batch) -> list[Unit]:
+    """The images, then the pairs of frames, of a batch in the order of its patches."""
+    units = []
+    token = 0
+    seen = 0  # patches of images, then of videos
+    is_video = False
+    for grid in [Grid(*sizes) for sizes in batch.grid_thw.tolist()]:
+        if not is_video and seen == len(batch.image_patches):
+            is_video = True
+            seen = 0
+        patches = grid.h * grid.w
+        tokens = patches // MERGE**2
+        for _ in range(grid.t):
+            place = slice(seen, seen + patches)
+            units.append(Unit(is_video, place, range(token, token + tokens), Grid(1, grid.h, grid.w)))
+            seen += patches
+            token += tokens
+    return units
+
+
+def deal_units(grids: list[Grid], ranks: int) -> list[int]:
+    """A rank for each unit (their grids), so that the tower's work is even: the largest first, each to the rank with
+    least so far.
+
+    A patch costs what its matrix products do, and some for each patch that it sees; the two are equal at about 7,700
+    patches in a picture (docs/figures.md: 1.2613 GF, and 163,840 for each).
+    """
+    patches = np.array([grid.h * grid.w for grid in grids], dtype=np.float64)
+    costs = patches * (1 + patches / 7700)
+    loads = np.zeros(ranks)
+    hands = [0] * len(grids)
+    for number in np.argsort(-costs, kind="stable").tolist():
+        hand = int(loads.argmin())
+        hands[number] = hand
+        loads[hand] += costs[number]
+    return hands
+
+
+@dataclass
+class Order:
+    """How a rank's visual tokens travel."""
+
+    index: torch.Tensor  # its own ones in the order they are sent: by rank that gets them
+    sent: list[int]  # how many each rank gets
+    tokens: torch.Tensor  # the same, as numbers among the batch's visual tokens
+
+
+def order_of(units: list[Unit], ranks_of_tokens: torch.Tensor, ranks: int) -> Order:
+    """`ranks_of_tokens` (V,): the rank in whose part of the row each visual token of the batch stands."""
+    own = torch.tensor([*chain.from_iterable(unit.tokens for unit in units)], dtype=torch.int64)
+    goes_to = ranks_of_tokens[own]
+    index = goes_to.argsort(stable=True)
+    return Order(index, goes_to.bincount(minlength=ranks).tolist(), own[index])
+
+
+def part_of(whole: Batch, rank: int, size: int, units: list[Unit], orders: list[Order]) -> RowPart:
+    """The part of the batch, filled up to a multiple, that a rank gets: `size` tokens, and the pictures in `units`."""
+    begin = rank * size
+    targets = slice(*torch.searchsorted(whole.supervised_index, torch.tensor([begin, begin + size])).tolist())
+    arriving = []
+    for order in orders:
+        first = sum(order.sent[:rank])
+        arriving.append(order.tokens[first : first + order.sent[rank]])
+    fields = {name: getattr(whole, name) for name in Batch.__dataclass_fields__}
+    fields |= {
+        # copies, as a view would be sent with all of what it is a view of
+        "input_ids": whole.input_ids[begin : begin + size].clone(),
+        "position_ids": whole.position_ids[:, begin : begin + size].clone(),
+        "supervised_index": whole.supervised_index[targets] - begin,
+        "target_ids": whole.target_ids[targets].clone(),
+        "target_weights": whole.target_weights[targets].clone(),
+        "visual_index": whole.visual_index[torch.cat(arriving)] - begin,
+    }
+    fields |= pictures_of(whole, units)
+    return RowPart(
+        **fields, sent_index=orders[rank].index, sent=orders[rank].sent, received=[len(some) for some in arriving]
+    )
+
+
+def pictures_of(whole: Batch, units: list[Unit]) -> dict[str, Any]:
+    """The fields of a batch for some of its pictures; for none of them four blank patches, as the towers of all ranks
+    run together (EvenCollator in distributed.py)."""
+    images = [whole.image_patches[unit.patches] for unit in units if not unit.is_video]
+    videos = [whole.video_patches[unit.patches] for unit in units if unit.is_video]
+    grids = [unit.grid for unit in units]
+    if not grids:
+        grids = [Grid(1, MERGE, MERGE)]
+        images = [torch.zeros(MERGE**2, 3 * PATCH**2, dtype=torch.uint8)]
+    return {
+        "image_patches": torch.cat([*images, whole.image_patches[:0]]),
+        "video_patches": torch.cat([*videos, whole.video_patches[:0]]),
+        "vision_position_ids": torch.cat([patch_positions(grid) for grid in grids]),
+        "vision_segments": tower_segments(grids),
+        "grid_thw": torch.tensor([grid[:3] for grid in grids]),
+    }
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+class ContextLoss(PackedLoss):
+    """A PackedLoss that also takes parts of rows (RowPart), and then gives the sum of its part's cross-entropies."""
+
+    group: dist.ProcessGroup
+    around_attention: Callable = nullcontext  # entered while attention runs, which waits for the other ranks
+
+    def visual_tokens(self, batch: Batch) -> torch.Tensor:
+        """Those that stand in this rank's part of the row, in the order of its `visual_index`."""
+        tokens = super().visual_tokens(batch)
+        if not isinstance(batch, RowPart):
+            return tokens
+        outgoing = tokens.index_select(0, batch.sent_index)
+        return exchange(outgoing, batch.received, batch.sent, self.group)
+
+
+def exchange(rows: torch.Tensor, received: list[int], sent: list[int], group: Any) -> torch.Tensor:
+    """Rows (sum of `sent`, ...) to all ranks of a group -> theirs (sum of `received`, ...); gradients travel back."""
+    return wait(all_to_all_single_autograd(rows.contiguous(), received, sent, group))
+
+
+def wait(tensor: Any) -> torch.Tensor:
+    """A collective's result when it is there."""
+    return tensor.wait() if hasattr(tensor, "wait") else tensor
+
+
+def split_attention(packed: ContextLoss, backend: str, group: dist.ProcessGroup) -> None:
+    """Let the layers of a model attend over whole rows of which each rank has a part."""
+    packed.group = group
+    attend = BACKENDS[backend]
+
+    def attention(module, query, key, value, attention_mask, scaling, segments, **unused):
+        # transformers' shapes: (1, heads, T, W) in, (1, T, heads, W) out
+        q, k, v = (rows.squeeze(0).transpose(0, 1) for rows in (query, key, value))
+        if not isinstance(segments, RowSegments):
+            return attend(q, k, v, segments, causal=module.is_causal, scale=scaling)[None], None
+        with packed.around_attention():
+            return attend_by_heads(q, k, v, segments, scaling, attend, group)[None], None
+
+    name = f"{NAME}row_parts_{backend}"
+    AttentionInterface.register(name, torch.compiler.disable(attention))
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+    packed.model.config.text_config._attn_implementation = name
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads for which a rank attends."""
+
+    queries: slice
+    keys: slice  # the key-value heads that these read; a neighbour may read the same ones
+    readers: list[int]  # for each of its queries the key-value head that it reads, counted from the first of `keys`
+
+    @property
+    def counts(self) -> list[int]:
+        """How many heads of queries, keys and values these are."""
+        keys = self.keys.stop - self.keys.start
+        return [len(self.readers), keys, keys]
+
+    def spread(self, heads: torch.Tensor) -> torch.Tensor:
+        """Keys or values (T, its key-value heads, W), one for each query head where not all are read equally often."""
+        times = {self.readers.count(number) for number in self.readers}
+        return heads if len(times) == 1 else torch.stack([heads[:, number] for number in self.readers], dim=1)
+
+
+def deal_heads(heads: int, key_value_heads: int, ranks: int) -> list[Heads]:
+    """The heads of each rank: neighbours, as many as another has or one more."""
+    group = heads // key_value_heads  # query heads that read the same key-value head
+    cuts = [heads * rank // ranks for rank in range(ranks + 1)]
+    found = []
+    for begin, end in pairwise(cuts):
+        first = begin // group
+        readers = [head // group - first for head in range(begin, end)]
+        found.append(Heads(slice(begin, end), slice(first, first + readers[-1] + 1), readers))
+    return found
+
+
+def attend_by_heads(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: Segments,
+    scale: float,
+    attend: Callable,
+    group: dist.ProcessGroup,
+) -> torch.Tensor:
+    """Ulysses: q (T / C, H, W), k and v (T / C, H_kv, W) -> (T / C, H, W), attention over all T tokens."""
+    ranks = dist.get_world_size(group)
+    dealt = deal_heads(q.shape[1], k.shape[1], ranks)
+    own = dealt[dist.get_rank(group)]
+    tokens, _, width = q.shape
+    # Of this rank's tokens each rank gets its heads, and this one its heads of all tokens.
+    pieces = [[q[:, some.queries], k[:, some.keys], v[:, some.keys]] for some in dealt]
+    arriving = [(tokens, count, width) for count in own.counts]
+    received = exchange_pieces(pieces, [arriving] * ranks, group)
+    q, k, v = (torch.cat(parts) for parts in zip(*received, strict=True))
+    mixed = attend(q, own.spread(k), own.spread(v), segments, causal=True, scale=scale)
+    # And back: of its tokens a rank gets all heads.
+    returning = [[(tokens, some.counts[0], width)] for some in dealt]
+    heads = exchange_pieces([[part] for part in mixed.chunk(ranks)], returning, group)
+    return torch.cat([part for (part,) in heads], dim=1)
+
+
+Shape = tuple[int, ...]
+
+
+def exchange_pieces(
+    pieces: list[list[torch.Tensor]], shapes: list[list[Shape]], group: Any
+) -> list[list[torch.Tensor]]:
+    """Some tensors to each rank of a group -> those of these shapes that each rank sends; gradients travel back."""
+    sent = [sum(map(torch.numel, of_rank)) for of_rank in pieces]
+    received = [sum(map(math.prod, of_rank)) for of_rank in shapes]
+    numbers = exchange(torch.cat([tensor.flatten() for tensor in chain(*pieces)]), received, sent, group)
+    found = []
+    for of_rank, of_shapes in zip(numbers.split(received), shapes, strict=True):
+        tensors = of_rank.split([math.prod(shape) for shape in of_shapes])
+        found.append([tensor.view(shape) for tensor, shape in zip(tensors, of_shapes, strict=True)])
+    return found
+
+
+def check_sizes(model_config, ranks: int) -> None:
+    """Raise UserError where there are more ranks for a row than heads."""
+    heads = model_config.text_config.num_attention_heads
+    if ranks > heads:
+        raise UserError(
+            f"--context_parallel_size {ranks}: each rank attends for heads of its own, and this model has {heads}; "
+            f"use at most {heads}"
+        )
