@@ -82,8 +82,9 @@ def parts_of(batch: Batch, ranks: int) -> list[Batch]:
         segments=RowSegments.of(lengths),
     )
     units = units_of(batch)
-    hands = deal_units([unit.grid for unit in units], ranks)
-    dealt = [[unit for unit, hand in zip(units, hands, strict=True) if hand == rank] for rank in range(ranks)]
+    dealt: list[list[Unit]] = [[] for _ in range(ranks)]
+    for unit, hand in zip(units, deal_units([unit.grid for unit in units], ranks), strict=True):
+        dealt[hand].append(unit)
     orders = [order_of(own, batch.visual_index // size, ranks) for own in dealt]
     return [part_of(whole, rank, size, dealt[rank], orders) for rank in range(ranks)]
 
@@ -137,7 +138,7 @@ class Order:
 
 def order_of(units: list[Unit], ranks_of_tokens: torch.Tensor, ranks: int) -> Order:
     """`ranks_of_tokens` (V,): the rank in whose part of the row each visual token of the batch stands."""
-    own = torch.tensor([token for unit in units for token in unit.tokens], dtype=torch.int64)
+    own = torch.tensor([*chain.from_iterable(unit.tokens for unit in units)], dtype=torch.int64)
     goes_to = ranks_of_tokens[own]
     index = goes_to.argsort(stable=True)
     return Order(index, goes_to.bincount(minlength=ranks).tolist(), own[index])
@@ -297,7 +298,7 @@ def exchange_pieces(
     pieces: list[list[torch.Tensor]], shapes: list[list[Shape]], group: Any
 ) -> list[list[torch.Tensor]]:
     """Some tensors to each rank of a group -> those of these shapes that each rank sends; gradients travel back."""
-    sent = [sum(tensor.numel() for tensor in of_rank) for of_rank in pieces]
+    sent = [sum(map(torch.numel, of_rank)) for of_rank in pieces]
     received = [sum(map(math.prod, of_rank)) for of_rank in shapes]
     numbers = exchange(torch.cat([tensor.flatten() for tensor in chain(*pieces)]), received, sent, group)
     found = []
