@@ -372,7 +372,7 @@ def simulated_world(case: Case, rank: int, model_config, mode: FakeTensorMode, s
             return to_empty(packed, device=device)
 
         changes = [
-            (dist, "new_subgroups_by_enumeration", lambda groups, **backend: made(groups)),
+            (dist, "new_subgroups_by_enumeration", lambda groups, *timeout, **backend: made(groups)),
             (dist, "broadcast_object_list", said.broadcast),
             (torch.nn.functional, "rms_norm", lambda hidden, shape, weight, epsilon: fused_norm(hidden, weight)[0]),
             (distributed, "load_trainable", load_shapes),
