@@ -14,12 +14,12 @@ from tests.official import official_config
 from util import ranks
 from util.command_line import UserError
 from util.config import Config, parse_arguments
-from util.cost import memory
+from util.cost import memory, stages
 from util.cost.budget import fit_memory
 from util.cost.settings import as_asked, budget_in_bytes, changed
 from util.cost.sizes import Finding, Sizes
 from util.dataset import Size
-from util.steps import Steps
+from util.steps import Dealing, Steps
 from util.vision import Grid
 
 CPU = torch.device("cpu")
@@ -266,3 +266,21 @@ def test_ranks_are_not_told_of_what_works_on_one_gpu_alone(monkeypatch):
     told = ways(30, Config(global_batch_size=40, compile="off"), monkeypatch)
     assert told
     assert not any("--optimizer" in line for line in told), told
+
+
+def test_of_a_pipeline_a_rank_needs_what_its_stage_has(monkeypatch):
+    """7B on four ranks, in four stages with all samples and in one stage each with a quarter of them, nothing sharded.
+    A quarter of the layers and one embedding of two are 12 bytes for each of their weights, by hand."""
+    model_config = official_config("7b")
+    sizes = Sizes.of([Finding(Size(500, 40, []))] * 40)
+    needed = {}
+    for stages_asked in (1, 4):
+        config = Config(sharding="none", pipeline_parallel_size=stages_asked, global_batch_size=40, compile="off")
+        dealing = Dealing(np.ones(40), 0, 4 // stages_asked, 2 * stages_asked)
+        steps = Steps(sizes, lambda epoch: np.arange(40), 40, 1, None, config, dealing)
+        counts = memory.count_parameters(model_config, config)
+        needed[stages_asked] = stages.forecast(model_config, counts, config, torch.bfloat16, steps, 1, GPU)
+    layer = 2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944  # of 7B, without norms and biases
+    of_stage = 7 * layer + 152064 * 3584
+    assert needed[4]["weights"] == pytest.approx(4 * of_stage, rel=0.15), "fp32, and the tower on the first stage"
+    assert sum(needed[4].values()) < 0.4 * sum(needed[1].values()), "a quarter of the states, and four rows in flight"

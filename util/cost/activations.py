@@ -157,7 +157,7 @@ def decoder_layer(
         # compiled it is made anew from the gate, except beside DoRA's lengths
         "gate after SiLU": 0 if is_compiled and not config.lora_dora else inner,
         "product": inner * read_by("down_proj"),
-        "sent for attention": sent_for_attention(text, config),
+        "sent for attention": sent_for_attention(text, config) / divided.matrices,
     }
     # queries, keys and values before they are turned are as wide as after
     products = ("queries, turned", "keys, turned", "values", "mixed", "after attention", "gate", "up")

@@ -14,7 +14,7 @@ from util import compilation, ranks
 from util.adapters.settings import untrained_parts
 from util.command_line import choices_of
 from util.config import Config
-from util.cost import flops, memory
+from util.cost import flops, memory, stages
 from util.cost.memory import GIB, Forecast
 from util.cost.settings import changed
 from util.loss import LOGIT_ROWS, most_logit_rows
@@ -110,11 +110,7 @@ class Planner:
 
     def rung(self, changes: dict[str, object], config: Config) -> Rung:
         steps = self.steps_of(config)
-        loads = steps.survey.heaviest
-        needs = memory.forecast(
-            self.model_config, self.counts, config, self.dtype, loads, self.shards, steps.survey.most, self.device,
-            steps.survey.largest_picture,
-        )  # fmt: skip
+        needs = stages.forecast(self.model_config, self.counts, config, self.dtype, steps, self.shards, self.device)
         needed = sum(needs.values()) + memory.reserved_margin(needs, self.device)
         return Rung(changes, config, steps, self.seconds(config, steps), needs, needed)
 
@@ -169,11 +165,7 @@ def fit_memory(
     """
     budget = memory.budget_of(config, device)
     if budget is None:
-        survey = steps.survey
-        needs = memory.forecast(
-            model_config, counts, config, dtype, survey.heaviest, shards, survey.most, device, survey.largest_picture
-        )
-        return config, steps, needs
+        return config, steps, stages.forecast(model_config, counts, config, dtype, steps, shards, device)
     budget = min(ranks.gather_on_all(budget))
     planner = Planner(config, steps, model_config, counts, dtype, device, shards)
     asked = planner.rung({}, config)

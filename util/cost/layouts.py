@@ -314,18 +314,20 @@ def stage_forecast(
     others = of_rows[:, 1 : in_flight(number, len(cut), shape.rows)].sum(axis=1)
     among = memory.Among(shape.ranks > 1, shape.divided, float(others.max()))
     loads = heaviest(loads.astype(np.int64))
-    return memory.forecast(own, counts, settings, dtype, loads, shape.group, shape.rows, device, among)
+    largest = int(rows.largest.max()) if number == 0 else 0
+    return memory.forecast(own, counts, settings, dtype, loads, shape.group, shape.rows, device, largest, among)
 
 
 def run_forecast(
     model_config, config: Config, dtype: torch.dtype, shape: Shape, cut: tuple[int, ...], loads: np.ndarray,
-    device: torch.device | None = None,
+    device: torch.device | None = None, largest_picture: int = 0,
 ) -> tuple[int, memory.Forecast]:  # fmt: skip
     """The stage that needs most, and its forecast, in a run whose heaviest micro-batches are `loads` (k, 3)
     (steps.Survey.heaviest). As many of the heaviest as a stage has in flight are taken to come one after another."""
     tokens, patches, supervised = np.repeat(loads, len(cut), axis=0).T[:, None]
     unused = np.zeros_like(patches)
-    rows = Rows(tokens, supervised, patches, unused, {}, unused, unused, loads)
+    largest = np.full_like(patches, largest_picture)
+    rows = Rows(tokens, supervised, patches, largest, {}, unused, unused, loads)
     weights = Weights.of(model_config)
     found = []
     for stage in range(len(cut)):

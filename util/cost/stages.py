@@ -4,9 +4,11 @@ operations of the samples that are trained on.
 
 from dataclasses import dataclass
 
+import torch
+
 from util.command_line import UserError
 from util.config import Config
-from util.cost import flops
+from util.cost import flops, layouts, memory
 from util.cost.sizes import Sizes
 from util.steps import Steps
 
@@ -31,22 +33,35 @@ def stages_of(model_config, config: Config, sizes: Sizes) -> list[Stage]:
     refuse_too_few_layers(depth, stages)
     work = flops.epoch_work(model_config, sizes, sizes.usable, config)
     a_layer = work["language_model"] / depth
-    loads = [a_layer] * stages
-    loads[0] += work["vision"] + work["merger"]
+    before = work["vision"] + work["merger"]
+    counts = layouts.cut_stages(depth, stages, before, a_layer, work["head"])
+    loads = [count * a_layer for count in counts]
+    loads[0] += before
     loads[-1] += work["head"]
-    counts = [1] * stages
-    # Layers are alike: each further one to the stage that has least keeps the largest as small as can be. Of equals to
-    # the last, as earlier stages hold more rows at a time.
-    for _ in range(depth - stages):
-        least = min(reversed(range(stages)), key=lambda stage: loads[stage])
-        loads[least] += a_layer
-        counts[least] += 1
     found = []
     begin = 0
     for count, load in zip(counts, loads, strict=True):
         found.append(Stage(range(begin, begin + count), load / (sum(loads) or 1.0)))
         begin += count
     return found
+
+
+def forecast(
+    model_config, counts: dict, config: Config, dtype: torch.dtype, steps: Steps, shards: int, device: torch.device
+) -> memory.Forecast:
+    """Bytes by part for a run's steps; where there are several stages, on a rank of the one that needs most."""
+    survey = steps.survey
+    if config.pipeline_parallel_size == 1:
+        return memory.forecast(
+            model_config, counts, config, dtype, survey.heaviest, shards, survey.most, device, survey.largest_picture
+        )
+    shape = layouts.Shape(
+        steps.dealing.ranks, config.pipeline_parallel_size, config.context_parallel_size, config.tensor_parallel_size,
+        config.sharding, shards, config.activation_checkpointing, survey.most,
+    )  # fmt: skip
+    cut = tuple(len(stage.layers) for stage in stages_of(model_config, config, steps.sizes))
+    loads, largest = survey.heaviest, survey.largest_picture
+    return layouts.run_forecast(model_config, config, dtype, shape, cut, loads, device, largest)[1]
 
 
 def refuse_too_few_layers(depth: int, stages: int) -> None:
