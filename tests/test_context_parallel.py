@@ -27,7 +27,7 @@ from tests.test_signals import check, start  # noqa: F401
 from util.checkpoint import verify
 from util.collator import Collator
 from util.command_line import UserError
-from util.config import Config
+from util.config import Config, parse_arguments
 from util.conversation import Encoded
 from util.cost import memory
 from util.dataset import Examples, Sample
@@ -286,6 +286,15 @@ def test_checkpoints_know_no_context(saved, two_ranks):
     for name in ("1to2", "2to1"):
         assert gap(two_ranks / name, saved) < 1e-12, name
         assert [line["step"] for line in runs.log(two_ranks / name) if "loss" in line] == [3, 4], name
+
+
+def test_one_process_inherits_no_split(two_ranks, monkeypatch):
+    """What finetune.py goes on with; several processes go on as they were."""
+    flags = ["--resume", str(two_ranks / "saved" / "checkpoints" / "step_000002")]
+    assert parse_arguments("", flags).context_parallel_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert parse_arguments("", flags).context_parallel_size == 2
+    assert parse_arguments("", [*flags, "--context_parallel_size", "4"]).context_parallel_size == 4
 
 
 @pytest.mark.slow

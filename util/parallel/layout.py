@@ -45,7 +45,7 @@ class Layout:
         if ranks % context:
             raise UserError(
                 f"--context_parallel_size {context} does not divide the {ranks} processes: start a multiple of "
-                f"{context} with ./finetune_distributed.sh"
+                f"{context} with ./finetune_distributed.sh, or give another size"
             )
         return cls(ranks // context, context=context)
 
