@@ -27,7 +27,7 @@ from tests.test_signals import check, start  # noqa: F401
 from util.checkpoint import verify
 from util.collator import Collator
 from util.command_line import UserError
-from util.config import Config
+from util.config import Config, parse_arguments
 from util.conversation import Encoded
 from util.cost import memory
 from util.dataset import Examples, Sample
@@ -155,7 +155,7 @@ def one_process(tiny_path, data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def broken(processor, tmp_path_factory) -> Path:
-    """The showcase; of a sample of the second step the picture ends too early, which its header does not tell."""
+    """The showcase; of a sample of the second step the pixels cannot be decoded, which neither end of the file tells."""
     showcase = ROOT / "train_data" / "data.json"
     folder = tmp_path_factory.mktemp("broken")
     shutil.copytree(showcase.parent / "media", folder / "media")
@@ -166,8 +166,10 @@ def broken(processor, tmp_path_factory) -> Path:
         content = entries[index]["messages"][-2]["content"]
         pictures += [item["image"] for item in content if isinstance(item, dict) and "image" in item]
     name = next(name for name in pictures if name.endswith(".png"))
-    whole = (folder / name).read_bytes()
-    (folder / name).write_bytes(whole[: len(whole) // 2])
+    picture = bytearray((folder / name).read_bytes())
+    middle = len(picture) // 2
+    picture[middle : middle + 20] = bytes(20)
+    (folder / name).write_bytes(picture)
     (folder / "data.json").write_text(json.dumps(entries))
     return folder / "data.json"
 
@@ -284,6 +286,25 @@ def test_checkpoints_know_no_context(saved, two_ranks):
     for name in ("1to2", "2to1"):
         assert gap(two_ranks / name, saved) < 1e-12, name
         assert [line["step"] for line in runs.log(two_ranks / name) if "loss" in line] == [3, 4], name
+
+
+def test_one_process_inherits_nothing_of_matrices_in_parts(tmp_path):
+    """--sequence_parallel without --tensor_parallel_size would be refused."""
+    step = tmp_path / "checkpoints" / "step_000002"
+    step.mkdir(parents=True)
+    settings = {**dataclasses.asdict(Config()), "tensor_parallel_size": 2, "sequence_parallel": True}
+    (step / "state.json").write_text(json.dumps({"step": 2, "settings": settings}, indent=2) + "\n0\n")
+    found = parse_arguments("", ["--resume", str(step)])
+    assert (found.tensor_parallel_size, found.sequence_parallel) == (1, False)
+
+
+def test_one_process_inherits_no_split(two_ranks, monkeypatch):
+    """What finetune.py goes on with; several processes go on as they were."""
+    flags = ["--resume", str(two_ranks / "saved" / "checkpoints" / "step_000002")]
+    assert parse_arguments("", flags).context_parallel_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert parse_arguments("", flags).context_parallel_size == 2
+    assert parse_arguments("", [*flags, "--context_parallel_size", "4"]).context_parallel_size == 4
 
 
 @pytest.mark.slow
@@ -597,8 +618,9 @@ def test_a_rank_that_fails_ends_the_job_with_the_first_cause(fault, last_line, t
 @pytest.mark.slow
 def test_a_first_batch_that_cannot_be_read_leaves_nothing(tiny_path, tmp_path):
     """One message of the rank that reads; the other, which waits for its part, says nothing."""
-    picture = ROOT / "train_data" / "media" / "0000_colour_0.png"
-    (tmp_path / "half.png").write_bytes(picture.read_bytes()[:200])
+    picture = bytearray((ROOT / "train_data" / "media" / "0000_colour_0.png").read_bytes())
+    picture[len(picture) // 2 : len(picture) // 2 + 20] = bytes(20)
+    (tmp_path / "half.png").write_bytes(picture)
     question = [{"type": "image", "image": "half.png"}, {"type": "text", "text": "What?"}]
     entry = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "half"}]}
     text = {"messages": [{"role": "user", "content": "Say"}, {"role": "assistant", "content": "what"}]}

@@ -140,6 +140,13 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+def is_inherited(name: str) -> bool:
+    """Whether a run that goes on has this setting of its own again. One process alone (finetune.py) splits nothing."""
+    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    splits = name.endswith("_parallel_size") or name == "sequence_parallel"
+    return name not in NOT_INHERITED and not (is_alone and splits)
+
+
 def own_settings(given: dict) -> dict:
     """The settings of the run that `given`, the flags of a command line, go on with; {} where they begin a new one.
 
@@ -156,7 +163,7 @@ def own_settings(given: dict) -> dict:
         try:
             # after the settings stands a checksum, which resolve_resume compares
             state, _ = json.JSONDecoder().raw_decode((checkpoint / "state.json").read_text(encoding="utf-8"))
-            return {name: value for name, value in state["settings"].items() if name not in NOT_INHERITED}
+            return {name: value for name, value in state["settings"].items() if is_inherited(name)}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue
     return {}

@@ -50,7 +50,7 @@ class Layout:
             do = "does" if len(asked) == 1 else "do"
             raise UserError(
                 f"{' times '.join(asked)} {do} not divide the {ranks} processes: start a multiple of {together} with "
-                "./finetune_distributed.sh"
+                "./finetune_distributed.sh, or give another size"
             )
         return cls(ranks // together, *sizes.values())  # in the order of the fields
 
