@@ -15,7 +15,7 @@ from benchmarks import formulas, scaling, simulate
 from util import ranks
 from util.command_line import UserError
 from util.loss import PackedLoss
-from util.parallel import context, distributed
+from util.parallel import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = simulate.all_cases()
@@ -84,11 +84,7 @@ def test_a_formula_that_forgets_something_is_caught(sharded, monkeypatch):
         ("2b_1024_groups", {}),
         ("2b_64_optimizer_twice", {}),
         ("2b_64_none_twice", {}),
-        pytest.param(
-            "2b_8_context_8",
-            {"layers": 1},
-            marks=pytest.mark.skipif(not hasattr(context, "deal_heads"), reason="heads are not dealt unevenly"),
-        ),
+        ("2b_8_context_8", {"layers": 1}),
     ],
 )
 def test_formulas_hold(name, changes):
