@@ -28,7 +28,8 @@ from util.attention import stacked_sdpa
 from util.command_line import Ended, UserError
 from util.config import Config
 from util.dataset import Samples
-from util.parallel import context
+from util.parallel import context, distributed
+from util.parallel.layout import Layout
 
 
 def check_attention(heads: int, key_value_heads: int) -> None:
@@ -132,9 +133,13 @@ def gradients_twice():
 
 def losses_of_a_rank_alone():
     """The loss is divided as if each rank had samples of its own."""
-    from util.parallel.layout import Layout
+    make = distributed.EvenPasses.__init__
 
-    return patch.object(Layout, "of_a_weight", property(lambda layout: layout.data))
+    def make_alone(self, *arguments) -> None:
+        make(self, *arguments)
+        self.averaged = Layout.of(self.config, dist.get_world_size()).data
+
+    return patch.object(distributed.EvenPasses, "__init__", make_alone)
 
 
 FAULTS = {

@@ -75,9 +75,9 @@ def counted_twice(embedding: tensor.OwnVocabulary, ids: torch.Tensor) -> torch.T
     return embedding.sharing.copied(own_lookup(embedding, ids))
 
 
-def norm_of_all_ranks(trained, max_norm: float) -> torch.Tensor:
+def norm_of_all_ranks(gradients) -> torch.Tensor:
     """What every rank has whole counts once for each of them."""
-    parts = [parameter.grad.to_local().double().square().sum() for parameter in trained]
+    parts = [gradient.to_local().double().square().sum() for gradient in gradients]
     square = torch.stack(parts).sum()
     dist.all_reduce(square)
     return square.sqrt()
@@ -88,7 +88,7 @@ FAULTS = {
     "a key-value head is cut wrongly": (tensor.ByColumns, "forward", wrong_heads),
     "the tied gradient counts twice": (tensor.OwnVocabulary, "forward", counted_twice),
     "the gradient of qkv is not summed": (tensor, "has_partial_gradient", lambda name, splits_rows: False),
-    "the norm counts copies twice": (optimizer, "clip_wide", norm_of_all_ranks),
+    "the norm counts copies twice": (optimizer, "total_norm", norm_of_all_ranks),
 }
 
 

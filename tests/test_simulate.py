@@ -31,8 +31,15 @@ def few_layers(name: str, layers: int = 2, **changes) -> simulate.Case:
     return replace(CASES[name].with_layers(layers), **changes)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_group_of_other_tests() -> None:
+    """Other files of tests train in this process, in a group of their own that stays."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
-def sharded() -> tuple[dict, formulas.Job]:
+def sharded(no_group_of_other_tests) -> tuple[dict, formulas.Job]:
     """2B with two layers of each kind on 8 ranks."""
     return simulate.observe(few_layers("2b_8_full"))
 

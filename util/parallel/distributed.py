@@ -156,7 +156,7 @@ def gloo_is_at_work() -> bool:
     """Whether a thread of gloo's runs, or would if there was a core for it. Told on Linux alone; False elsewhere."""
     for task in Path("/proc/self/task").glob("*/stat"):
         try:
-            name, _, values = task.read_text().partition("(")[2].rpartition(")")
+            name, _, values = task.read_text(encoding="utf-8").partition("(")[2].rpartition(")")
         except OSError:  # it has just ended
             continue
         if name.startswith("pt_gloo") and values.split()[0] != "S":  # S: it sleeps
