@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 tests/context_runs.py RUNS.json 4/2 8/2     (Config 
 Beside each run, in RUN_RANK.json: which samples this rank read, and its all-to-alls.
 """
 
+import atexit
 import json
 import sys
 from collections import Counter
@@ -175,6 +176,7 @@ def reads_noted(read: Counter) -> Iterator[None]:
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    atexit.register(distributed.leave_group)  # else a late thread of gloo's may abort a process that is done
     for sizes in sys.argv[2:]:
         check_attention(*map(int, sizes.split("/")))
     for settings in json.loads(Path(sys.argv[1]).read_text()):

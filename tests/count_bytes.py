@@ -6,6 +6,7 @@ The count knows nothing of FSDP2: it sees every operation of torch.distributed a
 groups number the collectives they run themselves; a step in which the two disagree has a collective that escaped.
 """
 
+import atexit
 import json
 import sys
 from collections import Counter
@@ -92,6 +93,7 @@ def train_step(model, optimizer, micro_batches: list, config: Config, world) -> 
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    atexit.register(distributed.leave_group)  # else a late thread of gloo's may abort a process that is done
     world = distributed.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     configs = [Config(**settings) for settings in json.loads(Path(sys.argv[1]).read_text())]
     common, collator, found = configs[0], LenientCollator(distributed.EvenCollator()), []
@@ -107,7 +109,6 @@ def main() -> None:
         found.append([train_step(model, optimizer, step, config, world) for step in ([first, second], [first])])
     (Path(sys.argv[2]) / f"rank_{world.rank}.json").write_text(json.dumps(found))
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
