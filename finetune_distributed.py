@@ -30,7 +30,7 @@ def train(config: Config) -> str:
     from util.model import choose_dtype, find_model, load_config, load_processor
     from util.optimizer import build_optimizer, clip_gradient, set_learning_rate
     from util.parallel import distributed, faults
-    from util.parallel.rows import packed_batches
+    from util.parallel.rows import EvenCollator, packed_batches
     from util.plan import print_plan
     from util.publish.final_model import FinalModel
     from util.results.evaluate import evaluate_answers, evaluate_loss
@@ -48,7 +48,7 @@ def train(config: Config) -> str:
     model_config = load_config(path, config)
     distributed.check_model(model_config, world)
     processor = load_processor(path, config)
-    collate = distributed.EvenCollator()
+    collate = EvenCollator()
 
     # ---- data: checked, measured from file headers, and all steps surveyed before any weight is loaded
     # So a bad sample, or too little memory, stops the run within seconds and not after an hour of training.

@@ -27,6 +27,7 @@ from util.dataset import Samples, load_examples
 from util.model import load_config, load_processor
 from util.optimizer import build_optimizer, clip_gradient
 from util.parallel import distributed
+from util.parallel.rows import EvenCollator
 from util.vision import Budget
 
 # operation -> its name here, and which of its arguments the rank hands in
@@ -96,7 +97,7 @@ def main() -> None:
     atexit.register(distributed.leave_group)  # else a late thread of gloo's may abort a process that is done
     world = distributed.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     configs = [Config(**settings) for settings in json.loads(Path(sys.argv[1]).read_text())]
-    common, collator, found = configs[0], LenientCollator(distributed.EvenCollator()), []
+    common, collator, found = configs[0], LenientCollator(EvenCollator()), []
     processor = load_processor(common.model)
     samples = Samples(load_examples(common.data, processor), processor, Budget.of(common))
     first, second = collator([samples[world.rank]]), collator([samples[world.size + world.rank]])

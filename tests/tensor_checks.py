@@ -28,6 +28,7 @@ from util.dataset import Samples, load_examples
 from util.model import load_config, load_processor
 from util.optimizer import build_optimizer, clip_gradient
 from util.parallel import distributed, faults, tensor
+from util.parallel.rows import EvenCollator
 from util.tensors import PARTS, part_of, run_parameters
 from util.vision import Budget
 
@@ -76,9 +77,9 @@ def counted_twice(embedding: tensor.OwnVocabulary, ids: torch.Tensor) -> torch.T
     return embedding.sharing.copied(own_lookup(embedding, ids))
 
 
-def norm_of_all_ranks(gradients) -> torch.Tensor:
+def norm_of_all_ranks(trained) -> torch.Tensor:
     """What every rank has whole counts once for each of them."""
-    parts = [gradient.to_local().double().square().sum() for gradient in gradients]
+    parts = [parameter.grad.to_local().double().square().sum() for parameter in trained]
     square = torch.stack(parts).sum()
     dist.all_reduce(square)
     return square.sqrt()
@@ -170,7 +171,7 @@ def main() -> None:
     world = distributed.make_world(plain, CPU)
     processor = load_processor(plain.model)
     samples = Samples(load_examples(plain.data, processor), processor, Budget.of(plain))
-    batch = LenientCollator(distributed.EvenCollator())([samples[number] for number in cases["samples"]])
+    batch = LenientCollator(EvenCollator())([samples[number] for number in cases["samples"]])
     found = {
         "rows": len(batch.input_ids),
         "patches": len(batch.vision_position_ids),

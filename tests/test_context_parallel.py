@@ -30,11 +30,13 @@ from util.command_line import UserError
 from util.config import Config, parse_arguments
 from util.conversation import Encoded
 from util.cost import memory
+from util.data import loader
 from util.dataset import Examples, Sample
 from util.model import load_config
 from util.parallel import context, rows
 from util.parallel.distributed import World
 from util.parallel.layout import Layout
+from util.parallel.rows import with_blank_patches
 from util.vision import Grid, Medium
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -448,7 +450,7 @@ def test_visual_tokens_arrive_where_they_stand(name, ranks):
     torch.manual_seed(0)
     whole = Collator()([sample(text, *grids) for text, *grids in BATCHES[name]])
     expected = pixels_by_row(whole.visual_index.tolist(), [whole.image_patches, whole.video_patches])
-    parts = context.parts_of(whole, ranks)
+    parts = [with_blank_patches(part) for part in context.parts_of(whole, ranks)]
     size = len(parts[0].input_ids)
     sent = []  # by rank that sends: of each rank that gets them its tokens' pixels
     for part in parts:
@@ -553,6 +555,20 @@ def test_more_ranks_than_heads_are_refused():
     with pytest.raises(UserError, match=r"--context_parallel_size 14: .* this model has 12; use at most 12"):
         context.check_sizes(official_config("2b"), 14)
     context.check_sizes(official_config("7b"), 28)
+    context.check_sizes(official_config("2b"), 6, of_a_matrix=2)
+    with pytest.raises(UserError, match=r"has 12, 6 on each rank of --tensor_parallel_size 2; use at most 6"):
+        context.check_sizes(official_config("2b"), 8, of_a_matrix=2)
+
+
+def test_ranks_that_read_by_turns_share_the_data_workers(monkeypatch):
+    """Of 8 beside a GPU; what is typed is for each rank."""
+    monkeypatch.setattr(loader, "usable_cpus", lambda: 32)
+    gpu = torch.device("cuda")
+    assert loader.worker_count(Config(), gpu) == 8
+    assert loader.worker_count(Config(context_parallel_size=2), gpu) == 4
+    assert loader.worker_count(Config(context_parallel_size=2, tensor_parallel_size=2), gpu) == 2
+    assert loader.worker_count(Config(pipeline_parallel_size=4), gpu) == 8, "the first stage reads alone"
+    assert loader.worker_count(Config(tensor_parallel_size=2, num_workers=3), gpu) == 3
 
 
 def test_one_process_refuses_it(tiny_path, data, tmp_path):

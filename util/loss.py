@@ -110,7 +110,7 @@ class PackedLoss(nn.Module):
             return hidden
         if visual is None:
             visual = self.visual_tokens(batch)
-        # A rank without pictures has dummy patches (EvenCollator in parallel/distributed.py): drop their tokens.
+        # A rank without pictures has dummy patches (EvenCollator in parallel/rows.py): drop their tokens.
         visual = visual[: len(batch.visual_index)].to(hidden.dtype)
         return hidden.index_copy(0, batch.visual_index, visual)
 

@@ -213,20 +213,10 @@ def update(
         split(exact, nearest, remainder)
 
 
-def update_in_pieces(
-    weights: list[torch.Tensor],
-    remainders: list[torch.Tensor],
-    means: list[torch.Tensor],
-    squares: list[torch.Tensor],
-    gradients: list[torch.Tensor],
-    numbers: torch.Tensor,
-    factor: torch.Tensor,
-    beta1: float,
-    beta2: float,
-) -> None:
+def update_in_pieces(*arguments: Any) -> None:
     """As `update`, a few elements at a time, which changes nothing but time."""
-    tensors = zip(weights, remainders, means, squares, gradients, strict=True)
-    for number, (*states, gradient) in enumerate(tensors):
+    *lists, numbers, factor, beta1, beta2 = arguments
+    for number, (*states, gradient) in enumerate(zip(*lists, strict=True)):
         flat = [*(state.view(-1) for state in states), gradient.reshape(-1)]
         own = numbers[number : number + 1]
         for weight, remainder, mean, square, part in zip(*(tensor.split(CACHED) for tensor in flat), strict=True):

@@ -134,7 +134,7 @@ def clip_gradient(model: nn.Module, optimizer: Any, max_norm: float) -> torch.Te
     trained: list[Any] = list(named.values())
     over_stages = getattr(model, "norm_over_stages", None)  # of a pipeline, other ranks have other layers
     if over_stages or not trained or trained[0].dtype != torch.bfloat16:
-        norm = over_stages(named) if over_stages else total_norm([p.grad for p in trained])
+        norm = over_stages(named) if over_stages else total_norm(trained)
         meshes = by_mesh(trained)
         if over_stages or len(meshes) > 1:
             # Groups of ranks have added up in orders of their own. Copies of a weight are scaled by the same bits.
@@ -150,15 +150,15 @@ def clip_gradient(model: nn.Module, optimizer: Any, max_norm: float) -> torch.Te
     return norm
 
 
-def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+def total_norm(trained: Sequence[nn.Parameter]) -> torch.Tensor:
     """The norm of all gradients, also of those on several meshes, which torch's own refuses (pytorch#180346).
 
     Each mesh's norm is that of all its ranks, in which an element that several of them have counts once.
     """
-    meshes: dict[Any, list[torch.Tensor]] = {}
-    for gradient in gradients:
-        meshes.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
-    norms = [whole_norm(torch.nn.utils.get_total_norm(some)) for some in meshes.values()]
+    norms = []
+    for parameters in by_mesh(trained):
+        gradients: Any = [parameter.grad for parameter in parameters]
+        norms.append(whole_norm(torch.nn.utils.get_total_norm(gradients)))
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())]))
 
 

@@ -18,10 +18,9 @@ from util.command_line import UserError
 from util.config import Config
 from util.cost.sizes import Sizes
 from util.dataset import Examples
+from util.parallel.settings import SPLITS
 
 BLOCK = 2**16  # samples planned at a time
-# settings that say over how many ranks something is split
-SPLITS = ("pipeline_parallel_size", "context_parallel_size", "tensor_parallel_size")
 
 Load = tuple[int, int, int]  # tokens, patches and supervised tokens of a micro-batch
 

@@ -118,7 +118,7 @@ class Planner:
         """What all steps take: the larger of the GPU's time and the host's for launching, and each pass's gradients."""
         passes = steps.survey.passes
         layers = self.model_config.text_config.num_hidden_layers + self.model_config.vision_config.depth
-        ranks_at_work = steps.dealing.ranks * config.context_parallel_size
+        ranks_at_work = steps.dealing.ranks * config.ranks_of_a_row
         work = (self.training + self.recomputed(config, steps)) / FLOPS_PER_SECOND / ranks_at_work
         trained = sum(self.counts[part] for part in PARTS if part not in config.freeze)
         if config.lora_rank:

@@ -93,7 +93,8 @@ def worker_count(config, device: torch.device) -> int:
     that share rows have these 8 together, as they read by turns."""
     if config.num_workers is not None:
         return config.num_workers
-    return -(-min(8, usable_cpus()) // config.context_parallel_size) if device.type == "cuda" else 1
+    readers = config.context_parallel_size * config.tensor_parallel_size
+    return -(-min(8, usable_cpus()) // readers) if device.type == "cuda" else 1
 
 
 def usable_cpus() -> int:

@@ -34,7 +34,7 @@ from util.attention import BACKENDS, NAME, Segments
 from util.collator import Batch, patch_positions, tower_segments
 from util.command_line import UserError
 from util.loss import PackedLoss
-from util.vision import MERGE, PATCH, Grid
+from util.vision import MERGE, Grid
 
 # ---- a rank's part of a batch ---------------------------------------------------------------------------------------
 
@@ -170,20 +170,17 @@ def part_of(whole: Batch, rank: int, size: int, units: list[Unit], orders: list[
 
 
 def pictures_of(whole: Batch, units: list[Unit]) -> dict[str, Any]:
-    """The fields of a batch for some of its pictures; for none of them four blank patches, as the towers of all ranks
-    run together (EvenCollator in distributed.py)."""
+    """The fields of a batch for some of its pictures."""
     images = [whole.image_patches[unit.patches] for unit in units if not unit.is_video]
     videos = [whole.video_patches[unit.patches] for unit in units if unit.is_video]
     grids = [unit.grid for unit in units]
-    if not grids:
-        grids = [Grid(1, MERGE, MERGE)]
-        images = [torch.zeros(MERGE**2, 3 * PATCH**2, dtype=torch.uint8)]
+    positions = [patch_positions(grid) for grid in grids]
     return {
         "image_patches": torch.cat([*images, whole.image_patches[:0]]),
         "video_patches": torch.cat([*videos, whole.video_patches[:0]]),
-        "vision_position_ids": torch.cat([patch_positions(grid) for grid in grids]),
+        "vision_position_ids": torch.cat([*positions, whole.vision_position_ids[:0]]),
         "vision_segments": tower_segments(grids),
-        "grid_thw": torch.tensor([grid[:3] for grid in grids]),
+        "grid_thw": torch.tensor([grid[:3] for grid in grids]).reshape(-1, 3),
     }
 
 
@@ -309,11 +306,14 @@ def exchange_pieces(
     return found
 
 
-def check_sizes(model_config, ranks: int) -> None:
-    """Raise UserError where there are more ranks for a row than heads."""
-    heads = model_config.text_config.num_attention_heads
+def check_sizes(model_config, ranks: int, of_a_matrix: int = 1) -> None:
+    """Raise UserError where there are more ranks for a row than heads, which `of_a_matrix` tensor ranks have shared out
+    before."""
+    all_heads = model_config.text_config.num_attention_heads
+    heads = all_heads // of_a_matrix
     if ranks > heads:
+        shared = f", {heads} on each rank of --tensor_parallel_size {of_a_matrix}" if of_a_matrix > 1 else ""
         raise UserError(
-            f"--context_parallel_size {ranks}: each rank attends for heads of its own, and this model has {heads}; "
-            f"use at most {heads}"
+            f"--context_parallel_size {ranks}: each rank attends for heads of its own, and this model has {all_heads}"
+            f"{shared}; use at most {heads}"
         )

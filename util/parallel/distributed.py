@@ -8,7 +8,7 @@ import atexit
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
@@ -24,14 +24,12 @@ from transformers import Qwen2VLForConditionalGeneration
 from util import compilation, model, ranks
 from util.adapters import lora
 from util.adapters.settings import untrained_parts
-from util.attention import Segments
-from util.collator import Batch, Collator, patch_positions
+from util.collator import Batch
 from util.command_line import Ended, UserError
 from util.config import Config
 from util.cost import stages
 from util.cost.flops import training_flops
 from util.cost.sizes import Sizes
-from util.dataset import Sample
 from util.log import Run, SilentRun
 from util.loss import PackedLoss
 from util.model import choose_attention, choose_device, choose_dtype, layers, load_trainable, shard
@@ -40,7 +38,6 @@ from util.parallel.layout import Layout, Place
 from util.passes import Passes
 from util.steps import Dealing, Steps
 from util.tensors import part_of, run_parameters, trained_parameters
-from util.vision import PATCH, Grid
 
 Number = TypeVar("Number", int, float)
 
@@ -205,7 +202,7 @@ def open_run(config: Config, resumed: Path | None, world: World):
 def check_model(model_config, world: World) -> None:
     """Raise UserError where the model cannot be split as the layout has it."""
     if world.layout.context > 1:
-        context.check_sizes(model_config, world.layout.context)
+        context.check_sizes(model_config, world.layout.context, world.layout.tensor)
     if world.layout.tensor > 1:
         tensor.check_sizes(model_config, world.layout.tensor)
     stages.refuse_too_few_layers(model_config.text_config.num_hidden_layers, world.layout.pipeline)
@@ -239,28 +236,6 @@ def refuse_idle_ranks(steps: Steps, config: Config, world: World) -> None:
         f"{hands - idle} (--global_batch_size {config.global_batch_size}, {steps.epoch_samples:,} samples an epoch); "
         + ", or ".join(ways)
     )
-
-
-class EvenCollator(Collator):
-    """Gives a rank that has no picture four blank patches, which no token sees and whose gradient is zero.
-
-    Gradients are summed layer by layer over all ranks, and the tower's weights are gathered so: a rank that left out
-    the vision tower would stop them all. It sees the blank patches also where the features of all pictures were kept,
-    as those of another rank may not be.
-    """
-
-    def __call__(self, samples: list[Sample]) -> Batch:
-        batch = super().__call__(samples)
-        if len(batch.vision_position_ids):
-            return batch
-        grid = Grid(1, 2, 2)
-        return replace(
-            batch,
-            image_patches=torch.zeros(grid.patches, 3 * PATCH**2, dtype=torch.uint8),
-            grid_thw=torch.cat([batch.grid_thw, torch.tensor([grid[:3]])]),
-            vision_position_ids=patch_positions(grid),
-            vision_segments=Segments.of([grid.patches]),
-        )
 
 
 # ---- sharding -------------------------------------------------------------------------------------------------------

@@ -13,11 +13,10 @@ Neighbours along the innermost axis are on one machine, where ranks talk fastest
 sharded; what differs along pipeline and tensor are the weights themselves.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 from util.command_line import UserError
-from util.parallel.settings import ParallelSettings
+from util.parallel.settings import SPLITS, ParallelSettings
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,9 @@ class Layout:
     @classmethod
     def of(cls, config: ParallelSettings, ranks: int) -> "Layout":
         """Raises UserError where the sizes that were asked for do not divide the ranks."""
-        names = ("pipeline_parallel_size", "context_parallel_size", "tensor_parallel_size")
-        sizes = {name: getattr(config, name) for name in names}
+        sizes = {name: getattr(config, name) for name in SPLITS}
         asked = [f"--{name} {size}" for name, size in sizes.items() if size > 1]
-        together = math.prod(sizes.values())
+        together = config.ranks_of_a_row
         if ranks % together:
             do = "does" if len(asked) == 1 else "do"
             raise UserError(

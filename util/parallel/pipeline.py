@@ -244,11 +244,11 @@ class StageLoss(PackedLoss):
 
     def norm_over_stages(self, trained: dict[str, nn.Parameter]) -> torch.Tensor:
         """Of the gradients of all stages, where `trained` are those of this one; what two stages have counts once."""
-        gradients = []
+        counted = []
         for name, parameter in trained.items():
             if name != EMBEDDING or self.pipe.is_first:
-                gradients.append(parameter.grad)
-        square = total_norm(gradients).to(self.pixel_scale.device, torch.float64) ** 2
+                counted.append(parameter)
+        square = total_norm(counted).to(self.pixel_scale.device, torch.float64) ** 2
         dist.all_reduce(square, group=self.pipe.down)
         return square.sqrt()
 

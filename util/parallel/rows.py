@@ -15,23 +15,51 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from util.collator import Batch, Collator, tower_segments
+from util.collator import Batch, Collator, patch_positions, tower_segments
 from util.data import loader
+from util.dataset import Sample
 from util.guard import unread_batch
 from util.parallel import context
+from util.vision import MERGE, PATCH, Grid
 
 
 def packed_batches(samples, micro_batches: Iterable[list[int]], collate: Callable, config, world):
     """As loader.packed_batches, for a rank of `world`: the batches, or this rank's shares of them."""
     if world.layout.of_a_row == 1:
         return loader.packed_batches(samples, micro_batches, collate, config, world.device)
-    return SharedBatches(samples, micro_batches, collate, config, world)
+    return SharedBatches(samples, micro_batches, config, world)
+
+
+class EvenCollator(Collator):
+    """Gives a rank that has no picture four blank patches, which no token sees and whose gradient is zero.
+
+    Gradients are summed layer by layer over all ranks, and the tower's weights are gathered so: a rank that left out
+    the vision tower would stop them all. It sees the blank patches also where the features of all pictures were kept,
+    as those of another rank may not be.
+    """
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        return with_blank_patches(super().__call__(samples))
+
+
+def with_blank_patches(batch: Batch) -> Batch:
+    """The batch, or of one without patches the same with four blank ones."""
+    if len(batch.vision_position_ids):
+        return batch
+    grid = Grid(1, MERGE, MERGE)
+    return replace(
+        batch,
+        image_patches=torch.zeros(grid.patches, 3 * PATCH**2, dtype=torch.uint8),
+        grid_thw=torch.cat([batch.grid_thw, torch.tensor([grid[:3]])]),
+        vision_position_ids=patch_positions(grid),
+        vision_segments=tower_segments([grid]),
+    )
 
 
 class SharedBatches:
     """Iterates over this rank's shares of its group's batches. All ranks of the group must iterate together."""
 
-    def __init__(self, samples, micro_batches: Iterable[list[int]], collate: Callable, config, world) -> None:
+    def __init__(self, samples, micro_batches: Iterable[list[int]], config, world) -> None:
         self.world = world
         self.readers = [rank for rank in world.row_ranks if world.layout.place(rank).pipeline == 0]
         # Two of the same list: one that the loader reads ahead of time, one that says how many batches there are.
@@ -39,10 +67,8 @@ class SharedBatches:
         self.own: Iterable[Batch] = ()
         if world.rank in self.readers:
             mine = islice(ahead, self.readers.index(world.rank), None, len(self.readers))
-            # A batch whose parts are handed out has blank patches added in each part that has no picture.
-            collate = Collator() if world.layout.context > 1 else collate
-            # Not pinned: what is read is only handed on. A share is pinned when it is there.
-            self.own = loader.packed_batches(samples, mine, collate, config, world.device, is_pinned=False)
+            # Blank patches are for shares, and so is pinned memory: what is read here is only handed on.
+            self.own = loader.packed_batches(samples, mine, Collator(), config, world.device, is_pinned=False)
 
     def __iter__(self) -> Iterator[Batch]:
         ranks = self.readers
@@ -91,7 +117,8 @@ def shares_of(batch: Batch, world) -> list[Batch]:
     uncounted = {name: type(number)(0) for name, number in batch.counts.items()}  # World.sum goes by their types
     found = []
     for place in map(world.layout.place, world.row_ranks):
-        share = shares[place.context] if place.pipeline == 0 else without_pictures(shares[place.context])
+        share = shares[place.context]
+        share = with_blank_patches(share) if place.pipeline == 0 else without_pictures(share)
         is_first = not found
         found.append(replace(share, counts=batch.counts if is_first else uncounted))
     return found

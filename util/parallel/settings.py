@@ -3,10 +3,14 @@
 Only the standard library is imported here, because settings are part of the command line.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from util.command_line import setting
+
+# those that say over how many ranks something is split, in the order of the axes (util/parallel/layout.py)
+SPLITS = ("pipeline_parallel_size", "context_parallel_size", "tensor_parallel_size")
 
 
 @dataclass
@@ -51,6 +55,11 @@ class ParallelSettings:
         group="many GPUs",
         harmless=True,
     )
+
+    @property
+    def ranks_of_a_row(self) -> int:
+        """Ranks that work on the same samples."""
+        return math.prod(getattr(self, name) for name in SPLITS)
 
 
 # what of a model is cut by which setting, so that a rank has not all of it

@@ -322,7 +322,7 @@ def check_sizes(model_config, ranks: int) -> None:
         "columns in the vision tower's MLP": int(tower.embed_dim * tower.mlp_ratio),
         "rows in the embedding": text.vocab_size,
     }
-    if not any(size % ranks for size in sizes.values()):
+    if fits(sizes, ranks):
         return
     wrong = [f"{size:,} {what}" for what, size in sizes.items() if size % ranks]
     possible = [str(number) for number in range(1, text.num_key_value_heads + 1) if fits(sizes, number)]
