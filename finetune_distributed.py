@@ -48,11 +48,11 @@ def train(config: Config) -> str:
     model_config = load_config(path, config)
     distributed.check_model(model_config, world)
     processor = load_processor(path, config)
-    collate = EvenCollator()
+    collate = EvenCollator(model_config.model_type)
 
     # ---- data: checked, measured from file headers, and all steps surveyed before any weight is loaded
     # So a bad sample, or too little memory, stops the run within seconds and not after an hour of training.
-    budget = Budget.of(config)
+    budget = Budget.of(config, model_config.model_type)
     reader = MediaReader(config)
     examples = Examples(config.data, processor, config.train_on)
     samples = Samples(examples, processor, budget, reader)

@@ -5,7 +5,7 @@ S supervised tokens, N images and videos.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any
@@ -16,7 +16,8 @@ from util.attention import Segments
 from util.conversation import Encoded
 from util.data.features import Unkept
 from util.dataset import Sample
-from util.vision import MERGE, PATCH, TEMPORAL, Grid, Medium
+from util.family import FAMILIES, QWEN2_VL, Family, window_order
+from util.vision import MERGE, TEMPORAL, Grid, Medium
 
 
 @dataclass
@@ -34,11 +35,12 @@ class Batch:
     target_ids: torch.Tensor  # (S,) int64: those next tokens
     target_weights: torch.Tensor  # (S,) float32: how much each counts in the loss
     visual_index: torch.Tensor  # (V,) int64: rows that are visual tokens
-    image_patches: torch.Tensor  # (P of images, 588) uint8
-    video_patches: torch.Tensor  # (P of videos, 1176) uint8
+    image_patches: torch.Tensor  # (P of images, 3 * patch * patch) uint8
+    video_patches: torch.Tensor  # (P of videos, 2 * 3 * patch * patch) uint8
     grid_thw: torch.Tensor  # (N, 3) int64: what transformers' own forward takes; ours needs what stands below alone
     vision_position_ids: torch.Tensor  # (P, 2) int64: row and column of each patch
     vision_segments: Segments  # each image, each pair of video frames attends within itself
+    window_segments: Segments  # each window of these, where most of the tower's blocks see no further (Qwen2.5-VL)
     where: list[str]  # the samples' names, for error messages
     counts: dict[str, float]  # for the log: samples, tokens ...; skipped samples are added by data/bad_samples.py
     # What a frozen tower once gave: (P, its width), or (V, D) behind the merger; (0, 0) where nothing was kept.
@@ -90,7 +92,8 @@ class Batch:
         grids = [Grid(*sizes) for sizes in self.grid_thw.tolist()]
         kept_ones = between(grids, kept_tokens, 0)
         seen = between(grids, image_tokens, kept) + between(grids, video_tokens, kept + images)
-        positions_of_videos = self.vision_position_ids[len(self.image_patches) :][video_patches]
+        before = len(self.image_patches)
+        patches = [image_patches, slice(before + video_patches.start, before + video_patches.stop)]
         visual_index = torch.cat([of_kept[kept_tokens], of_images[image_tokens], of_videos[video_tokens]])
         target_weights = self.target_weights[targets]
         return Batch(
@@ -103,9 +106,10 @@ class Batch:
             visual_index=visual_index - begin,
             image_patches=self.image_patches[image_patches],
             video_patches=self.video_patches[video_patches],
-            vision_position_ids=torch.cat([self.vision_position_ids[image_patches], positions_of_videos]),
+            vision_position_ids=torch.cat([self.vision_position_ids[some] for some in patches]),
             grid_thw=joined([torch.tensor([grids[number][:3]]) for number in kept_ones + seen], torch.int64, 3),
-            vision_segments=tower_segments([grids[number] for number in seen]),
+            vision_segments=pieces_of(self.vision_segments, patches),
+            window_segments=pieces_of(self.window_segments, patches),
             where=self.where[first:last],
             counts=count(last - first, end - begin, len(visual_index), target_weights),
             kept_features=self._features_of(kept_tokens),
@@ -126,13 +130,23 @@ def between(grids: list[Grid], tokens: slice, before: int) -> list[int]:
 
 
 def of_rows(visual_index: torch.Tensor, begin: int, end: int) -> slice:
-    """Which of these visual tokens, whose rows rise, stand in the rows [begin, end)."""
-    return slice(*torch.searchsorted(visual_index, torch.tensor([begin, end])).tolist())
+    """Which of these visual tokens, whose samples follow each other, stand in the rows [begin, end) of some samples."""
+    return slice(int((visual_index < begin).sum()), int((visual_index < end).sum()))
 
 
 def patches_of(tokens: slice) -> slice:
     """The patches of visual tokens."""
     return slice(tokens.start * MERGE**2, tokens.stop * MERGE**2)
+
+
+def pieces_of(segments: Segments, ranges: Iterable[slice]) -> Segments:
+    """The pieces of a row that lie in ranges of it, one range after the other."""
+    lengths = segments.lengths
+    found = []
+    for wanted in ranges:
+        first, last = torch.searchsorted(segments.host_starts, torch.tensor([wanted.start, wanted.stop])).tolist()
+        found += lengths[first:last]
+    return Segments.of(found)
 
 
 def total_counts(batches: Sequence[Batch]) -> dict[str, float]:
@@ -147,6 +161,7 @@ def total_counts(batches: Sequence[Batch]) -> dict[str, float]:
 class Visual:
     """What a batch gathers of its images, or of its videos, or of what was kept: a list entry for each of them."""
 
+    family: Family
     rows: list[torch.Tensor] = field(default_factory=list)  # places of its visual tokens in the packed row
     patches: list[torch.Tensor] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
@@ -154,32 +169,35 @@ class Visual:
     features: list[torch.Tensor] = field(default_factory=list)  # of what was kept
     unkept: list[Unkept] = field(default_factory=list)  # of all others
 
-    def add(self, medium: Medium, begin: int, end: int) -> None:
-        """One more, whose visual tokens take the rows [begin, end)."""
-        self.rows.append(torch.arange(begin, end))
+    def add(self, medium: Medium, rows: torch.Tensor) -> None:
+        """One more, whose visual tokens take these rows. All that is of it stands as the tower reads it: where that has
+        windows, window after window."""
+        order = tower_order(medium.grid, self.family)
+        self.rows.append(rows if order is None else rows[order])
         self.grids.append(medium.grid)
-        if medium.features is not None:
+        if medium.features is not None:  # which the tower gave in its own order
             self.features.append(medium.features)
             return
-        self.patches.append(medium.patches)
-        self.positions.append(patch_positions(medium.grid))
+        self.patches.append(in_order(medium.patches, order))
+        self.positions.append(in_order(patch_positions(medium.grid), order))
         self.unkept.append(Unkept(medium.key, medium.grid, medium.is_video))
 
 
 class Visuals:
     """All that a batch gathers of its images and videos."""
 
-    def __init__(self) -> None:
-        self.kept = Visual()
-        self.images = Visual()  # apart from videos, since their patches have other sizes
-        self.videos = Visual()
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.kept = Visual(family)
+        self.images = Visual(family)  # apart from videos, since their patches have other sizes
+        self.videos = Visual(family)
 
-    def add(self, medium: Medium, begin: int, end: int) -> None:
-        """One more, whose visual tokens take the rows [begin, end)."""
+    def add(self, medium: Medium, rows: torch.Tensor) -> None:
+        """One more, whose visual tokens take these rows."""
         kind = self.videos if medium.is_video else self.images
         if medium.features is not None:
             kind = self.kept
-        kind.add(medium, begin, end)
+        kind.add(medium, rows)
 
     def of_batch(self) -> dict[str, Any]:
         """The fields of a Batch that come of them."""
@@ -187,13 +205,14 @@ class Visuals:
         images = self.images
         videos = self.videos
         grids = images.grids + videos.grids  # that the tower sees, images first
+        patch_bytes = 3 * self.family.patch**2
         return {
             "visual_index": joined(kept.rows + images.rows + videos.rows, torch.int64),
-            "image_patches": joined(images.patches, torch.uint8, 3 * PATCH**2),
-            "video_patches": joined(videos.patches, torch.uint8, 3 * TEMPORAL * PATCH**2),
+            "image_patches": joined(images.patches, torch.uint8, patch_bytes),
+            "video_patches": joined(videos.patches, torch.uint8, TEMPORAL * patch_bytes),
             "grid_thw": joined([torch.tensor([grid[:3]]) for grid in kept.grids + grids], torch.int64, 3),
             "vision_position_ids": joined(images.positions + videos.positions, torch.int64, 2),
-            "vision_segments": tower_segments(grids),
+            **tower_segments(grids, self.family),
             "kept_features": torch.cat(kept.features) if kept.features else torch.zeros(0, 0),
             "kept_grids": kept.grids,
             "unkept": images.unkept + videos.unkept,
@@ -203,22 +222,27 @@ class Visuals:
 class Collator:
     """Packs samples into one row; nothing is padded or truncated. An empty list gives a batch of one dummy token."""
 
+    def __init__(self, model_type: str = QWEN2_VL) -> None:
+        self.family = FAMILIES[model_type]
+
     def __call__(self, samples: list[Sample]) -> Batch:
         ids, positions, supervised_index, targets, weights, lengths = [], [], [], [], [], []
-        visuals = Visuals()
+        visuals = Visuals(self.family)
         start = 0  # of the sample in the packed row
         for sample in samples or [NO_SAMPLE]:
-            sample_grids = [medium.grid for medium in sample.media]
-            row_ids, row_weights, spans = expand(sample.encoded, sample_grids)
+            places = [place for medium in sample.media for place in medium.grid.places]
+            row_ids, row_weights, spans = expand(sample.encoded, places)
             ids.append(row_ids)
-            positions.append(mrope_positions(len(row_ids), spans, sample_grids))
+            positions.append(mrope_positions(len(row_ids), spans, places))
             # Shift once, here: row i predicts token i + 1. A sample's first token is nobody's target.
             predicts = torch.nonzero(row_weights[1:]).flatten()
             supervised_index.append(predicts + start)
             targets.append(row_ids[1:][predicts])
             weights.append(row_weights[1:][predicts])
-            for medium, (begin, end) in zip(sample.media, spans, strict=True):
-                visuals.add(medium, begin + start, end + start)
+            visual_rows = joined([torch.arange(begin, end) + start for begin, end in spans], torch.int64)
+            rows_of_media = visual_rows.split([medium.grid.tokens for medium in sample.media])
+            for medium, rows in zip(sample.media, rows_of_media, strict=True):
+                visuals.add(medium, rows)
             lengths.append(len(row_ids))
             start += len(row_ids)
         target_weights = torch.cat(weights)
@@ -256,18 +280,38 @@ def joined(parts: list[torch.Tensor], dtype: torch.dtype, *width: int) -> torch.
     return torch.cat([*parts, torch.zeros(0, *width, dtype=dtype)])
 
 
-def tower_segments(grids: list[Grid]) -> Segments:
-    """The vision tower's segments: each image, each pair of video frames attends within itself."""
+def tower_segments(grids: list[Grid], family: Family) -> dict[str, Segments]:
+    """The two fields of a Batch that say who sees whom in the vision tower."""
     lengths = []
+    windows = []
     for grid in grids:
         lengths += [grid.h * grid.w] * grid.t
-    return Segments.of(lengths)
+        if family.window:
+            windows += [MERGE**2 * tokens for tokens in windows_of(grid, family)[1]]
+    whole = Segments.of(lengths)
+    return {"vision_segments": whole, "window_segments": Segments.of(windows) if family.window else whole}
+
+
+def windows_of(grid: Grid, family: Family) -> tuple[torch.Tensor, list[int]]:
+    """The tokens of a medium window after window, and how many each has (family.window_order)."""
+    return window_order(grid.t, grid.h // MERGE, grid.w // MERGE, family.window)
+
+
+def tower_order(grid: Grid, family: Family) -> torch.Tensor | None:
+    """The order in which the tower reads a medium's tokens (V,); None: as they stand in the text."""
+    return windows_of(grid, family)[0] if family.window else None
+
+
+def in_order(patches: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """Patches (P, ...) of a medium with its tokens, four patches each, in another order."""
+    return patches if order is None else patches.unflatten(0, (-1, MERGE**2))[order].flatten(0, 1)
 
 
 def expand(encoded: Encoded, grids: list[Grid]) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
     """Repeat each placeholder as often as its medium has tokens.
 
-    Returns ids (T,), weights (T,) float32, and for each medium the [begin, end) of its visual tokens.
+    `grids`: of the placeholders. Returns ids (T,), weights (T,) float32, and for each the [begin, end) of its visual
+    tokens.
     """
     ids = torch.tensor(encoded.input_ids)
     repeats = torch.ones(len(ids), dtype=torch.int64)
@@ -284,9 +328,12 @@ def expand(encoded: Encoded, grids: list[Grid]) -> tuple[torch.Tensor, torch.Ten
 def mrope_positions(length: int, spans: list[tuple[int, int]], grids: list[Grid]) -> torch.Tensor:
     """Positions (3, T) of one sample: temporal, height, width (Qwen2-VL report, arXiv 2409.12191, section 2.1).
 
+    `spans` and `grids`: of what stands together in the text, an image, a video or a pair of frames.
+
     Text counts up on all three axes; a medium spreads over its merged grid; what follows it continues at 1 + the
     largest position so far on any axis. That is the released model's rule (transformers 4.57); transformers 5.3 to
-    5.23 leave out the temporal axis and go back in time after a long video.
+    5.23 leave out the temporal axis and go back in time after a long video. Qwen2.5-VL's time axis goes on by
+    `grid.step`, whose multiples are cut to whole numbers (its released code, transformers 4.49).
     """
     positions = torch.empty(3, length, dtype=torch.int64)
     token, position = 0, 0
@@ -295,9 +342,10 @@ def mrope_positions(length: int, spans: list[tuple[int, int]], grids: list[Grid]
         positions[:, token:begin] = torch.arange(position, position + begin - token)
         position += begin - token
         # a medium: each token has its place on the merged grid, counted from where the text ended
-        axes = [torch.arange(size) for size in (grid.t, grid.h // MERGE, grid.w // MERGE)]
+        time = (torch.arange(grid.t) * grid.step).long()
+        axes = [time, torch.arange(grid.h // MERGE), torch.arange(grid.w // MERGE)]
         positions[:, begin:end] = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + position
-        position += max(len(axis) for axis in axes)  # what follows comes after the longest axis, not after the tokens
+        position += 1 + max(int(axis[-1]) for axis in axes)  # what follows comes after the longest axis
         token = end
     positions[:, token:] = torch.arange(position, position + length - token)
     return positions

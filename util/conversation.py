@@ -4,15 +4,22 @@ What is supervised is marked while the tokens are written: the conversation is r
 template and cut only where supervision begins or ends. Nothing searches for token ids afterwards.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from util.data.entries import text_of
+
+if TYPE_CHECKING:
+    from util.vision import Grid
 
 END_OF_TURN = "<|im_end|>\n"
 # Qwen2-VL's grounding marks are text that a user may write; every other special token controls the conversation.
 GROUNDING_PREFIXES = ("<|object_ref_", "<|box_", "<|quad_")
 # Stands for an assistant's content while the template runs. Private-use characters, refused in the text of data files.
 MARK = "\ue000\uf8ff"
+VIDEO = re.compile(re.escape("<|vision_start|><|video_pad|><|vision_end|>"))
 
 
 @dataclass
@@ -30,7 +37,7 @@ class Piece:
 
 @dataclass
 class Encoded:
-    """Token ids of one conversation, each image or video still one placeholder token."""
+    """Token ids of one conversation, each image, video or pair of frames (Qwen3-VL) still one placeholder token."""
 
     input_ids: list[int]
     weights: list[float]  # one per id: what its cross-entropy is multiplied by; 0.0: it is not supervised
@@ -73,11 +80,27 @@ def render_prompt(messages: list[dict], processor) -> list[Piece]:
     return render([*messages, {"role": "assistant", "content": ""}], processor)[:-1]
 
 
-def encode(pieces: list[Piece], processor) -> Encoded:
-    """Tokenise each piece by itself and mark its tokens.
+def with_times(pieces: list[Piece], grids: Sequence["Grid"]) -> list[Piece]:
+    """Each video as its pairs of frames, the time of each before it in words, where its grid gives them (Qwen3-VL).
 
-    Returns ids with one placeholder token for each image or video.
+    `grids`: of all media of the conversation, in their order.
     """
+    times = iter([grid.times for grid in grids if grid.times])
+
+    def pairs_of_frames(video: re.Match) -> str:
+        return "".join([f"<{seconds:.1f} seconds>{video[0]}" for seconds in next(times)])
+
+    if not any(grid.times for grid in grids):
+        return pieces
+    return [replace(piece, text=VIDEO.sub(pairs_of_frames, piece.text)) for piece in pieces]
+
+
+def encode(pieces: list[Piece], processor, grids: Sequence["Grid"] = ()) -> Encoded:
+    """Tokenise each piece by itself and mark its tokens. `grids`: of the conversation's media.
+
+    Returns ids with one placeholder token for each image or video, or for each pair of frames with a time.
+    """
+    pieces = with_times(pieces, grids)
     media_ids = (processor.image_token_id, processor.video_token_id)  # read from the checkpoint, never written here
     encoded = Encoded([], [], [])
     for piece in pieces:

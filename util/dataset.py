@@ -186,7 +186,7 @@ class Samples(Dataset):
         # Text and pixels meet in the collator; here a medium is one placeholder in the text.
         example = self.example(index)
         media = self._media(example, vision.load, self.shrunk.get(index))
-        return Sample(self._encode(example), media, example.where)
+        return Sample(self._encode(example, [medium.grid for medium in media]), media, example.where)
 
     def size(self, index: int) -> Size:
         """The cost of one sample from its text and its media's headers, without decoding a pixel."""
@@ -194,9 +194,9 @@ class Samples(Dataset):
 
     def size_of(self, example: Example, budget: vision.Budget | None = None) -> Size:
         """The same of an example whose boxes are text; `budget`: of one that is shrunk."""
-        encoded = self._encode(example)
-        grids = self._media(example, vision.read_grid, budget)
-        tokens = len(encoded.input_ids) + sum(grid.tokens - 1 for grid in grids)  # a placeholder is one token already
+        grids = self._media(example, vision.read_grid, budget)  # first, as the text may name the times of frames
+        encoded = self._encode(example, grids)
+        tokens = len(encoded.input_ids) + sum(grid.tokens - len(grid.places) for grid in grids)  # one token each already
         weighted = sum(weight not in (0.0, 1.0) for weight in encoded.weights)
         return Size(tokens, sum(encoded.supervised), grids, encoded.unlearned, weighted)
 
@@ -213,8 +213,8 @@ class Samples(Dataset):
         messages = boxes.with_boxes_as_text(example.messages, dict(zip(images, sizes, strict=True)), example.where)
         return replace(example, messages=messages)
 
-    def _encode(self, example: Example) -> conversation.Encoded:
-        return conversation.encode(conversation.render(example.messages, self.processor), self.processor)
+    def _encode(self, example: Example, grids: list[vision.Grid]) -> conversation.Encoded:
+        return conversation.encode(conversation.render(example.messages, self.processor), self.processor, grids)
 
     def _media(self, example: Example, read: Callable, budget: vision.Budget | None = None) -> list:
         return self._reading(example, self.reader.each, read, example.media, budget or example.budget or self.budget)

@@ -1,18 +1,20 @@
 """The forward pass, written out by hand on transformers' modules, and the loss on supervised tokens only.
 
-Letters in shapes are those of collator.py, and D is the hidden size.
+Letters in shapes are those of collator.py, D is the hidden size, and K how many of the language model's first layers
+are given visual tokens of their own (Qwen3-VL's deepstack: 3; else 0).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 
-from util import head
+from util import family, head
+from util.attention import Segments
 from util.collator import Batch
 from util.data.features import FeatureWriter
 from util.packed_layers import rms_norm
@@ -29,7 +31,7 @@ def most_logit_rows(asked: int | None, is_compiled: bool) -> int:
 
 
 class PackedLoss(nn.Module):
-    """A Qwen2VLForConditionalGeneration whose forward is: packed batch -> sum of cross-entropies.
+    """A model of one of the families (family.py) whose forward is: packed batch -> sum of cross-entropies.
 
     One module's forward and not a function, because under FSDP2 every weight must be used within the root's forward.
     """
@@ -38,7 +40,7 @@ class PackedLoss(nn.Module):
     pixel_shift: torch.Tensor
 
     def __init__(
-        self, model: Qwen2VLForConditionalGeneration, processor, dtype: torch.dtype, logit_rows: int = LOGIT_ROWS
+        self, model: PreTrainedModel, processor, dtype: torch.dtype, logit_rows: int = LOGIT_ROWS
     ) -> None:
         super().__init__()
         self.model: Any = model  # transformers' modules, whose own types say Tensor or Module of every part
@@ -60,7 +62,7 @@ class PackedLoss(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """The cross-entropies of all supervised tokens, each times its weight, summed up: a scalar in fp32 (fp64 where
         the model's weights are)."""
-        hidden = self.supervised_rows(batch, self.embed(batch))
+        hidden = self.supervised_rows(batch, *self.embed(batch))
         if len(hidden) <= self.logit_rows:
             return (self.token_losses(hidden, batch.target_ids) * batch.target_weights).sum()
         # Logits of all rows at once would be the largest tensor of a step. They are made chunk by chunk, and made
@@ -73,9 +75,9 @@ class PackedLoss(nn.Module):
     def score(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
         """For evaluation: (2, S), the cross-entropy of each supervised token, and 1.0 where it has the largest logit.
 
-        `visual` (V, D): the batch's visual tokens, where they are known already.
+        `visual` (V, 1 + K, D): the batch's visual tokens, where they are known already.
         """
-        hidden = self.supervised_rows(batch, self.embed(batch, visual))
+        hidden = self.supervised_rows(batch, *self.embed(batch, visual))
         found = [torch.zeros(2, 0, device=hidden.device)]
         for rows, targets in chunks(hidden, batch.target_ids, self.logit_rows):
             found.append(self.judged(rows, targets))
@@ -87,63 +89,102 @@ class PackedLoss(nn.Module):
         losses = F.cross_entropy(logits, target_ids, reduction="none")
         return torch.stack([losses, logits.argmax(1) == target_ids])
 
-    def supervised_rows(self, batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
-        """Embeddings (T, D) -> the hidden states (S, D) whose next token is supervised: the head sees no other row."""
-        hidden = self.decode(batch, embeddings)
+    def supervised_rows(self, batch: Batch, embeddings: torch.Tensor, deeper: torch.Tensor) -> torch.Tensor:
+        """What `embed` gives -> the hidden states (S, D) whose next token is supervised: the head sees no other row."""
+        hidden = self.decode(batch, embeddings, deeper)
         # A prompt's tokens have no target: the head, 152,000 logits wide, skips them.
         supervised = hidden.index_select(0, batch.supervised_index)
         # the norm works row by row, so the others can do without
         return rms_norm(self.model.model.language_model.norm, supervised)
 
-    def decode(self, batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
-        """The decoder layers: (T, D) -> (T, D)."""
+    def decode(self, batch: Batch, embeddings: torch.Tensor, deeper: torch.Tensor) -> torch.Tensor:
+        """The decoder layers: (T, D) -> (T, D). `deeper` (V, K, D): added to visual tokens after the first K layers."""
         language_model = self.model.model.language_model
         hidden = embeddings  # (T, D)
         cos, sin = language_model.rotary_emb(hidden, batch.position_ids[:, None])  # (1, T, width of a head) each
         # transformers' own model would build a mask of T x T; these layers take where each sample begins and ends.
-        return self.run_layers(language_model.layers, hidden, (cos[0], sin[0]), batch.segments)
+        layers = language_model.layers
 
-    def embed(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
-        """The row's embeddings (T, D), visual tokens in their places; `visual` (V, D) where they are known already."""
+        def add_deeper(number: int, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden.index_add(0, batch.visual_index, deeper[:, number]) if number < deeper.shape[1] else hidden
+
+        return self.run_layers(layers, hidden, (cos[0], sin[0]), [batch.segments] * len(layers), add_deeper)
+
+    def embed(self, batch: Batch, visual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The row's embeddings (T, D), visual tokens in their places, and what is added to these later (V, K, D).
+
+        `visual` (V, 1 + K, D): the visual tokens, where they are known already.
+        """
         hidden = self.model.model.language_model.embed_tokens(batch.input_ids)
         if not len(batch.visual_index) and not len(batch.vision_position_ids):
-            return hidden
+            return hidden, hidden.new_zeros(0, 0, hidden.shape[1])
         if visual is None:
             visual = self.visual_tokens(batch)
         # A rank without pictures has dummy patches (EvenCollator in parallel/rows.py): drop their tokens.
         visual = visual[: len(batch.visual_index)].to(hidden.dtype)
-        return hidden.index_copy(0, batch.visual_index, visual)
+        return hidden.index_copy(0, batch.visual_index, visual[:, 0]), visual[:, 1:]
 
     def visual_tokens(self, batch: Batch) -> torch.Tensor:
-        """The batch's visual tokens (V, D): those whose features were kept, then of images, then of videos."""
-        merger = self.model.model.visual.merger
+        """The batch's visual tokens (V, 1 + K, D): those whose features were kept, then of images, then of videos.
+
+        The first of 1 + K stands in the row; the others are added to it after the first K layers.
+        """
+        visual = self.model.model.visual
+        merger = visual.merger
         is_merged = self.kept is not None and self.kept.after_merger  # whether what is kept is visual tokens already
         parts = [batch.kept_features] if len(batch.kept_features) else []
+        deeper = []
         if len(batch.vision_position_ids):
-            computed = self.tower(batch)
+            *before, computed = self.tower(batch)
+            for level, rows in enumerate(before):
+                deeper.append(visual.deepstack_merger_list[level](rows))
             if is_merged:
                 computed = merger(computed)
             if self.kept is not None:
                 self.kept.take(batch.unkept, computed)
             parts.append(computed)
         hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return hidden if is_merged else merger(hidden)
+        return torch.stack([hidden if is_merged else merger(hidden), *deeper], dim=1)
 
-    def tower(self, batch: Batch) -> torch.Tensor:
-        """The vision tower on all patches of the batch at once: (P, width), what the merger takes."""
+    def tower(self, batch: Batch) -> list[torch.Tensor]:
+        """The vision tower on all patches of the batch at once: what the deepstack mergers take of K of its blocks, and
+        what the merger takes of its last one, (P, width) each."""
         visual = self.model.model.visual
         hidden = self.embed_patches(batch.image_patches, batch.video_patches)  # (P, tower's width)
+        if hasattr(visual, "pos_embed"):  # Qwen3-VL has learned positions, too
+            pictures = batch.grid_thw.prod(1)
+            sizes = batch.grid_thw[:, 1:].repeat_interleave(pictures, dim=0, output_size=len(hidden))
+            learned = family.stretched(visual.pos_embed, batch.vision_position_ids, sizes)
+            hidden = hidden + learned.to(hidden.dtype)
         # 2D rotary embedding: half of the angles from the patch's row, half from its column
         angles = batch.vision_position_ids[:, :, None] * visual.rotary_pos_emb.inv_freq.float()  # (P, 2, width / 4)
         angles = angles.flatten(1).repeat(1, 2)
-        # an image sees itself, and of a video each pair of frames
-        return self.run_layers(visual.blocks, hidden, (angles.cos(), angles.sin()), batch.vision_segments)
+        # An image sees itself, and of a video each pair of frames; in most of Qwen2.5-VL's blocks windows of these.
+        blocks = range(len(visual.blocks))
+        whole = getattr(visual, "fullatt_block_indexes", blocks)
+        segments = [batch.vision_segments if number in whole else batch.window_segments for number in blocks]
+        taken = []
 
-    def run_layers(self, repeated: nn.ModuleList, hidden: torch.Tensor, rotation: Any, segments: Any) -> torch.Tensor:
+        def take(number: int, hidden: torch.Tensor) -> torch.Tensor:
+            if number in getattr(visual, "deepstack_visual_indexes", ()):
+                taken.append(hidden)
+            return hidden
+
+        hidden = self.run_layers(visual.blocks, hidden, (angles.cos(), angles.sin()), segments, take)
+        return [*taken, hidden]
+
+    def run_layers(
+        self,
+        repeated: nn.ModuleList,
+        hidden: torch.Tensor,
+        rotation: Any,
+        segments: Sequence[Segments],
+        after: Callable[[int, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
         """Rows (T, D) -> (T, D), through the tower's blocks or the language model's layers. `rotation`: cos and sin of
-        each row's angles."""
-        for layer in repeated:
-            hidden = layer(hidden, position_embeddings=rotation, segments=segments)
+        each row's angles; `segments`: of each layer; `after`: what is done with the rows after each, by its number."""
+        for number, layer in enumerate(repeated):
+            hidden = after(number, layer(hidden, position_embeddings=rotation, segments=segments[number]))
         return hidden
 
     def embed_patches(self, image_patches: torch.Tensor, video_patches: torch.Tensor) -> torch.Tensor:
@@ -151,11 +192,13 @@ class PackedLoss(nn.Module):
 
         An image is a video of one frame shown twice: adding up the kernel over its two frames saves half of it.
         """
-        kernel = self.model.model.visual.patch_embed.proj.weight  # (width, channels, frames, 14, 14)
-        images = F.linear(self.normalise(image_patches), kernel.sum(2).flatten(1))
+        convolution = self.model.model.visual.patch_embed.proj
+        kernel = convolution.weight  # (width, channels, frames, patch, patch)
+        images = F.linear(self.normalise(image_patches), kernel.sum(2).flatten(1), convolution.bias)
         if not len(video_patches):
             return images
-        return torch.cat([images, F.linear(self.normalise(video_patches), kernel.flatten(1))])
+        videos = F.linear(self.normalise(video_patches), kernel.flatten(1), convolution.bias)
+        return torch.cat([images, videos])
 
     def normalise(self, patches: torch.Tensor) -> torch.Tensor:
         """uint8 (P, 3 * n) -> (P, 3 * n) in the dtype of compute, normalised by channel."""

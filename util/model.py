@@ -10,20 +10,20 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, AutoProcessor, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from util import attention, compilation, ranks, recompute, vision
+from util import attention, compilation, family, ranks, recompute, vision
 from util.adapters import lora, new_tokens
 from util.command_line import UserError
 from util.config import OFFICIAL_MODEL, Config
 from util.cost import allocator
 from util.loss import PackedLoss, most_logit_rows
 from util.mixed_adamw import keep_as_halves
-from util.packed_layers import BLOCK, LAYER, pack
+from util.packed_layers import LAYER, kind_of_block, pack
 from util.run_folder import complete_checkpoints
 from util.tensors import part_of
-from util.tiny_model import make_tiny_model
+from util.tiny_model import TINY_MODELS, make_tiny_model
 
 
 def choose_device(name: str) -> torch.device:
@@ -84,8 +84,8 @@ def find_model(name: str | None, device: torch.device) -> str:
     """The checkpoint directory or hub name that `--model` means."""
     if name is None:
         name = OFFICIAL_MODEL if device.type == "cuda" else "tiny"
-    if name == "tiny":
-        return str(make_tiny_model())
+    if name in TINY_MODELS:
+        return str(make_tiny_model(TINY_MODELS[name]))
     name = os.path.expanduser(name)  # a shell leaves the ~ of --model=~/a as it is
     check_folder(name)
     return name
@@ -126,7 +126,7 @@ def what_else(folder: Path) -> str:
 
 
 def load_config(path: str, settings: Config | None = None):
-    """A Qwen2-VL config; another family, an adapter, or nothing there, is refused by name.
+    """The config of a model of one of the families; another one, an adapter, or nothing there, is refused by name.
 
     `settings`: of a run, whose `--new_tokens` may need more rows than the model has.
     """
@@ -139,15 +139,16 @@ def load_config(path: str, settings: Config | None = None):
         first_line = str(error).strip().splitlines()[0]
         where = "no such checkpoint" if Path(path).exists() else "no such folder, and the hub did not answer for it"
         raise UserError(f"--model {path}: {where} ({first_line})") from None
-    if config.model_type != "qwen2_vl":
-        raise UserError(f"--model {path} is a {config.model_type} model; this project trains Qwen2-VL (qwen2_vl) only")
-    tower = config.vision_config
-    sizes = (tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size)
-    if sizes != (vision.PATCH, vision.MERGE, vision.TEMPORAL):
-        raise UserError(f"--model {path}: its vision tower has patch, merge and temporal sizes {sizes}, not (14, 2, 2)")
+    if problem := family.problem_of(config):
+        raise UserError(f"--model {path} {problem}")
     if settings and (found := new_tokens.of(settings, path)):
         config.text_config.vocab_size = found.rows
     return config
+
+
+def model_type_of(path: str) -> str:
+    """The family of a model, by its key in FAMILIES; of an adapter that of its base."""
+    return load_config(lora.base_of(path) if lora.is_adapter(path) else path).model_type
 
 
 def load_processor(path: str, settings: Config | None = None):
@@ -163,7 +164,7 @@ def load_processor(path: str, settings: Config | None = None):
     return processor
 
 
-def load_weights(path: str, dtype: torch.dtype, device: torch.device) -> Qwen2VLForConditionalGeneration:
+def load_weights(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model in `dtype` on `device`, under sdpa. Weights that are missing or left over are an error.
 
     An adapter gives its base model with the adapter beside, in 4 bits where it was trained so.
@@ -176,7 +177,7 @@ def load_weights(path: str, dtype: torch.dtype, device: torch.device) -> Qwen2VL
         return model.to(device)
     transformers_logging.disable_progress_bar()
     try:
-        model, report = Qwen2VLForConditionalGeneration.from_pretrained(
+        model, report = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
     except OSError as error:
@@ -194,7 +195,7 @@ def build_model(config: Config, path: str, processor, device: torch.device) -> P
     return prepare_model(load_trainable(config, path, device), config, processor, device)
 
 
-def load_trainable(config: Config, path: str, device: torch.device) -> Qwen2VLForConditionalGeneration:
+def load_trainable(config: Config, path: str, device: torch.device) -> PreTrainedModel:
     """The weights as training keeps them: what lies under adapters in the precision of compute or in 4 bits, all else
     in fp32 (fp64 on request). In bf16 on one process an fp32 weight is kept as two halves (util/mixed_adamw.py)."""
     dtype = choose_dtype(config.dtype, device)
@@ -232,7 +233,7 @@ def is_stored_in_bf16(path: str) -> bool:
 
 
 def prepare_model(
-    model: Qwen2VLForConditionalGeneration, config: Config, processor, device: torch.device
+    model: PreTrainedModel, config: Config, processor, device: torch.device
 ) -> PackedLoss:
     """A loaded model on one process, ready to train.
 
@@ -249,7 +250,7 @@ def prepare_model(
 
 
 def pack_loss(
-    model: Qwen2VLForConditionalGeneration,
+    model: PreTrainedModel,
     config: Config,
     processor,
     device: torch.device,
@@ -261,7 +262,7 @@ def pack_loss(
     return kind(prepare_layers(model, config, device), processor, choose_dtype(config.dtype, device), rows)
 
 
-def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, device: torch.device):
+def prepare_layers(model: PreTrainedModel, config: Config, device: torch.device):
     """Set attention, frozen parts, adapters, activation checkpointing and compilation."""
     model.config.use_cache = False
     set_attention(model, choose_attention(config.attention, device, choose_dtype(config.dtype, device)))
@@ -276,7 +277,7 @@ def prepare_layers(model: Qwen2VLForConditionalGeneration, config: Config, devic
     return model
 
 
-def set_embedding_gradient(model: Qwen2VLForConditionalGeneration, dtype: torch.dtype, device: torch.device) -> None:
+def set_embedding_gradient(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
     """On a CPU, let the gradient of a tied embedding be the rows of the tokens that occur, added to that of the head.
 
     Else it is a whole matrix of zeros but for these, to be made, and added to the other. Where the head has a matrix of
@@ -288,7 +289,7 @@ def set_embedding_gradient(model: Qwen2VLForConditionalGeneration, dtype: torch.
     embedding.sparse = device.type == "cpu" and dtype != torch.bfloat16 and is_tied and not ranks.are_several()
 
 
-def pack_layers(model: Qwen2VLForConditionalGeneration, is_compiled: bool = False, recomputing: str = "none") -> None:
+def pack_layers(model: PreTrainedModel, is_compiled: bool = False, recomputing: str = "none") -> None:
     """Let the layers run packed rows by util/packed_layers.py, and all norms be fused.
 
     `recomputing`: a value of `--activation_checkpointing`.
@@ -296,7 +297,8 @@ def pack_layers(model: Qwen2VLForConditionalGeneration, is_compiled: bool = Fals
     run = recompute.running(recomputing, is_compiled)
     if is_compiled:
         compilation.keep_less(recomputing == "selective")
-    for kind, repeated in ((BLOCK, model.model.visual.blocks), (LAYER, model.model.language_model.layers)):
+    blocks = model.model.visual.blocks
+    for kind, repeated in ((kind_of_block(blocks[0]), blocks), (LAYER, model.model.language_model.layers)):
         if is_compiled:
             kind = compilation.compiled_kind(kind, is_recomputed=recomputing == "full")
         for layer in repeated:
@@ -347,12 +349,12 @@ def whole_weights(packed: PackedLoss):
             unit.set_reshard_after_forward(packed.reshard_after_forward and not is_root, recurse=False)
 
 
-def layers(model: Qwen2VLForConditionalGeneration) -> list[nn.Module]:
+def layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated layers: the tower's blocks, then the language model's."""
     return [*model.model.visual.blocks, *model.model.language_model.layers]
 
 
-def set_attention(model: Qwen2VLForConditionalGeneration, backend: str) -> None:
+def set_attention(model: PreTrainedModel, backend: str) -> None:
     """Use a packed backend in all layers. For training; generation runs under sdpa."""
     name = attention.register(backend)
     for config in (model.config, model.config.text_config, model.config.vision_config):
@@ -367,6 +369,9 @@ def freeze(model: nn.Module, parts: Collection[str]) -> None:
 def set_budget(processor, budget: vision.Budget) -> None:
     """Write the budget into a processor, so that who loads the saved model gets the pixels it was trained on."""
     image, video = processor.image_processor, processor.video_processor
-    for part, default in ((image, vision.IMAGE_PIXELS), (video, vision.FRAME_PIXELS)):
+    for part, default in ((image, vision.IMAGE_TOKENS), (video, vision.FRAME_TOKENS)):
         least, most = budget.pixels(default)
         part.size = {"shortest_edge": least, "longest_edge": most}
+    if budget.family.counts_all_frames:
+        most = budget.video_max_tokens * budget.token_pixels * vision.TEMPORAL
+        video.size = {"shortest_edge": min(budget.token_pixels, most), "longest_edge": most}

@@ -9,7 +9,7 @@ width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -54,7 +54,7 @@ def attend(attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.
 
 
 def before_block_attention(block: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
-    normed = read_by_products(block, block.norm1(hidden), len(cos))
+    normed = read_by_products(block, block_norm(block.norm1, hidden), len(cos))
     joined = block.attn.qkv(normed).unflatten(1, (3, block.attn.num_heads, -1))  # (T, 3, H, W)
     query, key = rotate_patches(joined[:, 0], joined[:, 1], cos, sin)
     # A copy, as a view would keep the whole product of (T, 3, H, W) for the backward pass, with what is not needed.
@@ -64,13 +64,35 @@ def before_block_attention(block: Any, hidden: torch.Tensor, cos: torch.Tensor, 
 
 def after_block_attention(block: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
     hidden, inner = until_last_of_block(block, hidden, mixed)
-    return hidden + block.mlp.fc2(inner)
+    return hidden + last_product(block.mlp)(inner)
 
 
 def until_last_of_block(block: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = hidden + block.attn.proj(mixed)
-    normed = read_by_products(block, block.norm2(hidden), len(mixed))
-    return hidden, block.mlp.act(block.mlp.fc1(normed))
+    normed = read_by_products(block, block_norm(block.norm2, hidden), len(mixed))
+    return hidden, until_last_product(block.mlp, normed)
+
+
+# The families name the parts of a block's MLP each in its own way, and Qwen2.5-VL's is gated as the language model's.
+
+
+def until_last_product(mlp: Any, normed: torch.Tensor) -> torch.Tensor:
+    if hasattr(mlp, "gate_proj"):  # Qwen2.5-VL
+        return mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+    if hasattr(mlp, "linear_fc1"):  # Qwen3-VL
+        return mlp.act_fn(mlp.linear_fc1(normed))
+    return mlp.act(mlp.fc1(normed))
+
+
+def last_product(mlp: Any) -> Any:
+    if hasattr(mlp, "down_proj"):
+        return mlp.down_proj
+    return mlp.linear_fc2 if hasattr(mlp, "linear_fc2") else mlp.fc2
+
+
+def block_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """A norm of the tower: an RMSNorm in Qwen2.5-VL, else a LayerNorm."""
+    return rms_norm(norm, hidden) if hasattr(norm, "variance_epsilon") else norm(hidden)
 
 
 def rotate_patches(
@@ -97,6 +119,9 @@ def before_layer_attention(layer: Any, hidden: torch.Tensor, cos: torch.Tensor, 
     query = attention.q_proj(normed).unflatten(1, (-1, width))
     key = attention.k_proj(normed).unflatten(1, (-1, width))
     value = attention.v_proj(normed).unflatten(1, (-1, width))
+    if hasattr(attention, "q_norm"):  # Qwen3-VL
+        query = rms_norm(attention.q_norm, query)
+        key = rms_norm(attention.k_norm, key)
     cos = cos[:, None]
     sin = sin[:, None]
     return rotate(query, cos, sin), rotate(key, cos, sin), value
@@ -121,9 +146,18 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 BLOCK = Kind(before_block_attention, after_block_attention, until_last_of_block, "attn", "attn.proj", "mlp.fc2")
+GATED_BLOCK = replace(BLOCK, last_product="mlp.down_proj")
+BLOCK_OF_3 = replace(BLOCK, last_product="mlp.linear_fc2")
 LAYER = Kind(
     before_layer_attention, after_layer_attention, until_last_of_layer, "self_attn", "self_attn.o_proj", "mlp.down_proj"
 )
+
+
+def kind_of_block(block: Any) -> Kind:
+    """Of the vision tower's blocks, by how their family names the MLP's last product."""
+    if hasattr(block.mlp, "down_proj"):
+        return GATED_BLOCK
+    return BLOCK_OF_3 if hasattr(block.mlp, "linear_fc2") else BLOCK
 
 
 # ---- in a model -----------------------------------------------------------------------------------------------------

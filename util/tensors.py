@@ -10,7 +10,7 @@ PARTS = ("vision", "merger", "language_model")
 
 def part_of(name: str) -> str:
     """The part a parameter belongs to, by its name: vision, merger or language_model (with embedding and head)."""
-    if ".visual.merger." in f".{name}":
+    if ".visual.merger." in f".{name}" or ".visual.deepstack_merger_list." in f".{name}":
         return "merger"
     return "vision" if ".visual." in f".{name}" else "language_model"
 

@@ -1,8 +1,8 @@
-"""`tiny`, the embedded default: a small real Qwen2-VL checkpoint, made on the spot.
+"""`tiny`, the embedded default: a small real Qwen2-VL checkpoint, made on the spot; and one of each other family.
 
-It is a `Qwen2VLForConditionalGeneration` of about a million random parameters with a real processor, saved in the
-published format and loaded through the path that an official checkpoint takes. Its vocabulary is a byte-level BPE
-trained on the conversations of `train_data/data.json`. The same sources give the same bytes.
+Each is a model of about a million random parameters with a real processor, saved in the published format and loaded
+through the path that an official checkpoint takes. Its vocabulary is a byte-level BPE trained on the conversations of
+`train_data/data.json`. The same sources give the same bytes.
 """
 
 import hashlib
@@ -12,8 +12,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from util.family import FAMILIES, QWEN2_VL, new_model
 from util.run_folder import ROOT
 
+TINY_MODELS = {"tiny": "qwen2_vl", "tiny-qwen2.5-vl": "qwen2_5_vl", "tiny-qwen3-vl": "qwen3_vl"}  # values of --model
 TEXTS = ROOT / "train_data" / "data.json"
 
 # The special tokens of Qwen2-VL in their published order (tokenizer_config.json of Qwen/Qwen2-VL-2B-Instruct).
@@ -30,11 +32,14 @@ INITIALIZER_RANGE = 0.08
 DEFAULT_SYSTEM_MESSAGE = "You are a helpful assistant."
 
 # Written for this project; behaves as the published template does (tests compare the two).
-CHAT_TEMPLATE = """\
-{%- set seen = namespace(images=0, videos=0) -%}
+DEFAULT_SYSTEM_TURN = """\
 {%- if messages and messages[0].role != 'system' -%}
 {{- '<|im_start|>system\\nDEFAULT_SYSTEM_MESSAGE<|im_end|>\\n' -}}
 {%- endif -%}
+"""
+CHAT_TEMPLATE = """\
+{%- set seen = namespace(images=0, videos=0) -%}
+DEFAULT_SYSTEM_TURN
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
 {%- if message.content is string -%}
@@ -57,15 +62,16 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
-""".replace("DEFAULT_SYSTEM_MESSAGE", DEFAULT_SYSTEM_MESSAGE)
+"""
 
 
-def make_tiny_model(directory: Path | None = None, seed: int = 0) -> Path:
-    """Write the tiny checkpoint, unless this version of it is there already, and return its directory."""
+def make_tiny_model(directory: Path | None = None, seed: int = 0, model_type: str = QWEN2_VL) -> Path:
+    """Write the tiny checkpoint of a family, unless this version of it is there already, and return its directory."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    directory = Path(directory or ROOT / "train_output" / "tiny_model")
+    name = "tiny_model" if model_type == QWEN2_VL else f"tiny_{model_type}"
+    directory = Path(directory or ROOT / "train_output" / name)
     sources = Path(__file__).read_bytes() + TEXTS.read_bytes() + f"{transformers.__version__} {seed}".encode()
     stamp = hashlib.sha256(sources).hexdigest()
     stamp_file = directory / "made_from.txt"
@@ -73,9 +79,9 @@ def make_tiny_model(directory: Path | None = None, seed: int = 0) -> Path:
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".tiny_model_", dir=directory.parent))
-    processor = make_processor(conversation_texts(TEXTS))
+    processor = make_processor(conversation_texts(TEXTS), model_type)
     processor.save_pretrained(unfinished)
-    make_model(processor.tokenizer, seed).save_pretrained(unfinished)
+    make_model(processor.tokenizer, seed, model_type).save_pretrained(unfinished)
     (unfinished / "made_from.txt").write_text(stamp, encoding="utf-8")
     if directory.exists():
         shutil.rmtree(directory)
@@ -103,10 +109,42 @@ def conversation_texts(data_file: Path) -> list[str]:
     return texts
 
 
-def make_processor(texts: list[str], vocabulary_size: int = 768):
-    """A Qwen2VLProcessor whose tokenizer is a byte-level BPE of `vocabulary_size` tokens trained on `texts`."""
+def make_processor(texts: list[str], model_type: str = QWEN2_VL, vocabulary_size: int = 768):
+    """A processor of a family, whose tokenizer is a byte-level BPE of `vocabulary_size` tokens trained on `texts`."""
+    import transformers
+    from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
+
+    tokenizer = make_tokenizer(texts, vocabulary_size)
+    system = FAMILIES[model_type].default_system
+    turn = DEFAULT_SYSTEM_TURN.replace("DEFAULT_SYSTEM_MESSAGE", system) if system else ""
+    template = CHAT_TEMPLATE.replace("DEFAULT_SYSTEM_TURN\n", turn)
+    size = {"shortest_edge": 56 * 56, "longest_edge": 16384 * 28 * 28}
+    image: dict = {"size": size}
+    video: dict = {"size": size}
+    video_kind = Qwen2VLVideoProcessor
+    if model_type == "qwen3_vl":
+        half = [0.5, 0.5, 0.5]
+        image = {
+            "patch_size": 16,
+            "size": {"shortest_edge": 256**2, "longest_edge": 4096**2},
+            "image_mean": half,
+            "image_std": half,
+        }
+        video = {"size": {"shortest_edge": 64**2, "longest_edge": 24576 * 32**2}}
+        video_kind = Qwen3VLVideoProcessor
+    kind = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+    return getattr(transformers, kind[model_type])(
+        image_processor=Qwen2VLImageProcessor(**image),
+        tokenizer=tokenizer,
+        video_processor=video_kind(**video),
+        chat_template=template,
+    )
+
+
+def make_tokenizer(texts: list[str], vocabulary_size: int):
+    """A byte-level BPE of `vocabulary_size` tokens trained on `texts`, and Qwen2-VL's special tokens."""
     from tokenizers import pre_tokenizers, trainers
-    from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+    from transformers import Qwen2Tokenizer
 
     rules = Qwen2Tokenizer()._tokenizer  # Qwen2's own normaliser and pre-tokeniser around an empty vocabulary
     trainer = trainers.BpeTrainer(
@@ -125,60 +163,69 @@ def make_processor(texts: list[str], vocabulary_size: int = 768):
         model_max_length=32768,
     )
     tokenizer.add_special_tokens({"extra_special_tokens": SPECIAL_TOKENS})
-    size = {"shortest_edge": 56 * 56, "longest_edge": 16384 * 28 * 28}
-    return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=size),
-        chat_template=CHAT_TEMPLATE,
-    )
+    return tokenizer
 
 
-def make_model(tokenizer, seed: int):
-    """A Qwen2VLForConditionalGeneration of about a million parameters with random weights."""
+def make_model(tokenizer, seed: int, model_type: str = QWEN2_VL):
+    """A model of about a million parameters with random weights."""
     import torch
-    from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
+    from transformers import GenerationConfig
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(make_config(tokenizer))
+        model = new_model(make_config(tokenizer, model_type))
     stop_tokens = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     model.generation_config = GenerationConfig(eos_token_id=stop_tokens, pad_token_id=stop_tokens[1])
     return model
 
 
-def make_config(tokenizer):
-    """The Qwen2VLConfig of `tiny`."""
-    from transformers import Qwen2VLConfig
+def make_config(tokenizer, model_type: str = QWEN2_VL):
+    """The config of `tiny`, or of another family's tiny model."""
+    from transformers import CONFIG_MAPPING
 
     token_id = tokenizer.convert_tokens_to_ids
-    return Qwen2VLConfig(
-        text_config={
-            "vocab_size": -(-len(tokenizer) // 64) * 64,  # a multiple of 64, as published ones are
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-6,
-            "initializer_range": INITIALIZER_RANGE,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
-            "bos_token_id": token_id("<|endoftext|>"),
-            "eos_token_id": token_id("<|im_end|>"),
-            "pad_token_id": token_id("<|endoftext|>"),
-        },
-        vision_config={
-            "depth": 3,
-            "embed_dim": 64,
-            "hidden_size": 128,
-            "num_heads": 4,
-            "mlp_ratio": 4,
-            "initializer_range": INITIALIZER_RANGE,
-        },
+    text = {
+        "vocab_size": -(-len(tokenizer) // 64) * 64,  # a multiple of 64, as published ones are
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": INITIALIZER_RANGE,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        "bos_token_id": token_id("<|endoftext|>"),
+        "eos_token_id": token_id("<|im_end|>"),
+        "pad_token_id": token_id("<|endoftext|>"),
+    }
+    text, tower = WITH_TOWER[model_type](text)
+    return CONFIG_MAPPING[model_type](
+        text_config=text,
+        vision_config={**tower, "num_heads": 4, "initializer_range": INITIALIZER_RANGE},
         image_token_id=token_id("<|image_pad|>"),
         video_token_id=token_id("<|video_pad|>"),
         vision_start_token_id=token_id("<|vision_start|>"),
         vision_end_token_id=token_id("<|vision_end|>"),
         tie_word_embeddings=True,
     )
+
+
+def sizes_of_2(text: dict) -> tuple[dict, dict]:
+    return text, {"depth": 3, "embed_dim": 64, "hidden_size": 128, "mlp_ratio": 4}
+
+
+def sizes_of_2_5(text: dict) -> tuple[dict, dict]:
+    tower = {"depth": 4, "hidden_size": 64, "intermediate_size": 160, "out_hidden_size": 128, "tokens_per_second": 2}
+    return text, {**tower, "window_size": 112, "fullatt_block_indexes": [1, 3]}
+
+
+def sizes_of_3(text: dict) -> tuple[dict, dict]:
+    """As in the published ones a head is wider than the hidden size over the heads."""
+    rotation = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [8, 8, 8], "mrope_interleaved": True}
+    tower = {"depth": 4, "hidden_size": 64, "intermediate_size": 256, "out_hidden_size": 128}
+    tower |= {"num_position_embeddings": 16**2, "deepstack_visual_indexes": [1, 2]}
+    return {**text, "head_dim": 48, "rope_parameters": rotation}, tower
+
+
+WITH_TOWER = {"qwen2_vl": sizes_of_2, "qwen2_5_vl": sizes_of_2_5, "qwen3_vl": sizes_of_3}

@@ -19,16 +19,15 @@ from torchvision.transforms.v2 import functional as transforms
 
 from util.data import depth, jpeg, looks_like, whole
 from util.data.video_reader import VideoReader
+from util.family import FAMILIES, QWEN2_VL, Family
 
-PATCH = 14  # pixels, the side of a patch
 MERGE = 2  # MERGE x MERGE patches become one token
 TEMPORAL = 2  # frames per temporal patch
-FACTOR = PATCH * MERGE  # image sides are multiples of this
-TOKEN_PIXELS = FACTOR * FACTOR
-IMAGE_PIXELS = (4 * TOKEN_PIXELS, 1280 * TOKEN_PIXELS)  # default budget of an image
-FRAME_PIXELS = (128 * TOKEN_PIXELS, 768 * TOKEN_PIXELS)  # default budget of a video frame
-TOTAL_PIXELS = 0.9 * 128000 * TOKEN_PIXELS  # default budget of a video, before video_max_tokens
-RESIZED_PIXELS = (4 * TOKEN_PIXELS, 16384 * TOKEN_PIXELS)  # what an item may ask for by resized_*
+# In tokens, whose size in pixels is the family's:
+IMAGE_TOKENS = (4, 1280)  # default budget of an image
+FRAME_TOKENS = (128, 768)  # default budget of a video frame
+TOTAL_TOKENS = 0.9 * 128000  # default budget of a video, before video_max_tokens
+RESIZED_TOKENS = (4, 16384)  # what an item may ask for by resized_*
 MOST_ASPECT = 200
 MOST_IMAGE_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # 178,956,970: above it Pillow refuses, here and at inference
 # These hold several pictures in one file as a rule, and the first one is seen. (A phone's MPO holds a photo and what
@@ -47,6 +46,18 @@ class Grid(NamedTuple):
     cut: bool = False  # a video whose file ends before its time: what is there is read
     deep: bool = False  # an image that is not of 8 bits (data/depth.py)
     first: bool = False  # an image whose file holds several: the first one is seen
+    step: float = 1.0  # of the time axis, from one pair of frames to the next (Qwen2.5-VL: in half seconds)
+    times: tuple[float, ...] = ()  # seconds, the middle of each pair of frames, where the text names them (Qwen3-VL)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What a table of sizes keeps of it: all but where its frames stand in time."""
+        return self[:NUMBERS]
+
+    @property
+    def places(self) -> list["Grid"]:
+        """What stands together in the text: the medium, or each of its pairs of frames by itself, after its time."""
+        return [Grid(1, self.h, self.w)] * self.t if self.times else [self]
 
     @property
     def patches(self) -> int:
@@ -57,19 +68,19 @@ class Grid(NamedTuple):
         return self.patches // MERGE**2
 
 
+NUMBERS = Grid._fields.index("step")  # of a grid, that come before where its frames stand in time
+
+
 @dataclass
 class Medium:
     """The pixels of one image or video, or what a frozen tower once made of them (data/features.py)."""
 
-    # uint8: (P, 588) of an image, 3 channels x 14 x 14, or (P, 1176) of a video, whose patches span 2 frames
-    patches: torch.Tensor  # none of them, (0, 588) or (0, 1176), where there are features
+    # uint8: (P, 3 channels x patch x patch) of an image, or twice as wide of a video, whose patches span 2 frames
+    patches: torch.Tensor  # none of them, (0, 0), where there are features
     grid: Grid
+    is_video: bool
     features: torch.Tensor | None = None  # (P, width of the tower), or (V, D) behind the merger
     key: str = ""  # FrameCache.key, by which what the tower makes of the pixels may be kept; "": it must not be
-
-    @property
-    def is_video(self) -> bool:
-        return self.patches.shape[1] == 3 * TEMPORAL * PATCH**2
 
 
 @dataclass(frozen=True)
@@ -82,18 +93,33 @@ class Budget:
     video_max_frames: int = 768
     video_max_tokens: int = 16384
     cap_pixels: int = 2**53  # a hard cap per image or frame, which --on_long_sample shrink sets per sample
+    model_type: str = QWEN2_VL  # a key of FAMILIES
 
     @classmethod
-    def of(cls, config) -> "Budget":
-        """The budget in a Config or in the training_config.json of a run."""
+    def of(cls, config, model_type: str) -> "Budget":
+        """The budget in a Config or in the training_config.json of a run, for a model of that `model_type`."""
         values = config if isinstance(config, dict) else vars(config)
-        names = [field.name for field in fields(cls) if field.name != "cap_pixels"]
-        return cls(**{name: values[name] for name in names})
+        names = [field.name for field in fields(cls) if field.name not in ("cap_pixels", "model_type")]
+        return cls(**{name: values[name] for name in names}, model_type=model_type)
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def factor(self) -> int:
+        """Sides of images are multiples of this many pixels, the side of a token."""
+        return self.family.patch * MERGE
+
+    @property
+    def token_pixels(self) -> int:
+        return self.factor**2
 
     def pixels(self, default: tuple[int, int]) -> tuple[int, int]:
-        """(fewest, most) pixels of an image or frame. A limit that is given pushes the other one's default aside."""
-        least = self.min_pixels or default[0]
-        most = self.max_pixels or default[1]
+        """(fewest, most) pixels of an image or frame, `default` in tokens. A limit that is given pushes the other one's
+        default aside."""
+        least = self.min_pixels or default[0] * self.token_pixels
+        most = self.max_pixels or default[1] * self.token_pixels
         if self.max_pixels is None:
             return least, max(least, most)
         return min(least, most), most
@@ -104,14 +130,13 @@ def load(item: dict, budget: Budget) -> Medium:
     if item["type"] == "image":
         image = open_image(item["image"])
         grid = image_grid(item, image, budget)
-        pixels = resize(to_tensor(image, item["image"]), (grid.h * PATCH, grid.w * PATCH))
-        return patchify([pixels], grid, frames_per_patch=1)
+        pixels = resize(to_tensor(image, item["image"]), size_of(grid, budget))
+        return patchify([pixels], grid, budget.family.patch, frames_per_patch=1)
     with open_video(item) as video:
-        indices, (height, width), capped = plan_video(item, video, budget)
-        grid = video_grid(video, indices, height, width, capped)
+        indices, grid = plan_video(item, video, budget)
         # One frame at a time: a full one is gone before the next is decoded.
-        frames = (resize(frame, (height, width)) for frame in video.frames_at(indices))
-        return patchify(frames, grid, frames_per_patch=TEMPORAL)
+        frames = (resize(frame, size_of(grid, budget)) for frame in video.frames_at(indices))
+        return patchify(frames, grid, budget.family.patch, frames_per_patch=TEMPORAL)
 
 
 def read_grid(item: dict, budget: Budget) -> Grid:
@@ -123,53 +148,57 @@ def read_grid(item: dict, budget: Budget) -> Grid:
     if item["type"] == "image":
         return image_grid(item, open_whole_image(item["image"]), budget)
     with open_video(item) as video:
-        indices, (height, width), capped = plan_video(item, video, budget)
+        _, grid = plan_video(item, video, budget)
         if isinstance(video, FrameList):
             video.check()
-    return video_grid(video, indices, height, width, capped)
+    return grid
 
 
 def image_grid(item: dict, image: Image.Image, budget: Budget) -> Grid:
     """The grid of an opened image, and what is to be said of its file."""
-    height, width = named(image_size, item, image.height, image.width, budget)
+    grid = named(plain_image_grid, item, image.height, image.width, budget)
     is_first = image.format in SEVERAL_PICTURES and getattr(image, "is_animated", False)
-    return Grid(1, height // PATCH, width // PATCH, deep=bool(image.info["depth"]), first=is_first)
+    return grid._replace(deep=bool(image.info["depth"]), first=is_first)
 
 
-def video_grid(video, indices: list[int], height: int, width: int, capped: bool) -> Grid:
-    """The grid of the frames of a video (or of what stands for its header), resized to height x width pixels."""
-    is_deep = getattr(video, "is_deep", False)  # of a list of frames
-    t = len(indices) // TEMPORAL
-    return Grid(t, height // PATCH, width // PATCH, capped, cut=bool(video.missing), deep=is_deep)
+def plain_image_grid(item: dict, height: int, width: int, budget: Budget) -> Grid:
+    """The grid of an image of which the size is known alone."""
+    height, width = image_size(item, height, width, budget)
+    return Grid(1, height // budget.family.patch, width // budget.family.patch)
+
+
+def size_of(grid: Grid, budget: Budget) -> tuple[int, int]:
+    """Height and width, in pixels, of the images or frames that a grid is of."""
+    return grid.h * budget.family.patch, grid.w * budget.family.patch
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
 
 
-def smart_resize(height: float, width: float, least: float, most: float) -> tuple[int, int]:
-    """Height and width in multiples of 28, the product within [least, most] pixels, the aspect ratio kept.
+def smart_resize(height: float, width: float, factor: int, least: float, most: float) -> tuple[int, int]:
+    """Height and width in multiples of `factor`, the product within [least, most] pixels, the aspect ratio kept.
 
     The rule of qwen-vl-utils, with two fixes: no side becomes 0, and `most` holds for narrow pictures, too.
     """
     if max(height, width) > MOST_ASPECT * min(height, width):
         raise ValueError(f"{width}x{height} pixels: one side is more than {MOST_ASPECT} times the other; crop it")
-    # The nearest multiples of 28, and only where these are too many or too few pixels is the picture scaled.
-    new_height = max(FACTOR, round(height / FACTOR) * FACTOR)
-    new_width = max(FACTOR, round(width / FACTOR) * FACTOR)
+    # The nearest multiples, and only where these are too many or too few pixels is the picture scaled.
+    new_height = max(factor, round(height / factor) * factor)
+    new_width = max(factor, round(width / factor) * factor)
     if new_height * new_width > most:
         scale = math.sqrt(height * width / most)
-        # Downwards, so that `most` holds; a side of a narrow picture stays 28 all the same.
-        new_height = max(FACTOR, math.floor(height / scale / FACTOR) * FACTOR)
-        new_width = max(FACTOR, math.floor(width / scale / FACTOR) * FACTOR)
+        # Downwards, so that `most` holds; a side of a narrow picture stays `factor` all the same.
+        new_height = max(factor, math.floor(height / scale / factor) * factor)
+        new_width = max(factor, math.floor(width / scale / factor) * factor)
         # Where one side could not become smaller, the other has to: qwen-vl-utils goes above `most` here.
-        longest = max(FACTOR, math.floor(most / FACTOR / FACTOR) * FACTOR)
+        longest = max(factor, math.floor(most / factor / factor) * factor)
         if new_height * new_width > most:
             new_height = min(new_height, longest)
             new_width = min(new_width, longest)
     elif new_height * new_width < least:
         scale = math.sqrt(least / (height * width))
-        new_height = math.ceil(height * scale / FACTOR) * FACTOR
-        new_width = math.ceil(width * scale / FACTOR) * FACTOR
+        new_height = math.ceil(height * scale / factor) * factor
+        new_width = math.ceil(width * scale / factor) * factor
     return new_height, new_width
 
 
@@ -178,29 +207,35 @@ def image_size(item: dict, height: int, width: int, budget: Budget) -> tuple[int
     if "resized_height" in item:
         height = item["resized_height"]
         width = item["resized_width"]
-        least, most = RESIZED_PIXELS
+        least, most = resized_pixels(budget)
     else:
-        least, most = budget.pixels(IMAGE_PIXELS)
+        least, most = budget.pixels(IMAGE_TOKENS)
         least = item.get("min_pixels", least)
         # An item that asks for more pixels than the budget's most, and names no most of its own, moves it.
         most = item.get("max_pixels", max(most, item.get("min_pixels", 0)))
     most = min(most, budget.cap_pixels)
-    return smart_resize(height, width, min(least, most), most)
+    return smart_resize(height, width, budget.factor, min(least, most), most)
+
+
+def resized_pixels(budget: Budget) -> tuple[int, int]:
+    """(fewest, most) pixels that an item may ask for by resized_*."""
+    return RESIZED_TOKENS[0] * budget.token_pixels, RESIZED_TOKENS[1] * budget.token_pixels
 
 
 def frame_size(item: dict, height: int, width: int, frames: int, budget: Budget) -> tuple[tuple[int, int], bool]:
     """The size of a video's frames, and whether --video_max_tokens made it smaller. `frames` is even."""
     if "resized_height" in item:
-        height, width = smart_resize(item["resized_height"], item["resized_width"], *RESIZED_PIXELS)
+        least, most = resized_pixels(budget)
+        height, width = smart_resize(item["resized_height"], item["resized_width"], budget.factor, least, most)
     else:
         least, most = frame_limits(item, frames, budget)
-        height, width = smart_resize(height, width, min(least, most), most)
+        height, width = smart_resize(height, width, budget.factor, min(least, most), most)
     # All pairs of frames together may cost `video_max_tokens`; this cap beats whatever was asked for.
-    cap = budget.video_max_tokens * TOKEN_PIXELS * TEMPORAL // frames
+    cap = budget.video_max_tokens * budget.token_pixels * TEMPORAL // frames
     is_capped = height * width > cap
     cap = min(cap, budget.cap_pixels)
     if height * width > cap:
-        height, width = smart_resize(height, width, 0, cap)
+        height, width = smart_resize(height, width, budget.factor, 0, cap)
     return (height, width), is_capped
 
 
@@ -209,15 +244,15 @@ def frame_limits(item: dict, frames: int, budget: Budget) -> tuple[float, float]
 
     The video's total is shared by its pairs of frames; the limit of a frame is never below 1.05 times its fewest.
     """
-    least = item.get("min_pixels", budget.pixels(FRAME_PIXELS)[0])
-    share = item.get("total_pixels", TOTAL_PIXELS) / frames * TEMPORAL
-    limit = max(min(FRAME_PIXELS[1], share), int(least * 1.05))
+    least = item.get("min_pixels", budget.pixels(FRAME_TOKENS)[0])
+    share = item.get("total_pixels", TOTAL_TOKENS * budget.token_pixels) / frames * TEMPORAL
+    limit = max(min(FRAME_TOKENS[1] * budget.token_pixels, share), int(least * 1.05))
     wanted = item.get("max_pixels", max(budget.max_pixels or limit, item.get("min_pixels", 0)))
     return least, min(wanted, limit)
 
 
-def plan_video(item: dict, video, budget: Budget) -> tuple[list[int], tuple[int, int], bool]:
-    """Which frames of a video are read, their size (height, width), and whether --video_max_tokens cut it down."""
+def plan_video(item: dict, video, budget: Budget) -> tuple[list[int], Grid]:
+    """Which frames of a video (or of what stands for its header) are read, and their grid."""
     first, last = frame_range(item, len(video), video.average_fps)
     is_list = isinstance(item["video"], list)
     if is_list:  # chosen by hand: every one is wanted, the last twice where their number is odd
@@ -231,7 +266,35 @@ def plan_video(item: dict, video, budget: Budget) -> tuple[list[int], tuple[int,
         indices = list(range(len(video))) + [len(video) - 1] * (frames - len(video))
     else:
         indices = torch.linspace(first, last, taken).round().long().tolist()
-    return indices, size, is_capped or frames > most_frames
+    patch = budget.family.patch
+    grid = Grid(
+        taken // TEMPORAL,
+        size[0] // patch,
+        size[1] // patch,
+        capped=is_capped or frames > most_frames,
+        cut=bool(video.missing),
+        deep=getattr(video, "is_deep", False),  # of a list of frames
+    )
+    # The last one of an odd list stands for the one after it, as qwen-vl-utils has it.
+    moments = list(range(frames)) if is_list and frames <= most_frames else indices
+    span = max(last - first + 1, taken)  # a single frame is taken twice
+    return indices, in_time(grid, moments, span / video.average_fps, video.average_fps, budget.family)
+
+
+def in_time(grid: Grid, moments: list[int], seconds: float, fps: float, family: Family) -> Grid:
+    """A video's grid with what its family says of time. `moments`: the frames that are taken, by their place in the
+    file, of which there are `fps` in a second; `seconds`: how long that is of which they are taken.
+
+    Qwen2.5-VL's time axis goes on by the mean distance of two pairs of frames (qwen-vl-utils' `fps` of a video, and
+    `second_per_grid_ts` of its processor). Qwen3-VL is told the middle of each pair (`_calculate_timestamps` of its
+    processor).
+    """
+    if family.tokens_per_second:
+        return grid._replace(step=family.tokens_per_second * seconds * TEMPORAL / len(moments))
+    if family.timestamps:
+        pairs = zip(moments[::TEMPORAL], moments[1::TEMPORAL], strict=True)
+        return grid._replace(times=tuple([(one + other) / 2 / fps for one, other in pairs]))
+    return grid
 
 
 def named(size_of: Callable, item: dict, *arguments):
@@ -405,24 +468,25 @@ def resize(frame: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def frames_of(medium: Medium) -> torch.Tensor:
     """The pixels that the model sees, uint8 (frames, 3, H, W): the inverse of `patchify`."""
     t, h, w = medium.grid[:3]
-    frames = medium.patches.shape[1] // (3 * PATCH**2)
-    patches = medium.patches.reshape(t, h // MERGE, w // MERGE, MERGE, MERGE, 3, frames, PATCH, PATCH)
+    frames = TEMPORAL if medium.is_video else 1
+    patch = math.isqrt(medium.patches.shape[1] // (3 * frames))
+    patches = medium.patches.reshape(t, h // MERGE, w // MERGE, MERGE, MERGE, 3, frames, patch, patch)
     pixels = patches.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)  # time, frame, channel, then rows of pixels, then columns
-    return pixels.reshape(t * frames, 3, h * PATCH, w * PATCH)
+    return pixels.reshape(t * frames, 3, h * patch, w * patch)
 
 
-def patchify(frames: Iterable[torch.Tensor], grid: Grid, frames_per_patch: int) -> Medium:
-    """Frames (3, H, W) one by one -> patches (P, 3 * frames_per_patch * 14 * 14), the four patches of a token together.
+def patchify(frames: Iterable[torch.Tensor], grid: Grid, patch: int, frames_per_patch: int) -> Medium:
+    """Frames (3, H, W) one by one -> patches (P, 3 * frames_per_patch * patch * patch), the four of a token together.
 
-    The order is the official processor's (image_processing_qwen2_vl.py: patchify).
+    `patch`: the side of a patch in pixels. The order is the official processor's (image_processing_qwen2_vl.py: patchify).
     """
     rows = grid.h // MERGE
     columns = grid.w // MERGE
-    shape = (grid.t, rows, columns, MERGE, MERGE, 3, frames_per_patch, PATCH, PATCH)
+    shape = (grid.t, rows, columns, MERGE, MERGE, 3, frames_per_patch, patch, patch)
     # Written frame by frame into one tensor: a list of frames would take the memory of a video twice.
     patches = torch.empty(shape, dtype=torch.uint8)
     for number, frame in enumerate(frames):
-        blocks = frame.unflatten(2, (columns, MERGE, PATCH)).unflatten(1, (rows, MERGE, PATCH))
+        blocks = frame.unflatten(2, (columns, MERGE, patch)).unflatten(1, (rows, MERGE, patch))
         place = patches[number // frames_per_patch, ..., number % frames_per_patch, :, :]
         place.copy_(blocks.permute(1, 4, 2, 5, 0, 3, 6))  # block row, block column, row, column, channel, y, x
-    return Medium(patches.reshape(grid.patches, -1), grid)
+    return Medium(patches.reshape(grid.patches, -1), grid, is_video=frames_per_patch > 1)

@@ -503,14 +503,13 @@ class Looked:
         return [finding.note for finding in self.findings if finding.note]
 
 
-def look_at(title: str, files: list[str], processor, config: CheckSettings) -> Looked:
+def look_at(title: str, files: list[str], processor, config: CheckSettings, budget: "Budget") -> Looked:
     """Look at one set of data, and print what there is to know of it."""
     from util.cost.measure import look
     from util.data.media import MediaReader
     from util.dataset import Examples, Samples
-    from util.vision import Budget
 
-    samples = Samples(Examples(files, processor, config.train_on), processor, Budget.of(config), MediaReader(config))
+    samples = Samples(Examples(files, processor, config.train_on), processor, budget, MediaReader(config))
     began = time.perf_counter()
     findings = look(samples, config.max_tokens, config.on_long_sample, config.num_workers, note)
     rate = len(samples) / (time.perf_counter() - began)
@@ -539,7 +538,8 @@ def check(config: CheckSettings) -> None:
     import torch
 
     from util.cost.sizes import Sizes
-    from util.model import choose_device, find_model, load_processor
+    from util.model import choose_device, find_model, load_processor, model_type_of
+    from util.vision import Budget
 
     device = choose_device(config.device)
     # what is laid out for GPUs is, unless named, what a GPU would train
@@ -547,10 +547,11 @@ def check(config: CheckSettings) -> None:
     if config.gpus and "data" not in config.given:
         return propose_layout(config, path, None)
     processor = load_processor(path, config)
-    train = look_at("training data", config.data, processor, config)
+    budget = Budget.of(config, model_type_of(path))
+    train = look_at("training data", config.data, processor, config, budget)
     all_data = [train]
     if config.eval_data:
-        held_out = look_at("evaluation data", config.eval_data, processor, config)
+        held_out = look_at("evaluation data", config.eval_data, processor, config, budget)
         all_data.append(held_out)
         show_overlap(train.notes, held_out.notes)
     sizes = Sizes.of(train.findings)

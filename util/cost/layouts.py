@@ -24,7 +24,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from transformers import Qwen2VLForConditionalGeneration
 
 from util import compilation
 from util.adapters import lora
@@ -33,6 +32,7 @@ from util.cost import memory
 from util.cost.activations import Divided, kept_by
 from util.cost.links import GATHER, REDUCE, SCATTER
 from util.cost.work import Rows
+from util.family import new_model
 from util.model import layers
 from util.steps import heaviest
 from util.tensors import PARTS, part_of
@@ -132,7 +132,7 @@ class Weights:
         small.text_config.num_hidden_layers = small.vision_config.depth = 1
         small.text_config.layer_types = small.text_config.layer_types[:1]
         with torch.device("meta"):
-            model = Qwen2VLForConditionalGeneration(small)
+            model = new_model(small)
         of_layers = [set(layer.parameters()) for layer in layers(model)]
         found = []
         root = []

@@ -258,7 +258,7 @@ def shrink(samples: Samples, example: Example, size: Size, max_tokens: int) -> t
     text = size.tokens - sum(grid.tokens for grid in size.grids)
 
     def with_cap(tokens: int) -> tuple[vision.Budget, list[vision.Grid]]:
-        budget = replace(samples.budget, cap_pixels=tokens * vision.TOKEN_PIXELS)
+        budget = replace(samples.budget, cap_pixels=tokens * samples.budget.token_pixels)
         return budget, [grid_of(budget) for grid_of in grids_of]
 
     def total(grids: list[vision.Grid]) -> int:
@@ -290,16 +290,14 @@ def read_header(item: dict, budget: vision.Budget) -> Callable[[vision.Budget], 
         height, width = image.height, image.width
 
         def grid_of(budget: vision.Budget) -> vision.Grid:
-            rows, columns = vision.named(vision.image_size, item, height, width, budget)
-            return vision.Grid(1, rows // vision.PATCH, columns // vision.PATCH)
+            return vision.named(vision.plain_image_grid, item, height, width, budget)
 
         return grid_of
     with vision.open_video(item) as video:
         header = VideoHeader(len(video), video.height, video.width, video.average_fps, video.missing)
 
     def grid_of(budget: vision.Budget) -> vision.Grid:
-        indices, (height, width), capped = vision.plan_video(item, header, budget)
-        return vision.video_grid(header, indices, height, width, capped)
+        return vision.plan_video(item, header, budget)[1]
 
     return grid_of
 
@@ -343,6 +341,8 @@ class QuickSize:
         if size is None:
             return self.samples.size_of(example)
         grids = self.samples._media(example, vision.read_grid)
+        if any(grid.times for grid in grids):  # the text names them
+            return self.samples.size_of(example)
         return replace(size, tokens=size.tokens + sum(grid.tokens - 1 for grid in grids), grids=grids)
 
     def text_size(self, example: Example) -> Size | None:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import Qwen2VLForConditionalGeneration
 
 from util import compilation, ranks
 from util.adapters import lora
@@ -22,6 +21,7 @@ from util.config import Config
 from util.cost import allocator
 from util.cost.activations import FP32, Divided, Kept, kept_by
 from util.cost.settings import GIB, budget_in_bytes
+from util.family import new_model
 from util.model import layers
 from util.steps import Load, Survey
 from util.tensors import PARTS, part_of
@@ -34,7 +34,7 @@ def count_parameters(model_config, config: Config) -> dict:
     Besides the parts: those of the "largest_layer" and of "all_layers".
     """
     with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(model_config)
+        model = new_model(model_config)
     counts = dict.fromkeys(PARTS, 0)
     counts["adapters"] = lora.count_trained(model_config, config)
     for name, parameter in model.named_parameters():

@@ -16,7 +16,7 @@ from util.dataset import Size
 
 FINE = 0  # in the column "reason": the sample is trained on; of others it holds 1 + the place in REASONS
 TOO_LONG = 1 + REASONS.index("too long")
-GRID_COLUMNS = len(vision.Grid._fields)
+GRID_COLUMNS = vision.NUMBERS  # of a grid; where frames stand in time costs nothing
 NUMBERS = {
     "tokens": np.int32,
     "supervised": np.int32,
@@ -83,7 +83,7 @@ class Table:
             size = finding.size or finding.refused or Size(0, 0, [])
             rows.extend(numbers_of(finding, size))
             for grid in size.grids:
-                grids.extend(grid)
+                grids.extend(grid.numbers)
             grid_ends.append(len(grids) // GRID_COLUMNS)
             files += finding.files
             file_ends.append(len(files))

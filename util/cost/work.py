@@ -14,7 +14,7 @@ from util.cost.flops import attention_flops, forward_flops, training_flops
 from util.cost.sizes import Columns, Sizes
 from util.dataset import Size
 from util.steps import deal, heaviest
-from util.vision import IMAGE_PIXELS, PATCH, Budget, Grid, frame_count, frame_size, smart_resize
+from util.vision import TEMPORAL, Budget, Grid, frame_count, frame_size, plain_image_grid
 
 MOST_LOOKED = 1024  # samples, where a global batch has fewer
 MOST_STEPS = 4
@@ -140,13 +140,13 @@ def draw(generator: random.Random, budget: Budget) -> Size:
     grids = []
     if 0.3 <= kind < 0.8:
         height, width = ((336, 448), (1080, 1920), (2160, 3840))[generator.choices(range(3), (5, 3, 2))[0]]
-        height, width = smart_resize(height, width, *IMAGE_PIXELS)
-        grids = [Grid(1, height // PATCH, width // PATCH)]
+        grids = [plain_image_grid({}, height, width, Budget(model_type=budget.model_type))]
     elif kind >= 0.8:
         seconds = 2 * (1800 ** generator.random())  # 2 s to 1 h, evenly on a logarithmic scale
         frames = frame_count({}, round(seconds * 30), 30, budget)
         (height, width), _ = frame_size({}, 720, 1280, frames, budget)
-        grids = [Grid(frames // 2, height // PATCH, width // PATCH)]
+        patch = budget.family.patch
+        grids = [Grid(frames // TEMPORAL, height // patch, width // patch)]
     return Size(text + sum(grid.tokens for grid in grids), max(1, text // 4), grids)
 
 
@@ -154,7 +154,7 @@ def typical(config: Config, model_config, seed: int = 0) -> Workload:
     """Global batches of the mix under the budget of `config` for videos."""
     steps = max(1, min(MOST_STEPS, MOST_LOOKED // config.global_batch_size))
     generator = random.Random(seed)
-    budget = Budget.of(config)
+    budget = Budget.of(config, model_config.model_type)
     drawn = [draw(generator, budget) for _ in range(steps * config.global_batch_size)]
     words = "a mix of 30 % texts, 50 % images up to 4K and 20 % videos of 2 s to 1 h"
     return Workload.of_sizes(drawn, config, model_config, words)

@@ -34,10 +34,11 @@ try:
 except ModuleNotFoundError:  # Windows, where the folder is refused
     fcntl = None  # type: ignore[assignment]
 
-VERSION = 3  # raise it when vision.py or video_reader.py make other pixels of the same file and settings
+VERSION = 4  # raise it when vision.py or video_reader.py make other pixels of the same file and settings
 MAGIC = b"patches\0"
-# CRC-32 of the rest and the key; magic; the numbers of a vision.Grid, bytes per patch; CRC-32 of the patches
-HEADER = struct.Struct("<I8s9I16x")
+# CRC-32 of the rest and the key; magic; the numbers of a vision.Grid, bytes per patch; CRC-32 of what follows the header:
+# the patches and, as float64, the times of the grid; its step, how many times; whether it is of a video
+HEADER = struct.Struct("<I8s9IdII")
 # Only files with names of these two forms are ever deleted: the folder may hold other files, too.
 ENTRY = re.compile(r"[0-9a-f]{64}\.(patches|features)")
 UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.unfinished")
@@ -288,8 +289,8 @@ class FrameCache(Folder):
         if None in identities:
             return None
         decoder = av.__version__ if is_video and not is_list else PIL.__version__
-        constants = [VERSION, torch.__version__, torchvision.__version__, decoder, vision.PATCH, vision.MERGE,
-                     vision.TEMPORAL, vision.IMAGE_PIXELS, vision.FRAME_PIXELS, vision.TOTAL_PIXELS]  # fmt: skip
+        constants = [VERSION, torch.__version__, torchvision.__version__, decoder, asdict(budget.family), vision.MERGE,
+                     vision.TEMPORAL, vision.IMAGE_TOKENS, vision.FRAME_TOKENS, vision.TOTAL_TOKENS]  # fmt: skip
         # All settings and keys count but those that are known not to matter, so that a new one counts from the start.
         without_effect = settings_without_effect(is_video, is_list)
         limits = {name: value for name, value in asdict(budget).items() if not name.startswith(without_effect)}
@@ -317,11 +318,18 @@ class FrameCache(Folder):
         return self.try_to_write(self._path(key), lambda: self._store(key, medium))
 
     def _store(self, key: str, medium: "Medium") -> None:
-        pixels = medium.patches.contiguous().flatten().numpy()
-        fields = MAGIC, *medium.grid, medium.patches.shape[1], zlib.crc32(pixels)
+        import torch
+
+        grid = medium.grid
+        pixels = medium.patches.contiguous().flatten()
+        if grid.times:
+            pixels = torch.cat([pixels, torch.tensor(grid.times, dtype=torch.float64).view(torch.uint8)])
+        content = pixels.numpy()
+        fields = MAGIC, *grid.numbers, medium.patches.shape[1], zlib.crc32(content), grid.step, len(grid.times)
+        fields += (medium.is_video,)
         rest = HEADER.pack(0, *fields)[4:]  # the header without its own checksum
         header = HEADER.pack(zlib.crc32(rest + key.encode()), *fields)
-        self.write(self._path(key), header, pixels)
+        self.write(self._path(key), header, content)
 
 
 def settings_without_effect(is_video: bool, is_list: bool) -> tuple[str, ...]:
@@ -351,10 +359,13 @@ def read_entry(path: Path, key: str, with_pixels: bool) -> "Medium | Grid":
     with open(path, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         header = file.read(HEADER.size).ljust(HEADER.size, b"\0")
-        own_checksum, magic, t, h, w, *facts, columns, checksum = HEADER.unpack(header)
-        grid = Grid(t, h, w, *map(bool, facts))
-        is_whole = magic == MAGIC and status.st_size == HEADER.size + grid.patches * columns
+        own_checksum, magic, t, h, w, *facts, columns, checksum, step, times, is_video = HEADER.unpack(header)
+        grid = Grid(t, h, w, *map(bool, facts), step=step)
+        end = HEADER.size + grid.patches * columns  # of the patches
+        is_whole = magic == MAGIC and status.st_size == end + 8 * times
         is_whole = is_whole and own_checksum == zlib.crc32(header[4:] + key.encode())
+        if is_whole and times:
+            grid = grid._replace(times=struct.unpack(f"<{times}d", os.pread(file.fileno(), 8 * times, end)))
         if is_whole and not with_pixels:
             return grid
         # The checksum is made by reading, not over the mapping: the process does not grow, and a bad disk raises here
@@ -373,4 +384,5 @@ def read_entry(path: Path, key: str, with_pixels: bool) -> "Medium | Grid":
     except RuntimeError:  # deleted since it was opened
         raise FileNotFoundError(errno.ENOENT, "gone") from None
     # Through NumPy, because a tensor that torch knows to be a mapping cannot be sent from a data worker.
-    return Medium(torch.from_numpy(mapped[HEADER.size :].view(grid.patches, columns).numpy()), grid)
+    patches = mapped[HEADER.size : end].view(grid.patches, columns)
+    return Medium(torch.from_numpy(patches.numpy()), grid, is_video=bool(is_video))

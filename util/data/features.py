@@ -25,12 +25,12 @@ from typing import NamedTuple
 import torch
 
 from util.data.cache import FEATURES, Counts, Folder, FrameCache, mark_as_used
-from util.vision import PATCH, TEMPORAL, Budget, Grid, Medium
+from util.vision import Budget, Grid, Medium
 
-MAGIC = b"feature\0"
+MAGIC = b"feature2"
 # CRC-32 of the rest and the name; magic; the numbers of a vision.Grid, whether it is a video, rows, columns, their
-# dtype; CRC-32 of the rows
-HEADER = struct.Struct("<I8s12I4x")
+# dtype; CRC-32 of the rows; the grid's step
+HEADER = struct.Struct("<I8s12Id")
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 COUNTS = ("hits", "misses", "stored", "not_stored", "damaged")
 CLOCK_TICK = 20_000_000  # nanoseconds by which the times that a file system notes may lag
@@ -103,8 +103,8 @@ class FeatureCache(Folder):
 
     def _write(self, path: Path, medium: Unkept, rows: torch.Tensor) -> None:
         content = rows.contiguous().view(torch.uint8).flatten().numpy()
-        facts = *medium.grid, medium.is_video, *rows.shape, DTYPES.index(rows.dtype)
-        rest = HEADER.pack(0, MAGIC, *facts, zlib.crc32(content))[4:]  # the header without its own checksum
+        facts = *medium.grid.numbers, medium.is_video, *rows.shape, DTYPES.index(rows.dtype)
+        rest = HEADER.pack(0, MAGIC, *facts, zlib.crc32(content), medium.grid.step)[4:]  # the header without its own checksum
         header = zlib.crc32(rest + path.stem.encode()).to_bytes(4, "little") + rest
         # What this run has used stays: epoch by epoch everything is asked for once, and if each new entry pushed out
         # the oldest one, none would be there when its turn comes. So as many are kept as there is room for.
@@ -130,7 +130,7 @@ def read_features(path: Path) -> Medium:
     with open(path, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         header = file.read(HEADER.size).ljust(HEADER.size, b"\0")
-        own_checksum, magic, t, h, w, *facts, is_video, rows, columns, dtype, checksum = HEADER.unpack(header)
+        own_checksum, magic, t, h, w, *facts, is_video, rows, columns, dtype, checksum, step = HEADER.unpack(header)
         damaged = OSError(errno.EIO, "a damaged entry, which is made anew")
         if magic != MAGIC or own_checksum != zlib.crc32(header[4:] + path.stem.encode()):
             raise damaged
@@ -144,8 +144,8 @@ def read_features(path: Path) -> Medium:
         if zlib.crc32(content) != checksum:
             raise damaged
         mark_as_used(file, status)
-    width = 3 * PATCH**2 * (TEMPORAL if is_video else 1)
-    return Medium(torch.empty(0, width, dtype=torch.uint8), Grid(t, h, w, *map(bool, facts)), features)
+    grid = Grid(t, h, w, *map(bool, facts), step=step)
+    return Medium(torch.empty(0, 0, dtype=torch.uint8), grid, bool(is_video), features)
 
 
 class FeatureWriter:

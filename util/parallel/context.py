@@ -31,7 +31,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from util.attention import BACKENDS, NAME, Segments
-from util.collator import Batch, patch_positions, tower_segments
+from util.collator import Batch, pieces_of
 from util.command_line import UserError
 from util.loss import PackedLoss
 from util.vision import MERGE, Grid
@@ -174,12 +174,16 @@ def pictures_of(whole: Batch, units: list[Unit]) -> dict[str, Any]:
     images = [whole.image_patches[unit.patches] for unit in units if not unit.is_video]
     videos = [whole.video_patches[unit.patches] for unit in units if unit.is_video]
     grids = [unit.grid for unit in units]
-    positions = [patch_positions(grid) for grid in grids]
+    before = len(whole.image_patches)
+    seen = [unit.patches for unit in units if not unit.is_video]  # of all patches, images first
+    seen += [slice(before + unit.patches.start, before + unit.patches.stop) for unit in units if unit.is_video]
+    positions = [whole.vision_position_ids[patches] for patches in seen]
     return {
         "image_patches": torch.cat([*images, whole.image_patches[:0]]),
         "video_patches": torch.cat([*videos, whole.video_patches[:0]]),
         "vision_position_ids": torch.cat([*positions, whole.vision_position_ids[:0]]),
-        "vision_segments": tower_segments(grids),
+        "vision_segments": pieces_of(whole.vision_segments, seen),
+        "window_segments": pieces_of(whole.window_segments, seen),
         "grid_thw": torch.tensor([grid[:3] for grid in grids]).reshape(-1, 3),
     }
 

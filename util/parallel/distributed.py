@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from transformers import Qwen2VLForConditionalGeneration
 
 from util import compilation, model, ranks
 from util.adapters import lora
@@ -30,6 +29,7 @@ from util.config import Config
 from util.cost import stages
 from util.cost.flops import training_flops
 from util.cost.sizes import Sizes
+from util.family import new_model
 from util.log import Run, SilentRun
 from util.loss import PackedLoss
 from util.model import choose_attention, choose_device, choose_dtype, layers, load_trainable, shard
@@ -295,7 +295,7 @@ def build_sharded(
         read = load_trainable(config, path, torch.device("cpu"))
         whole = model.pack_loss(read, config, processor, world.device, kind)
     with torch.device("meta"):
-        bare = Qwen2VLForConditionalGeneration(model_config)
+        bare = new_model(model_config)
         packed = model.pack_loss(bare, config, processor, world.device, kind)
     take_precision(packed, from_first_rank(lambda: precision_of(whole)))
     mesh = make_mesh(config, world)

@@ -209,12 +209,14 @@ class StageLoss(PackedLoss):
         shape = len(batch.input_ids), self.model.config.text_config.hidden_size
         return torch.empty(shape, dtype=self.dtype, device=self.pixel_scale.device)
 
-    def embed(self, batch: Batch, visual: torch.Tensor | None = None) -> torch.Tensor:
-        return super().embed(batch, visual) if self.arrived is None else self.arrived
+    def embed(self, batch: Batch, visual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.arrived is None:
+            return super().embed(batch, visual)
+        return self.arrived, self.arrived.new_zeros(0, 0, self.arrived.shape[1])  # the first stage has added the others
 
     def forward(self, batch: Batch, arrived: torch.Tensor | None = None) -> torch.Tensor:
         self.arrived = arrived
-        found = super().forward(batch) if self.pipe.is_last else self.decode(batch, self.embed(batch))
+        found = super().forward(batch) if self.pipe.is_last else self.decode(batch, *self.embed(batch))
         self.arrived = None
         return found
 
@@ -227,7 +229,7 @@ class StageLoss(PackedLoss):
         if self.pipe.is_last:
             found = super().score(batch, visual)
         else:
-            self.pipe.keep(self.pipe.send_down(self.decode(batch, self.embed(batch, visual))))
+            self.pipe.keep(self.pipe.send_down(self.decode(batch, *self.embed(batch, visual))))
             found = torch.zeros(2, len(batch.target_ids), device=self.pixel_scale.device)
         self.arrived = None
         return found

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from util.collator import Batch, Collator, patch_positions, tower_segments
+from util.attention import Segments
+from util.collator import Batch, Collator, patch_positions
 from util.data import loader
 from util.dataset import Sample
 from util.guard import unread_batch
 from util.parallel import context
-from util.vision import MERGE, PATCH, Grid
+from util.vision import MERGE, Grid
 
 
 def packed_batches(samples, micro_batches: Iterable[list[int]], collate: Callable, config, world):
@@ -49,10 +50,11 @@ def with_blank_patches(batch: Batch) -> Batch:
     grid = Grid(1, MERGE, MERGE)
     return replace(
         batch,
-        image_patches=torch.zeros(grid.patches, 3 * PATCH**2, dtype=torch.uint8),
+        image_patches=torch.zeros(grid.patches, batch.image_patches.shape[1], dtype=torch.uint8),
         grid_thw=torch.cat([batch.grid_thw, torch.tensor([grid[:3]])]),
         vision_position_ids=patch_positions(grid),
-        vision_segments=tower_segments([grid]),
+        vision_segments=Segments.of([grid.patches]),
+        window_segments=Segments.of([grid.patches]),
     )
 
 
@@ -68,7 +70,7 @@ class SharedBatches:
         if world.rank in self.readers:
             mine = islice(ahead, self.readers.index(world.rank), None, len(self.readers))
             # Blank patches are for shares, and so is pinned memory: what is read here is only handed on.
-            self.own = loader.packed_batches(samples, mine, Collator(), config, world.device, is_pinned=False)
+            self.own = loader.packed_batches(samples, mine, Collator(samples.budget.model_type), config, world.device, is_pinned=False)
 
     def __iter__(self) -> Iterator[Batch]:
         ranks = self.readers
@@ -132,7 +134,8 @@ def without_pictures(batch: Batch) -> Batch:
         video_patches=batch.video_patches[:0],
         grid_thw=batch.grid_thw[:0],
         vision_position_ids=batch.vision_position_ids[:0],
-        vision_segments=tower_segments([]),
+        vision_segments=Segments.of([]),
+        window_segments=Segments.of([]),
         visual_index=batch.visual_index[:0],
     )
 

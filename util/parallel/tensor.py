@@ -212,9 +212,9 @@ class TensorLoss(PackedLoss):
 
     sharing: Sharing
 
-    def run_layers(self, repeated: nn.ModuleList, hidden: torch.Tensor, rotation: Any, segments: Any) -> torch.Tensor:
+    def run_layers(self, repeated: nn.ModuleList, hidden: torch.Tensor, *others: Any) -> torch.Tensor:
         count = len(hidden)
-        hidden = super().run_layers(repeated, self.sharing.before_layers(hidden), rotation, segments)
+        hidden = super().run_layers(repeated, self.sharing.before_layers(hidden), *others)
         return self.sharing.after_layers(hidden, count)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
+from transformers import GenerationConfig, PreTrainedModel
 
+from util import family
 from util.adapters import lora, new_tokens
 from util.adapters.new_tokens import NewTokens
 from util.adapters.settings import LoraSettings
@@ -70,7 +71,7 @@ def export(checkpoint: Path, out: Path) -> None:
     processor = load_processor(settings["model"])
     if tokens:
         new_tokens.add(processor.tokenizer, tokens.texts)
-    set_budget(processor, Budget.of(settings))
+    set_budget(processor, Budget.of(settings, model.config.model_type))
     write_published(model, weights, processor, out)
 
 
@@ -91,13 +92,13 @@ def tokens_of(checkpoint: Path, path: str) -> NewTokens | None:
     return new_tokens.plan(tuple(entries), path) if entries else None
 
 
-def empty_model(path: str, tokens: NewTokens | None) -> Qwen2VLForConditionalGeneration:
+def empty_model(path: str, tokens: NewTokens | None) -> PreTrainedModel:
     """The model as training has it, but without memory for weights. `path`: a model's folder or its name on the hub."""
     config = load_config(path)
     if tokens:
         config.text_config.vocab_size = tokens.rows
     with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(config)
+        model = family.new_model(config)
     model.config.use_cache = False
     with suppress(OSError):  # not every model has a generation config
         model.generation_config = GenerationConfig.from_pretrained(path)

@@ -181,13 +181,13 @@ def load_answerer(settings: Settings, path: str, processor):
 def answers_of(settings: Settings, model: str | None, name: str, reuse: bool) -> list:
     """Answer all test questions with a model, and write `test_output/NAME.jsonl`."""
     from util.dataset import load_examples
-    from util.model import choose_device, choose_dtype, find_model, load_processor
+    from util.model import choose_device, choose_dtype, find_model, load_processor, model_type_of
     from util.results import answer_files, evaluate
     from util.vision import Budget
 
     device = choose_device(settings.device)
     path = find_model(model, device)
-    budget = Budget(**settings.budget)
+    budget = Budget(**settings.budget, model_type=model_type_of(path))
     precision = str(choose_dtype(settings.dtype, device))
     processor = load_processor(path)
     questions = evaluate.questions_of(load_examples(settings.data, processor))
@@ -215,7 +215,7 @@ def answer_one(settings: Settings, model: str | None) -> None:
     from util.conversation import control_tokens
     from util.data.entries import check_messages
     from util.data.lines import DataError
-    from util.model import choose_device, find_model, load_processor
+    from util.model import choose_device, find_model, load_processor, model_type_of
     from util.results.evaluate import ask
     from util.vision import Budget
 
@@ -230,7 +230,8 @@ def answer_one(settings: Settings, model: str | None) -> None:
         messages = check_messages({"messages": asked}, control_tokens(answerer.processor), Path.cwd())[:1]
     except DataError as error:
         raise UserError(f"the question{error}") from None
-    answer = ask(answerer, messages, Budget(**settings.budget), settings.max_new_tokens).strip()
+    budget = Budget(**settings.budget, model_type=model_type_of(path))
+    answer = ask(answerer, messages, budget, settings.max_new_tokens).strip()
     print(answer)
     show_boxes(answer, [item for item in messages[0]["content"] if item["type"] == "image"], settings.output_dir)
 

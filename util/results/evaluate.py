@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice, takewhile
+from typing import Any
 
 import torch
 from torch import nn
@@ -125,7 +126,8 @@ def is_learned(message: dict) -> bool:
     return message["role"] == "assistant" and message.get("weight", 1.0) > 0
 
 
-Prompt = tuple[torch.Tensor, torch.Tensor]  # embeddings (L, D), positions (L, 3)
+# The embeddings and what the first K layers add to them (L, 1 + K, D; see loss.py), positions (L, 3)
+Prompt = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -142,6 +144,7 @@ class Answerer:
 
     def __init__(self, packed: PackedLoss, processor, device: torch.device) -> None:
         self.packed = packed
+        self.collate = Collator(packed.model.config.model_type)
         self.processor = processor
         self.device = device
         self.stop = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
@@ -165,12 +168,12 @@ class Answerer:
         Greedy decoding writes the likeliest token each time. Where every token of a reference is the likeliest after
         those before it, the reference is what would be generated: one forward pass instead of one for each token.
         """
-        batch = Collator()([whole for _, whole in pairs])
+        batch = self.collate([whole for _, whole in pairs])
         there = batch.to(self.device)
         visual = self.packed.visual_tokens(there) if len(batch.visual_index) else None
         losses, likeliest = self.packed.score(there, visual).cpu()
         owner = torch.bucketize(batch.supervised_index, batch.segments.cu_seqlens[1:], right=True)
-        rows = self.prompts_of(there, self.packed.embed(there, visual))
+        rows = self.prompts_of(there, visual)
         found = []
         for number, (prompt, whole) in enumerate(pairs):
             is_own = owner == number
@@ -189,24 +192,28 @@ class Answerer:
     @torch.no_grad()
     def answers(self, prompts: list[Sample], max_new_tokens: int) -> list[str]:
         """Greedy answers to a batch of prompts, one per prompt, cut at the end token."""
-        batch = Collator()(prompts).to(self.device)
-        return self.generate(self.prompts_of(batch, self.packed.embed(batch)), max_new_tokens)
+        batch = self.collate(prompts).to(self.device)
+        return self.generate(self.prompts_of(batch), max_new_tokens)
 
-    def prompts_of(self, batch: Batch, embeddings: torch.Tensor) -> list[Prompt]:
-        """The Prompt of each sample of a packed batch, whose embeddings are (T, D)."""
+    def prompts_of(self, batch: Batch, visual: torch.Tensor | None = None) -> list[Prompt]:
+        """The Prompt of each sample of a packed batch; `visual`: its visual tokens, where they are known already."""
+        embeddings, deeper = self.packed.embed(batch, visual)
+        added = embeddings.new_zeros(len(embeddings), *deeper.shape[1:]).index_copy(0, batch.visual_index, deeper)
+        rows = torch.cat([embeddings[:, None], added], dim=1)
         lengths = batch.segments.lengths
-        return list(zip(embeddings.split(lengths), batch.position_ids.T.split(lengths), strict=True))
+        return list(zip(rows.split(lengths), batch.position_ids.T.split(lengths), strict=True))
 
     @torch.no_grad()
     def generate(self, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
         """As `answers` does, for prompts that are embedded already."""
         model = self.packed.model
         text = model.config.text_config
-        embeddings, mask, positions = self.pad(prompts)
+        (embeddings, *deeper), mask, positions = self.pad(prompts)
         packed_attention = text._attn_implementation
         text._attn_implementation = "sdpa"  # packed attention cannot handle padding
         try:
             self.generation.max_new_tokens = max_new_tokens
+            add_to_prompts(model.model.language_model.layers, deeper)
             generated = model.generate(
                 inputs_embeds=embeddings,
                 attention_mask=mask,
@@ -227,19 +234,38 @@ class Answerer:
         return self.processor.tokenizer.decode(tokens, skip_special_tokens=False)
 
     def pad(self, prompts: list[Prompt]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Left-padded embeddings (B, L, D), mask (B, L) and the released model's positions (4, B, L)."""
+        """Left-padded embeddings and what is added to them (1 + K, B, L, D), mask (B, L) and the released model's
+        positions (4, B, L)."""
         longest = max(len(embeddings) for embeddings, _ in prompts)
-        padded = prompts[0][0].new_zeros(len(prompts), longest, prompts[0][0].shape[1])
+        deepest = max(embeddings.shape[1] for embeddings, _ in prompts)  # a prompt without pictures has one level
+        padded = prompts[0][0].new_zeros(deepest, len(prompts), longest, prompts[0][0].shape[2])
         mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device=self.device)
         positions = torch.zeros(4, len(prompts), longest, dtype=torch.int64, device=self.device)
         for number, (embeddings, position_ids) in enumerate(prompts):
             length = len(embeddings)
             begin = longest - length
-            padded[number, begin:] = embeddings
+            padded[: embeddings.shape[1], number, begin:] = embeddings.transpose(0, 1)
             mask[number, begin:] = 1
             positions[0, number, begin:] = torch.arange(length, device=self.device)
             positions[1:, number, begin:] = position_ids.T
         return padded, mask, positions
+
+
+def add_to_prompts(layers: nn.ModuleList, deeper: list[torch.Tensor]) -> None:
+    """Let the first layers, when they see prompts for the next time, each add its part of `deeper` (B, L, D).
+
+    transformers does so only where it runs the vision tower itself: given embeddings, Qwen3-VL answers without.
+    """
+
+    def add_once(layer: Any, added: torch.Tensor) -> None:
+        def add(module: nn.Module, inputs: tuple, hidden: torch.Tensor) -> torch.Tensor:
+            hook.remove()  # the tokens that are generated after the prompt are no pictures
+            return hidden + added
+
+        hook = layer.register_forward_hook(add)
+
+    for layer, added in zip(layers, deeper, strict=False):
+        add_once(layer, added)
 
 
 class QuestionSamples(Samples):
@@ -252,7 +278,7 @@ class QuestionSamples(Samples):
             piece.weight = 0.0  # earlier answers are part of the question
         pieces[-1].weight = 1.0  # the answer's own loss is told, whatever it weighs beside others
         media = self._media(example, vision.load)
-        prompt = conversation.encode(pieces[:-1], self.processor)
+        prompt = conversation.encode(pieces[:-1], self.processor, [medium.grid for medium in media])
         reference = conversation.encode(pieces[-1:], self.processor)
         whole = replace(
             prompt,
@@ -401,11 +427,12 @@ def sizes_of(questions: QuestionSamples, on_bad_sample: str) -> list[int]:
 
 def ask(answerer: Answerer, messages: list[dict], budget: vision.Budget, max_new_tokens: int) -> str:
     """The answer to one conversation that ends with a user message (content as items, as in a data file)."""
-    encoded = conversation.encode(conversation.render_prompt(messages, answerer.processor), answerer.processor)
     try:
         media = MediaReader().each(vision.load, Example(messages, "").media, budget)
     except ValueError as error:
         raise UserError(f"the question: {error}") from None
+    pieces = conversation.render_prompt(messages, answerer.processor)
+    encoded = conversation.encode(pieces, answerer.processor, [medium.grid for medium in media])
     return answerer.answers([Sample(encoded, media, "the question")], max_new_tokens)[0]
 
 

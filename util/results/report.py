@@ -133,7 +133,7 @@ def check_same_questions(columns: dict[str, list[Answer]]) -> None:
 def as_shown(made_from: dict) -> dict:
     """What answers were made from, for a reader: the settings of the budget one by one, no marks of files."""
     facts = {**made_from, **made_from.get("budget", {})}
-    for key in ("budget", "weights", "cap_pixels"):  # no cap is ever set for test data
+    for key in ("budget", "weights", "cap_pixels", "model_type"):  # no cap is ever set for test data
         facts.pop(key, None)
     return {key: plain(value) for key, value in facts.items()}
 

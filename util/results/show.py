@@ -25,10 +25,12 @@ def describe(samples, index: int) -> str:
     from util.collator import expand, mrope_positions
 
     sample = samples[index]
-    grids = [medium.grid for medium in sample.media]
+    grids = [place for medium in sample.media for place in medium.grid.places]
+    videos = [medium.is_video for medium in sample.media for _ in medium.grid.places]
     ids, weights, spans = expand(sample.encoded, grids)
     positions = mrope_positions(len(ids), spans, grids)
-    media_at = {begin: (end, medium) for (begin, end), medium in zip(spans, sample.media, strict=True)}
+    places = zip(spans, grids, videos, strict=True)
+    media_at = {begin: (end, grid, is_video) for (begin, end), grid, is_video in places}
     visual, patches = sum(grid.tokens for grid in grids), sum(grid.patches for grid in grids)
     lines = [
         f"{sample.where}: {len(ids):,} tokens = {len(ids) - visual:,} text + {visual:,} visual "
@@ -41,9 +43,8 @@ def describe(samples, index: int) -> str:
     token = 0
     while token < len(ids):
         if token in media_at:
-            end, medium = media_at[token]
-            t, h, w = medium.grid[:3]
-            text = f"<video {t}x{h}x{w}>" if medium.is_video else f"<image {h}x{w}>"
+            end, (t, h, w, *_), is_video = media_at[token]
+            text = f"<video {t}x{h}x{w}>" if is_video else f"<image {h}x{w}>"
         else:
             end = token + 1
             while end < len(ids) and end not in media_at and weights[end] == weights[token]:
@@ -149,13 +150,14 @@ def show_sample(given: argparse.Namespace) -> None:
     import torch
 
     from util.dataset import Samples, load_examples
-    from util.model import find_model, load_processor
+    from util.model import find_model, load_processor, model_type_of
     from util.vision import Budget
 
     limits = {name: getattr(given, name) for name in SIZES if getattr(given, name) is not None}
     config = Config(**limits, new_tokens=given.new_tokens)
-    processor = load_processor(find_model(given.model or "tiny", torch.device("cpu")), config)
-    samples = Samples(load_examples([given.data], processor), processor, Budget.of(config))
+    path = find_model(given.model or "tiny", torch.device("cpu"))
+    processor = load_processor(path, config)
+    samples = Samples(load_examples([given.data], processor), processor, Budget.of(config, model_type_of(path)))
     number = given.sample or 0
     if not 0 <= number < len(samples):
         raise UserError(f"--sample {number}: {given.data} has samples 0 to {len(samples) - 1}")

@@ -17,7 +17,7 @@ from util.cost.measure import measure_all
 from util.data.lines import DataError, split_weight
 from util.data.media import MediaReader
 from util.dataset import Examples, Samples
-from util.model import build_model, choose_device, load_processor
+from util.model import build_model, choose_device, load_processor, model_type_of
 from util.optimizer import build_optimizer, sum_gradients_in_fp32
 from util.run_folder import METRICS, SAMPLES, complete_checkpoints, read_lines, read_metrics, read_settings, step_of
 from util.tensors import run_parameters
@@ -60,7 +60,7 @@ class RunStep:
             raise UserError(
                 f"{', '.join(self.config.data)}: fewer samples than {run} was trained on; restore the files"
             )
-        budget = Budget.of(settings)
+        budget = Budget.of(settings, model_type_of(self.model_path))
         self.samples = Samples(examples, self.processor, budget, MediaReader(self.config))
         if self.config.on_long_sample == "shrink":
             measure_all(self.samples, self.config)  # finds the budgets of those that were shrunk
@@ -116,9 +116,10 @@ class RunStep:
     def read(self) -> dict[int, Batch]:
         """A batch of each sample alone, by its number, of those that can be read."""
         batches = {}
+        collate = Collator(self.samples.budget.model_type)
         for number in self.sample_numbers:
             with suppress(DataError):  # `--on_bad_sample skip` may have left it out of the step
-                batches[number] = Collator()([self.samples[number]])
+                batches[number] = collate([self.samples[number]])
         return batches
 
 
