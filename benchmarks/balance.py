@@ -34,7 +34,7 @@ from util.cost.work import draw
 from util.dataset import Size
 from util.parallel.context import deal_units
 from util.steps import deal, first_fit
-from util.vision import FRAME_PIXELS, Budget, Grid
+from util.vision import FRAME_TOKENS, Budget, Grid
 
 
 def hands_of(costs: list[float], ranks: int) -> list[list[int]]:
@@ -137,7 +137,7 @@ def main() -> None:
                   f" {row['planning_ms']:>7.2f} ms")  # fmt: skip
     result = {
         **origin("balance.py", sys.argv[1:]),
-        "frame_pixels": FRAME_PIXELS,
+        "frame_pixels": [tokens * Budget().token_pixels for tokens in FRAME_TOKENS],
         "rows": rows,
     }
     write_result(result, arguments.out)

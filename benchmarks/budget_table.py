@@ -58,7 +58,7 @@ DIALS = ("max_tokens", "activation_checkpointing", "logit_rows")
 def one_sample() -> Sample:
     patches = torch.zeros(GRID.patches, 588, dtype=torch.uint8)
     weights = [0.0] * (TEXT + 1 - SUPERVISED) + [1.0] * SUPERVISED
-    return Sample(Encoded([5] * len(weights), weights, [10]), [Medium(patches, GRID)], "one image")
+    return Sample(Encoded([5] * len(weights), weights, [10]), [Medium(patches, GRID, is_video=False)], "one image")
 
 
 def planned_steps(config: Config) -> Steps:

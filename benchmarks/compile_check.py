@@ -83,7 +83,9 @@ def make_batch(text_tokens: int, sides: list[int]) -> Batch:
         weights = [0.0] * (tokens // 2) + [1.0] * (tokens - tokens // 2)
         grids = [Grid(1, side, side) for side in sides_here]
         media = [
-            Medium(torch.randint(0, 256, (grid.patches, 588), generator=generator, dtype=torch.uint8), grid)
+            Medium(
+                torch.randint(0, 256, (grid.patches, 588), generator=generator, dtype=torch.uint8), grid, is_video=False
+            )
             for grid in grids
         ]
         samples.append(Sample(Encoded(ids, weights, [5] * len(grids)), media, "a sample"))

@@ -15,8 +15,10 @@ import torch
 from util.collator import Batch, Collator
 from util.conversation import Encoded
 from util.dataset import Sample, Size
-from util.vision import MERGE, PATCH, TEMPORAL, Grid, Medium
+from util.family import FAMILIES, QWEN2_VL
+from util.vision import MERGE, TEMPORAL, Grid, Medium
 
+PATCH = FAMILIES[QWEN2_VL].patch
 KINDS = ("text", "images_448", "images_896", "mixed")
 TEXT_BESIDE_AN_IMAGE = 150  # tokens, with the template's
 SUPERVISED_BESIDE_AN_IMAGE = 100
@@ -126,8 +128,10 @@ class Drawer:
         return Sample(encoded, [self.medium(grid) for grid in grids], self.kind)
 
     def medium(self, grid: Grid) -> Medium:
-        width = 3 * PATCH**2 * (TEMPORAL if grid.t > 1 else 1)
-        return Medium(torch.from_numpy(self.pixels.integers(0, 256, (grid.patches, width), np.uint8)), grid)
+        is_video = grid.t > 1
+        width = 3 * PATCH**2 * (TEMPORAL if is_video else 1)
+        patches = torch.from_numpy(self.pixels.integers(0, 256, (grid.patches, width), np.uint8))
+        return Medium(patches, grid, is_video)
 
 
 def size_of(sample: Sample) -> Size:

@@ -48,15 +48,17 @@ from benchmarks.video import (
     use_one_core,
 )
 from util.command_line import run_command
+from util.family import FAMILIES, QWEN2_VL
 from util.log import versions
 from util.tiny_model import make_tiny_model
-from util.vision import PATCH, Budget, Medium, load, read_grid
+from util.vision import Budget, Medium, load, read_grid
 
 BACKENDS = ("torchcodec", "decord", "torchvision")  # of qwen-vl-utils, for videos
 VIDEO_TARGET, VIDEO_BYTES_TARGET, IMAGE_BYTES_TARGET = 2.8, 3.9, 8
 PHOTO_TARGETS = {1: 1.3, 12: 2.5}  # megapixels: times as fast
 PHOTO_SIZES = {1: (864, 1152), 12: (3000, 4000)}  # height, width
 QUICK_PHOTO_SIZES = {1: (216, 288), 12: (480, 640)}
+PATCH = FAMILIES[QWEN2_VL].patch
 UNLIMITED_TOKENS = 10**6  # leaves the budget of qwen-vl-utils in force: 768 tokens a frame
 
 

@@ -105,7 +105,7 @@ def micro_batch(tokens: int, patches: int) -> tuple[Batch, Load]:
         starts = []
         if patches:
             length -= GRID.tokens - 1  # one token stands for the image's
-            media = [Medium(torch.zeros(GRID.patches, 588, dtype=torch.uint8), GRID)]
+            media = [Medium(torch.zeros(GRID.patches, 588, dtype=torch.uint8), GRID, is_video=False)]
             starts = [10]
         half = length // 2
         samples.append(Sample(Encoded([5] * length, [False] * (length - half) + [True] * half, starts), media, ""))

@@ -39,7 +39,7 @@ from util.cost.settings import GIB
 from util.cost.step_time import SCALAR_ALL_REDUCES, exposed, pass_times
 from util.cost.work import Workload, draw, typical
 from util.dataset import Size
-from util.vision import PATCH, Budget, Grid, frame_count, frame_size
+from util.vision import Budget, Grid, frame_count, frame_size
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -268,10 +268,10 @@ def work_of(model_config, samples: str, gpus: int) -> tuple[Config, Workload]:
         return config, Workload.of_sizes([SAMPLE] * number, config, model_config, samples)
     if "video" not in samples:
         return config, typical(config, model_config)
-    budget = Budget.of(config)
+    budget = Budget.of(config, "qwen2_vl")
     frames = frame_count({}, HOUR * 30, 30, budget)
     (height, width), _ = frame_size({}, 720, 1280, frames, budget)
-    grid = Grid(frames // 2, height // PATCH, width // PATCH)
+    grid = Grid(frames // 2, height // budget.family.patch, width // budget.family.patch)
     size = Size(tokens=grid.tokens + 200, supervised=100, grids=[grid])
     return config, Workload.of_sizes([size] * number, config, model_config, samples)
 

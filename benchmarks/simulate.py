@@ -170,7 +170,7 @@ def micro_batch(row: Row, mode: FakeTensorMode) -> Batch:
     with mode:
         patches = torch.empty(row.grid.patches, 588 * (1 + (row.grid.t > 1)), dtype=torch.uint8)
     learned = [0.0] * (row.text + 1 - row.supervised) + [1.0] * row.supervised  # one token stands for the picture
-    medium = Medium(patches, row.grid)
+    medium = Medium(patches, row.grid, is_video=row.grid.t > 1)
     samples = [Sample(Encoded([5] * len(learned), learned, [10]), [medium], "drawn")] * row.samples
     return Collator()(samples)
 

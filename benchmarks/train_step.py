@@ -383,7 +383,7 @@ def make_work(directory: Path, own: argparse.Namespace, config: Config) -> tuple
     """Data of --size in `directory`, its steps for both loops, and the size of each sample."""
     device = choose_device(config.device)
     model_config, processor = describe_model(own)
-    budget = Budget.of(config)
+    budget = Budget.of(config, "qwen2_vl")
     set_budget(processor, budget)
     count = (own.warmup + own.steps) * config.global_batch_size
     data = make_data(directory, own, count, config.seed)

@@ -111,7 +111,7 @@ def first_batch(run: Path) -> Batch:
     settings = json.loads((run / "training_config.json").read_text(encoding="utf-8"))
     processor = load_processor(str(run))
     examples = Examples(settings["data"], processor)
-    samples = Samples(examples, processor, Budget.of(settings))
+    samples = Samples(examples, processor, Budget.of(settings, "qwen2_vl"))
     numbers = examples.order(settings["seed"], epoch=0)[: settings["global_batch_size"]]
     return Collator()([samples[number] for number in numbers.tolist()])
 

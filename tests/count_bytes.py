@@ -99,7 +99,7 @@ def main() -> None:
     configs = [Config(**settings) for settings in json.loads(Path(sys.argv[1]).read_text())]
     common, collator, found = configs[0], LenientCollator(EvenCollator()), []
     processor = load_processor(common.model)
-    samples = Samples(load_examples(common.data, processor), processor, Budget.of(common))
+    samples = Samples(load_examples(common.data, processor), processor, Budget.of(common, "qwen2_vl"))
     first, second = collator([samples[world.rank]]), collator([samples[world.size + world.rank]])
     if world.rank == world.size - 1:
         second = collator([])  # the last rank has run out of samples

@@ -935,7 +935,7 @@ def run_media(case: Case, processor) -> str:
     """Size, pixels and batch of the one sample."""
     from util.collator import Collator
     from util.dataset import DataError, Examples, Samples
-    from util.vision import TOKEN_PIXELS, Budget
+    from util.vision import Budget
 
     samples, outcome, refusal = Samples(Examples([case.argument], processor), processor, Budget()), "header", None
     try:
@@ -955,7 +955,7 @@ def run_media(case: Case, processor) -> str:
     assert medium.patches.shape == (grid.patches, 1176 if medium.is_video else 588)
     most_tokens = 16384 if medium.is_video else 1280
     assert grid.tokens <= most_tokens
-    assert grid.patches * 14 * 14 <= most_tokens * TOKEN_PIXELS
+    assert grid.patches * 14 * 14 <= most_tokens * 28 * 28
     assert len(Collator()([sample]).input_ids) == size.tokens
     return "read"
 

@@ -116,7 +116,7 @@ def real_size_step(config_file: str, settings: dict) -> dict:
     model = prepare_model(bare, config, processor_of_pixels(), device)
     trained = build_optimizer(model, config)
     patches = torch.zeros(grid.patches, 588, dtype=torch.uint8)
-    batch = Collator()([Sample(text, [Medium(patches, grid)], "one image")]).pin_memory()
+    batch = Collator()([Sample(text, [Medium(patches, grid, is_video=False)], "one image")]).pin_memory()
     for _ in range(3):
         phantom.reset()
         loss = model(batch.to(device))
@@ -164,7 +164,7 @@ def any_sample(chance: random.Random) -> Sample:
     grid = Grid(1 if kind == "image" else chance.randint(1, 4), 2 * chance.randint(1, 16), 2 * chance.randint(1, 16))
     values = 588 if kind == "image" else 1176
     patches = torch.zeros(grid.patches, values, dtype=torch.uint8)
-    return Sample(encoded, [Medium(patches, grid)], kind)
+    return Sample(encoded, [Medium(patches, grid, kind == "video")], kind)
 
 
 def processor_of_pixels():

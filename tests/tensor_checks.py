@@ -170,7 +170,7 @@ def main() -> None:
     plain = Config(**cases["plain"])
     world = distributed.make_world(plain, CPU)
     processor = load_processor(plain.model)
-    samples = Samples(load_examples(plain.data, processor), processor, Budget.of(plain))
+    samples = Samples(load_examples(plain.data, processor), processor, Budget.of(plain, "qwen2_vl"))
     batch = LenientCollator(EvenCollator())([samples[number] for number in cases["samples"]])
     found = {
         "rows": len(batch.input_ids),

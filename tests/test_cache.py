@@ -96,7 +96,7 @@ class Numbered:
     def read(self, item: dict, budget: Budget) -> Medium:
         generator = torch.Generator().manual_seed(int(Path(item["image"]).name))
         pixels = torch.randint(0, 256, (self.patches, 588), dtype=torch.uint8, generator=generator)
-        return Medium(pixels, Grid(1, 2, self.patches // 2))
+        return Medium(pixels, Grid(1, 2, self.patches // 2), is_video=False)
 
     def is_right(self, frames: FrameCache, number: int) -> bool:
         item = self.item(number)
@@ -234,8 +234,8 @@ def test_code_that_makes_the_pixels_is_in_the_key(frames, items, monkeypatch):
     assert changed(cache, "VERSION", 0) == everything
     assert changed(torch, "__version__", "0") == everything
     assert changed(torchvision, "__version__", "0") == everything
-    assert changed(vision, "FRAME_PIXELS", (1, 2)) == everything
-    assert changed(vision, "PATCH", 16) == everything
+    assert changed(vision, "FRAME_TOKENS", (1, 2)) == everything
+    assert changed(vision, "MERGE", 4) == everything
     assert changed(av, "__version__", "0") == {"video"}
     assert changed(PIL, "__version__", "0") == {"image", "frames"}
 

@@ -393,7 +393,7 @@ def sample(text: int, *grids: tuple[int, int, int]) -> Sample:
     for grid in [Grid(*sizes) for sizes in grids]:
         is_video = grid.t > 1
         size = (grid.t * grid.h * grid.w, 588 * (1 + is_video))
-        media.append(Medium(torch.randint(256, size, dtype=torch.uint8), grid))
+        media.append(Medium(torch.randint(256, size, dtype=torch.uint8), grid, is_video))
     ids = torch.randint(10, 90, (text,)).tolist()
     weights = [0.0] * (text - text // 3) + [0.5 * (number + 1) for number in range(text // 3)]
     return Sample(Encoded(ids, weights, list(range(1, 1 + len(media)))), media, "a sample")

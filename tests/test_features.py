@@ -212,7 +212,7 @@ def built(tiny_path: Path, folder: Path, **changes):
 def test_any_part_of_a_batch_may_be_kept(name, data, tiny_path, tmp_path):
     """Loss and gradients are the same whichever of the media are kept; with other features they are not."""
     model, reader, config, processor = built(tiny_path, tmp_path, **FROZEN[name][0])
-    samples = Samples(Examples([str(data)], processor), processor, Budget.of(config), reader)
+    samples = Samples(Examples([str(data)], processor), processor, Budget.of(config, "qwen2_vl"), reader)
     computed = [samples[number] for number in range(6)]
     assert {medium.features for sample in computed for medium in sample.media} == {None}
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -260,7 +260,7 @@ def backward_of(model, batches: list[Batch], trained: dict) -> tuple[float, dict
 @pytest.mark.parametrize("name", ["tower", "tower and merger"])  # features before the merger, and behind it
 def test_halves_of_a_batch_of_which_some_is_kept_add_up_to_it(name, data, tiny_path, tmp_path):
     model, reader, config, processor = built(tiny_path, tmp_path, **FROZEN[name][0])
-    samples = Samples(Examples([str(data)], processor), processor, Budget.of(config), reader)
+    samples = Samples(Examples([str(data)], processor), processor, Budget.of(config, "qwen2_vl"), reader)
     computed = [samples[number] for number in range(6)]
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     loss, gradients = backward(model, computed, trained)
@@ -367,19 +367,22 @@ def test_what_the_name_of_an_entry_depends_on(tiny_path, tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path):
+    def blank() -> Medium:
+        return Medium(torch.zeros(4, 588, dtype=torch.uint8), Grid(1, 2, 2), is_video=False)
+
     frames = FrameCache(tmp_path / "cache", 1.0)
     path = tmp_path / "image"
     path.write_bytes(b"1")
 
     def read(item: dict, budget: Budget) -> Medium:
         path.write_bytes(b"22")
-        return Medium(torch.zeros(4, 588, dtype=torch.uint8), Grid(1, 2, 2))
+        return blank()
 
     item = {"type": "image", "image": str(path)}
     features = FeatureCache(frames)
     features.open("0" * 64)
     assert features.load(item, BUDGET, read).key == ""
-    assert features.load(item, BUDGET, lambda *given: Medium(torch.zeros(4, 588, dtype=torch.uint8), Grid(1, 2, 2))).key
+    assert features.load(item, BUDGET, lambda *given: blank()).key
     assert not entries(tmp_path / "cache")
 
 

@@ -146,7 +146,7 @@ def test_logits_equal_transformers(samples, tiny_path, processor, reference):
     model = build_model(Config(device="cpu", dtype="float32"), str(tiny_path), processor, CPU).eval()
     batch = Collator()([samples[i] for i in range(5)])
     with torch.no_grad():
-        logits = model.model.lm_head(model.supervised_rows(batch, model.embed(batch)))
+        logits = model.model.lm_head(model.supervised_rows(batch, *model.embed(batch)))
     torch.testing.assert_close(logits, torch.cat(reference["logits"]), atol=1e-5, rtol=0)
 
 

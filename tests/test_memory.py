@@ -56,7 +56,7 @@ def test_activations_are_forecast_within_15_percent(dtype, frozen, processor):
     text.layer_types, text.vocab_size = text.layer_types[:2], 2048
     text.intermediate_size = 4000  # the widths' proportions matter, their size does not
     grid = Grid(1, 24, 36)
-    patches = Medium(torch.zeros(grid.patches, 588, dtype=torch.uint8), grid)
+    patches = Medium(torch.zeros(grid.patches, 588, dtype=torch.uint8), grid, is_video=False)
     samples = [Sample(Encoded([5] * 400, [False] * 350 + [True] * 50, [10]), [patches], "a sample")] * 2
     config = Config(device="cpu", dtype=dtype, freeze=frozen, attention="sdpa")
     measured = kept_for_backward(config, model_config, processor, samples)

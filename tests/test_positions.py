@@ -22,8 +22,9 @@ def sample(ids: list[int], supervised: list[int], *media: tuple[Grid, int], wher
     assert len(media) == len(placeholders)
     made = []
     for placeholder, (grid, value) in zip(placeholders, media, strict=True):
-        width = 1176 if ids[placeholder] == VIDEO else 588
-        made.append(Medium(torch.full((grid.patches, width), value, dtype=torch.uint8), grid))
+        is_video = ids[placeholder] == VIDEO
+        width = 1176 if is_video else 588
+        made.append(Medium(torch.full((grid.patches, width), value, dtype=torch.uint8), grid, is_video))
     return Sample(Encoded(ids, [bool(mark) for mark in supervised], placeholders), made, where)
 
 
@@ -171,7 +172,7 @@ def test_patch_positions_say_where_a_patch_was_cut(grid):
     """Each frame's pixels hold the row and the column of their patch; so must the patches, in this order."""
     rows, columns = np.mgrid[0 : grid.h * 14, 0 : grid.w * 14] // 14
     frame = torch.from_numpy(np.stack([rows, columns, rows * 0]).astype(np.uint8))
-    medium = patchify([frame] * 2 * grid.t, grid, frames_per_patch=2)
+    medium = patchify([frame] * 2 * grid.t, grid, patch=14, frames_per_patch=2)
     assert medium.grid == grid
     channels = medium.patches.reshape(-1, 3, 2 * 14 * 14)
     assert (channels[:, :2].amin(2) == channels[:, :2].amax(2)).all(), "a patch mixes pixels of several"

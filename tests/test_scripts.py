@@ -199,7 +199,9 @@ def test_one_question(run):
     tiny = ROOT / "train_output" / "tiny_model"
     for model, kind, path, script in ((run, "image", image, ["test_on_trained_model.py", str(run)]),
                                       (tiny, "video", video, ["test_on_official_model.py", "--model", "tiny"])):  # fmt: skip
-        budget = Budget.of(json.loads((run / "training_config.json").read_text())) if model == run else Budget()
+        budget = (
+            Budget.of(json.loads((run / "training_config.json").read_text()), "qwen2_vl") if model == run else Budget()
+        )
         answerer = Answerer.load(str(model), load_processor(str(model)), torch.device("cpu"), torch.float32)
         asked = [{"role": "user", "content": [{"type": kind, kind: path}, {"type": "text", "text": "What is this?"}]}]
         printed = command(sys.executable, *script, f"--{kind}", path, *words)
@@ -268,7 +270,7 @@ def test_the_run_opens_in_plain_transformers_and_answers_the_same(run, tmp_path)
     from util.vision import load
 
     settings = json.loads((run / "training_config.json").read_text())
-    budget, processor = Budget.of(settings), load_processor(str(run))
+    budget, processor = Budget.of(settings, "qwen2_vl"), load_processor(str(run))
     answerer = Answerer.load(str(run), processor, torch.device("cpu"), torch.float32)
     for (kind, paths, question), (text, logits) in zip(asked, theirs, strict=True):
         item = {"type": kind, kind: paths if kind == "video" else paths[0]}
@@ -279,7 +281,7 @@ def test_the_run_opens_in_plain_transformers_and_answers_the_same(run, tmp_path)
         batch.supervised_index = torch.tensor([len(batch.input_ids) - 1])
         packed = answerer.packed
         with torch.no_grad():
-            ours = packed.model.lm_head(packed.supervised_rows(batch, packed.embed(batch)))[0]
+            ours = packed.model.lm_head(packed.supervised_rows(batch, *packed.embed(batch)))[0]
         torch.testing.assert_close(ours, torch.tensor(logits), atol=2e-3, rtol=0)
 
 

@@ -37,7 +37,7 @@ class Trained:
         self.config = Config(**runs.settings(tiny_path, folder, **own, **changes))
         torch.manual_seed(0)
         processor = load_processor(str(tiny_path))
-        self.budget, self.folder, self.processor = Budget.of(self.config), folder, processor
+        self.budget, self.folder, self.processor = Budget.of(self.config, "qwen2_vl"), folder, processor
         self.model = build_model(self.config, str(tiny_path), processor, CPU)
         self.optimizer = build_optimizer(self.model, self.config)
         # the optimizer's own, asked before anything was computed

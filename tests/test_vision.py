@@ -355,10 +355,10 @@ def test_smart_resize_is_that_of_qwen_vl_utils():
         except ValueError:
             assert max(height, width) > 200 * min(height, width)
             with pytest.raises(ValueError, match="more than 200 times the other"):
-                vision.smart_resize(height, width, least, most)
+                vision.smart_resize(height, width, FACTOR, least, most)
             refused += 1
             continue
-        ours = vision.smart_resize(height, width, least, most)
+        ours = vision.smart_resize(height, width, FACTOR, least, most)
         case = f"{height}x{width} within {least} to {most}"
         if min(theirs) >= FACTOR:
             assert ours == theirs, case
@@ -375,11 +375,11 @@ def test_smart_resize_is_that_of_qwen_vl_utils():
 
 
 def test_smart_resize_written_by_hand():
-    assert vision.smart_resize(224, 224, 3136, 1003520) == (224, 224)
-    assert vision.smart_resize(1080, 1920, 3136, 1003520) == (728, 1316)  # 1.3 of 1.0035 megapixels, 16:9
-    assert vision.smart_resize(10, 10, 3136, 1003520) == (56, 56)
-    assert vision.smart_resize(42, 70, 784, 1003520) == (56, 56)  # 1.5 and 2.5 round to even numbers
-    assert vision.smart_resize(28, 5600, 784, 3136) == (28, 112)  # qwen-vl-utils: (0, 784)
+    assert vision.smart_resize(224, 224, FACTOR, 3136, 1003520) == (224, 224)
+    assert vision.smart_resize(1080, 1920, FACTOR, 3136, 1003520) == (728, 1316)  # 1.3 of 1.0035 megapixels, 16:9
+    assert vision.smart_resize(10, 10, FACTOR, 3136, 1003520) == (56, 56)
+    assert vision.smart_resize(42, 70, FACTOR, 784, 1003520) == (56, 56)  # 1.5 and 2.5 round to even numbers
+    assert vision.smart_resize(28, 5600, FACTOR, 784, 3136) == (28, 112)  # qwen-vl-utils: (0, 784)
 
 
 # ---- pixel budgets ---------------------------------------------------------------------------------------------------
@@ -493,8 +493,8 @@ def test_budget_is_written_into_the_processor(tiny_path):
 def test_budget_comes_from_a_config_or_its_file():
     config = Config(min_pixels=784, max_pixels=3136, video_fps=1.5, video_max_frames=10, video_max_tokens=99)
     wanted = Budget(784, 3136, 1.5, 10, 99)
-    assert Budget.of(config) == wanted
-    assert Budget.of(json.loads(json.dumps(vars(config)))) == wanted
+    assert Budget.of(config, "qwen2_vl") == wanted
+    assert Budget.of(json.loads(json.dumps(vars(config))), "qwen2_vl") == wanted
 
 
 # ---- which frames ----------------------------------------------------------------------------------------------------
@@ -531,10 +531,16 @@ def their_plan(monkeypatch, item: dict, clip: Clip) -> tuple[list[int], tuple[in
     return indices, size
 
 
+def sizes_of(item: dict, clip: Clip, budget: Budget) -> tuple[list[int], tuple[int, int], bool]:
+    """The frames that plan_video chooses, their height and width, and whether the budget cut them down."""
+    indices, grid = vision.plan_video(item, clip, budget)
+    return indices, vision.size_of(grid, budget), grid.capped
+
+
 def our_plan(item: dict, clip: Clip, budget: Budget) -> tuple[tuple | None, str]:
     """What plan_video answers, or why it refuses."""
     try:
-        return vision.plan_video(item, clip, budget), ""
+        return sizes_of(item, clip, budget), ""
     except ValueError as error:
         return None, str(error)
 
@@ -662,7 +668,7 @@ def test_frame_sizes_are_those_of_qwen_vl_utils(monkeypatch):
         theirs = their_plan(monkeypatch, item, clip)
         if theirs is None or min(theirs[1]) < FACTOR:
             continue
-        indices, size, capped = vision.plan_video(item, clip, UNCAPPED)
+        indices, size, capped = sizes_of(item, clip, UNCAPPED)
         case = f"{item} of {len(clip)} frames {clip.height}x{clip.width}"
         assert (indices, size) == theirs, case
         assert not capped, case
@@ -674,7 +680,7 @@ def test_min_pixels_of_a_video_above_the_default_most(monkeypatch):
     """qwen-vl-utils then allows 1.05 times as many."""
     item, clip = video_item(min_pixels=700000), Clip(100, 25.0, 1080, 1920)
     assert their_plan(monkeypatch, item, clip)[1] == (616, 1120)
-    assert vision.plan_video(item, clip, UNCAPPED)[1] == (616, 1120)
+    assert sizes_of(item, clip, UNCAPPED)[1] == (616, 1120)
 
 
 def test_min_pixels_of_a_video_above_the_budgets_most():
@@ -740,7 +746,7 @@ def test_no_video_costs_more_than_video_max_tokens():
         if refusal:
             assert "holds no two frames" in refusal or "times the other" in refusal, case
             continue
-        (indices, size, capped), wanted = plan, vision.plan_video(item, clip, UNCAPPED)
+        (indices, size, capped), wanted = plan, sizes_of(item, clip, UNCAPPED)
         assert len(indices) % 2 == 0, case
         assert min(size) >= FACTOR, case
         assert size[0] % FACTOR == size[1] % FACTOR == 0, case

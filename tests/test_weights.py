@@ -117,8 +117,9 @@ def test_an_answer_that_is_not_learned_is_read_and_no_target(tiny_path, processo
     assert sample.encoded.unlearned == len(processor.tokenizer("five, I am sure<|im_end|>\n")["input_ids"])
     whole = Samples(Examples([write(tmp_path, [entry(user("What is two and two?"), assistant("five, I am sure"), user("Again."), assistant("four"))])], processor), processor, Budget())[0]  # fmt: skip
     assert whole.encoded.input_ids == sample.encoded.input_ids, "what is learned changes no token"
-    hidden = model.embed(batch).detach().requires_grad_()
-    model.token_losses(model.supervised_rows(batch, hidden), batch.target_ids).sum().backward()
+    embeddings, deeper = model.embed(batch)
+    hidden = embeddings.detach().requires_grad_()
+    model.token_losses(model.supervised_rows(batch, hidden, deeper), batch.target_ids).sum().backward()
     end = sample.encoded.supervised.index(True) + len(batch.target_ids) - 1
     assert hidden.grad is not None
     assert hidden.grad[:end].abs().sum() > 0, "the answer that is not learned is still read"

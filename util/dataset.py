@@ -196,7 +196,7 @@ class Samples(Dataset):
         """The same of an example whose boxes are text; `budget`: of one that is shrunk."""
         grids = self._media(example, vision.read_grid, budget)  # first, as the text may name the times of frames
         encoded = self._encode(example, grids)
-        tokens = len(encoded.input_ids) + sum(grid.tokens - len(grid.places) for grid in grids)  # one token each already
+        tokens = len(encoded.input_ids) + sum(grid.tokens - len(grid.places) for grid in grids)  # each is one already
         weighted = sum(weight not in (0.0, 1.0) for weight in encoded.weights)
         return Size(tokens, sum(encoded.supervised), grids, encoded.unlearned, weighted)
 

@@ -1,4 +1,4 @@
-"""What differs between the families of Qwen's vision-language models before their weights are used, and what is refused.
+"""What differs between the families of Qwen's vision-language models before weights are used, and what is refused.
 
 All of them read patches of frames, merge four into a token, and give each token three positions. How large a patch is,
 how a video's time is told, how a box is written and in what order the tower wants its patches, stands here. What the

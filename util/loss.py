@@ -39,9 +39,7 @@ class PackedLoss(nn.Module):
     pixel_scale: torch.Tensor  # (3,): a pixel times scale plus shift is what the tower sees
     pixel_shift: torch.Tensor
 
-    def __init__(
-        self, model: PreTrainedModel, processor, dtype: torch.dtype, logit_rows: int = LOGIT_ROWS
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, processor, dtype: torch.dtype, logit_rows: int = LOGIT_ROWS) -> None:
         super().__init__()
         self.model: Any = model  # transformers' modules, whose own types say Tensor or Module of every part
         self.reshard_after_forward = False  # of its layers, where they are sharded: see shard in util/model.py

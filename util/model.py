@@ -85,7 +85,7 @@ def find_model(name: str | None, device: torch.device) -> str:
     if name is None:
         name = OFFICIAL_MODEL if device.type == "cuda" else "tiny"
     if name in TINY_MODELS:
-        return str(make_tiny_model(TINY_MODELS[name]))
+        return str(make_tiny_model(model_type=TINY_MODELS[name]))
     name = os.path.expanduser(name)  # a shell leaves the ~ of --model=~/a as it is
     check_folder(name)
     return name
@@ -232,9 +232,7 @@ def is_stored_in_bf16(path: str) -> bool:
     return precisions == {"BF16"}
 
 
-def prepare_model(
-    model: PreTrainedModel, config: Config, processor, device: torch.device
-) -> PackedLoss:
+def prepare_model(model: PreTrainedModel, config: Config, processor, device: torch.device) -> PackedLoss:
     """A loaded model on one process, ready to train.
 
     For bfloat16 compute the weights lie in the model as bf16, and what is trained has the bits beside it that make each

@@ -223,7 +223,7 @@ def sizes_of_2_5(text: dict) -> tuple[dict, dict]:
 def sizes_of_3(text: dict) -> tuple[dict, dict]:
     """As in the published ones a head is wider than the hidden size over the heads."""
     rotation = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [8, 8, 8], "mrope_interleaved": True}
-    tower = {"depth": 4, "hidden_size": 64, "intermediate_size": 256, "out_hidden_size": 128}
+    tower: dict = {"depth": 4, "hidden_size": 64, "intermediate_size": 256, "out_hidden_size": 128}
     tower |= {"num_position_embeddings": 16**2, "deepstack_visual_indexes": [1, 2]}
     return {**text, "head_dim": 48, "rope_parameters": rotation}, tower
 

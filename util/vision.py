@@ -50,7 +50,7 @@ class Grid(NamedTuple):
     times: tuple[float, ...] = ()  # seconds, the middle of each pair of frames, where the text names them (Qwen3-VL)
 
     @property
-    def numbers(self) -> tuple[int, ...]:
+    def numbers(self) -> tuple:
         """What a table of sizes keeps of it: all but where its frames stand in time."""
         return self[:NUMBERS]
 
@@ -225,8 +225,8 @@ def resized_pixels(budget: Budget) -> tuple[int, int]:
 def frame_size(item: dict, height: int, width: int, frames: int, budget: Budget) -> tuple[tuple[int, int], bool]:
     """The size of a video's frames, and whether --video_max_tokens made it smaller. `frames` is even."""
     if "resized_height" in item:
-        least, most = resized_pixels(budget)
-        height, width = smart_resize(item["resized_height"], item["resized_width"], budget.factor, least, most)
+        limits = resized_pixels(budget)
+        height, width = smart_resize(item["resized_height"], item["resized_width"], budget.factor, *limits)
     else:
         least, most = frame_limits(item, frames, budget)
         height, width = smart_resize(height, width, budget.factor, min(least, most), most)
@@ -478,7 +478,8 @@ def frames_of(medium: Medium) -> torch.Tensor:
 def patchify(frames: Iterable[torch.Tensor], grid: Grid, patch: int, frames_per_patch: int) -> Medium:
     """Frames (3, H, W) one by one -> patches (P, 3 * frames_per_patch * patch * patch), the four of a token together.
 
-    `patch`: the side of a patch in pixels. The order is the official processor's (image_processing_qwen2_vl.py: patchify).
+    `patch`: the side of a patch in pixels. The order is the official processor's (image_processing_qwen2_vl.py:
+    patchify).
     """
     rows = grid.h // MERGE
     columns = grid.w // MERGE

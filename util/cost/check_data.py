@@ -29,6 +29,7 @@ from util.cost.settings import budget_in_bytes, changed
 
 if TYPE_CHECKING:
     from util.dataset import Samples
+    from util.vision import Budget
 
 REPORT = "test_output/refused.txt"
 GPU_MEMORY = "80GiB"

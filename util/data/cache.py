@@ -36,8 +36,8 @@ except ModuleNotFoundError:  # Windows, where the folder is refused
 
 VERSION = 4  # raise it when vision.py or video_reader.py make other pixels of the same file and settings
 MAGIC = b"patches\0"
-# CRC-32 of the rest and the key; magic; the numbers of a vision.Grid, bytes per patch; CRC-32 of what follows the header:
-# the patches and, as float64, the times of the grid; its step, how many times; whether it is of a video
+# CRC-32 of the rest and the key; magic; the numbers of a vision.Grid, bytes per patch; CRC-32 of what follows (the
+# patches and, as float64, the times of the grid); the step of the grid, how many times; whether it is of a video
 HEADER = struct.Struct("<I8s9IdII")
 # Only files with names of these two forms are ever deleted: the folder may hold other files, too.
 ENTRY = re.compile(r"[0-9a-f]{64}\.(patches|features)")

@@ -104,7 +104,9 @@ class FeatureCache(Folder):
     def _write(self, path: Path, medium: Unkept, rows: torch.Tensor) -> None:
         content = rows.contiguous().view(torch.uint8).flatten().numpy()
         facts = *medium.grid.numbers, medium.is_video, *rows.shape, DTYPES.index(rows.dtype)
-        rest = HEADER.pack(0, MAGIC, *facts, zlib.crc32(content), medium.grid.step)[4:]  # the header without its own checksum
+        rest = HEADER.pack(0, MAGIC, *facts, zlib.crc32(content), medium.grid.step)[
+            4:
+        ]  # the header without its own checksum
         header = zlib.crc32(rest + path.stem.encode()).to_bytes(4, "little") + rest
         # What this run has used stays: epoch by epoch everything is asked for once, and if each new entry pushed out
         # the oldest one, none would be there when its turn comes. So as many are kept as there is room for.
@@ -130,7 +132,8 @@ def read_features(path: Path) -> Medium:
     with open(path, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         header = file.read(HEADER.size).ljust(HEADER.size, b"\0")
-        own_checksum, magic, t, h, w, *facts, is_video, rows, columns, dtype, checksum, step = HEADER.unpack(header)
+        *first, is_video, rows, columns, dtype, checksum, step = HEADER.unpack(header)
+        own_checksum, magic, t, h, w, *facts = first
         damaged = OSError(errno.EIO, "a damaged entry, which is made anew")
         if magic != MAGIC or own_checksum != zlib.crc32(header[4:] + path.stem.encode()):
             raise damaged

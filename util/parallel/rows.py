@@ -70,7 +70,9 @@ class SharedBatches:
         if world.rank in self.readers:
             mine = islice(ahead, self.readers.index(world.rank), None, len(self.readers))
             # Blank patches are for shares, and so is pinned memory: what is read here is only handed on.
-            self.own = loader.packed_batches(samples, mine, Collator(samples.budget.model_type), config, world.device, is_pinned=False)
+            self.own = loader.packed_batches(
+                samples, mine, Collator(samples.budget.model_type), config, world.device, is_pinned=False
+            )
 
     def __iter__(self) -> Iterator[Batch]:
         ranks = self.readers
