@@ -35,7 +35,8 @@ BUDGET = Budget()
 FORK = multiprocessing.get_context("fork")
 CHANGES = {"min_pixels": 200_000, "max_pixels": 50_000, "resized_height": 56, "resized_width": 56, "fps": 1.0, "nframes": 4,
            "min_frames": 6, "max_frames": 4, "video_start": 0.5, "video_end": 1.0, "total_pixels": 30_000,
-           "video_fps": 1.0, "video_max_frames": 4, "video_max_tokens": 10, "cap_pixels": 3136}  # fmt: skip
+           "video_fps": 1.0, "video_max_frames": 4, "video_max_tokens": 10, "cap_pixels": 3136,
+           "model_type": "qwen3_vl"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -294,11 +294,11 @@ def test_out_of_memory_with_kept_features_runs_again_in_smaller_batches(name, da
     rows = PackedLoss.supervised_rows
     failed = []
 
-    def small_alone(model, batch, embeddings):
+    def small_alone(model, batch, *embedded):
         if torch.is_grad_enabled() and batch.kept_grids and len(batch.where) > 1:
             failed.append(len(batch.where))
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return rows(model, batch, embeddings)
+        return rows(model, batch, *embedded)
 
     changes = {**FROZEN[name][0], "max_tokens": 4096}
     plain = run(tiny_path, data, tmp_path / "plain", **changes)
@@ -427,7 +427,7 @@ def found(writer: FeatureWriter, number: int) -> bool:
     if there is None:
         return False
     assert there.grid == medium.grid
-    assert there.patches.shape == (0, 588)
+    assert there.patches.shape == (0, 0)
     assert torch.equal(there.features, rows)
     return True
 

@@ -99,12 +99,12 @@ class Fault:
         def no_memory(*unused) -> None:
             raise torch.OutOfMemoryError(FULL)
 
-        def rows(model, batch, embeddings):
+        def rows(model, batch, *embedded):
             if not torch.is_grad_enabled():
-                return inner(model, batch, embeddings)
+                return inner(model, batch, *embedded)
             self.passes += 1
             self.tokens.append(len(batch.input_ids))
-            hidden = inner(model, batch, embeddings)
+            hidden = inner(model, batch, *embedded)
             if fails(self.passes, len(batch.input_ids)):
                 hidden.register_hook(no_memory) if where == "backward" else no_memory()
             return hidden

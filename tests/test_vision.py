@@ -32,6 +32,8 @@ UNCAPPED = Budget(video_max_tokens=10**9)
 class Clip:
     """As much of a VideoReader as the choice of frames needs."""
 
+    missing = ""
+
     def __init__(self, frames: int, fps: float, height: int = 360, width: int = 640) -> None:
         self.frames, self.average_fps, self.height, self.width = frames, fps, height, width
 

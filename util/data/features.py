@@ -29,8 +29,8 @@ from util.vision import Budget, Grid, Medium
 
 MAGIC = b"feature2"
 # CRC-32 of the rest and the name; magic; the numbers of a vision.Grid, whether it is a video, rows, columns, their
-# dtype; CRC-32 of the rows; the grid's step
-HEADER = struct.Struct("<I8s12Id")
+# dtype; CRC-32 of the rows; the grid's step in float32, in which positions are computed
+HEADER = struct.Struct("<I8s12If")
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 COUNTS = ("hits", "misses", "stored", "not_stored", "damaged")
 CLOCK_TICK = 20_000_000  # nanoseconds by which the times that a file system notes may lag
