@@ -1,6 +1,6 @@
-"""The training of Qwen2-VL: three groups of files and nine rooms. No import is circular, lazy ones included.
+"""The training of the Qwen-VL line: three groups of files and nine rooms. No import is circular, lazy ones included.
 
-ground: command_line, config, run_folder, signals, ranks: what everyone asks.
+ground: command_line, config, run_folder, signals, ranks, family: what everyone asks.
 walk: dataset, conversation, vision, collator, loss: one sample, from a data file to its loss.
 loop: model, attention, packed_layers, compilation, recompute, head: the model, and how its layers run.
 loop: tensors, frozen, mixed_adamw, small_adamw, optimizer: what is trained, and how.

@@ -7,7 +7,7 @@ S supervised tokens, N images and videos.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -95,14 +95,13 @@ class Batch:
         before = len(self.image_patches)
         patches = [image_patches, slice(before + video_patches.start, before + video_patches.stop)]
         visual_index = torch.cat([of_kept[kept_tokens], of_images[image_tokens], of_videos[video_tokens]])
-        target_weights = self.target_weights[targets]
         return Batch(
             input_ids=self.input_ids[begin:end],
             position_ids=self.position_ids[:, begin:end],
             segments=Segments.of(lengths[first:last]),
             supervised_index=self.supervised_index[targets] - begin,
             target_ids=self.target_ids[targets],
-            target_weights=target_weights,
+            target_weights=self.target_weights[targets],
             visual_index=visual_index - begin,
             image_patches=self.image_patches[image_patches],
             video_patches=self.video_patches[video_patches],
@@ -111,7 +110,7 @@ class Batch:
             vision_segments=pieces_of(self.vision_segments, patches),
             window_segments=pieces_of(self.window_segments, patches),
             where=self.where[first:last],
-            counts=count(last - first, end - begin, len(visual_index), target_weights),
+            counts=count(last - first, end - begin, len(visual_index), self.target_weights[targets]),
             kept_features=self._features_of(kept_tokens),
             kept_grids=[self.kept_grids[number] for number in kept_ones],
             unkept=[self.unkept[number - len(self.kept_grids)] for number in seen],
@@ -172,8 +171,8 @@ class Visual:
     def add(self, medium: Medium, rows: torch.Tensor) -> None:
         """One more, whose visual tokens take these rows. All that is of it stands as the tower reads it: where that has
         windows, window after window."""
-        order = tower_order(medium.grid, self.family)
-        self.rows.append(rows if order is None else rows[order])
+        order, _ = windows_of(medium.grid, self.family)
+        self.rows.append(rows[order])
         self.grids.append(medium.grid)
         if medium.features is not None:  # which the tower gave in its own order
             self.features.append(medium.features)
@@ -230,7 +229,7 @@ class Collator:
         visuals = Visuals(self.family)
         start = 0  # of the sample in the packed row
         for sample in samples or [NO_SAMPLE]:
-            places = [place for medium in sample.media for place in medium.grid.places]
+            places = [*chain.from_iterable(medium.grid.places for medium in sample.media)]
             row_ids, row_weights, spans = expand(sample.encoded, places)
             ids.append(row_ids)
             positions.append(mrope_positions(len(row_ids), spans, places))
@@ -282,29 +281,26 @@ def joined(parts: list[torch.Tensor], dtype: torch.dtype, *width: int) -> torch.
 
 def tower_segments(grids: list[Grid], family: Family) -> dict[str, Segments]:
     """The two fields of a Batch that say who sees whom in the vision tower."""
-    lengths = []
+    whole = []
     windows = []
     for grid in grids:
-        lengths += [grid.h * grid.w] * grid.t
-        if family.window:
-            windows += [MERGE**2 * tokens for tokens in windows_of(grid, family)[1]]
-    whole = Segments.of(lengths)
-    return {"vision_segments": whole, "window_segments": Segments.of(windows) if family.window else whole}
+        whole += [grid.h * grid.w] * grid.t
+        windows += windows_of(grid, family)[1]
+    return {"vision_segments": Segments.of(whole), "window_segments": Segments.of(windows)}
 
 
-def windows_of(grid: Grid, family: Family) -> tuple[torch.Tensor, list[int]]:
-    """The tokens of a medium window after window, and how many each has (family.window_order)."""
-    return window_order(grid.t, grid.h // MERGE, grid.w // MERGE, family.window)
+def windows_of(grid: Grid, family: Family) -> tuple[slice | torch.Tensor, list[int]]:
+    """An index that brings a medium's tokens into the order in which the tower reads them, window after window, and how
+    many patches each window has. Without windows that is the order of the text, and all of a frame."""
+    if not family.window:
+        return slice(None), [grid.h * grid.w] * grid.t
+    order, sizes = window_order(grid.t, grid.h // MERGE, grid.w // MERGE, family.window)
+    return order, [MERGE**2 * tokens for tokens in sizes]
 
 
-def tower_order(grid: Grid, family: Family) -> torch.Tensor | None:
-    """The order in which the tower reads a medium's tokens (V,); None: as they stand in the text."""
-    return windows_of(grid, family)[0] if family.window else None
-
-
-def in_order(patches: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+def in_order(patches: torch.Tensor, order: slice | torch.Tensor) -> torch.Tensor:
     """Patches (P, ...) of a medium with its tokens, four patches each, in another order."""
-    return patches if order is None else patches.unflatten(0, (-1, MERGE**2))[order].flatten(0, 1)
+    return patches.unflatten(0, (-1, MERGE**2))[order].flatten(0, 1)
 
 
 def expand(encoded: Encoded, grids: list[Grid]) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:

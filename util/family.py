@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,8 @@ def problem_of(config: Any) -> str:
 
 def new_model(config: Any) -> Any:
     """A model of a config, its weights random; under `torch.device("meta")` without memory for them."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # takes seconds, which data workers need not spend
+
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
 
 

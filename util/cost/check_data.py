@@ -567,6 +567,11 @@ def check(config: CheckSettings) -> None:
         problems += [finding.problem for finding in looked.findings if not finding.size]
         undecodable += looked.undecodable
     show_refused([*problems, *undecodable], config.report)
+    refuse(problems, undecodable)
+
+
+def refuse(problems: list[str], undecodable: list[str]) -> None:
+    """UserError where there is anything to mend."""
     ends = []
     if problems:
         ends.append(

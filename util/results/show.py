@@ -25,8 +25,11 @@ def describe(samples, index: int) -> str:
     from util.collator import expand, mrope_positions
 
     sample = samples[index]
-    grids = [place for medium in sample.media for place in medium.grid.places]
-    videos = [medium.is_video for medium in sample.media for _ in medium.grid.places]
+    grids = []
+    videos = []  # of each grid whether it is a video's
+    for medium in sample.media:
+        grids += medium.grid.places
+        videos += [medium.is_video] * len(medium.grid.places)
     ids, weights, spans = expand(sample.encoded, grids)
     positions = mrope_positions(len(ids), spans, grids)
     places = zip(spans, grids, videos, strict=True)
