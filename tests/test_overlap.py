@@ -128,4 +128,9 @@ def test_what_a_trace_of_a_gpu_says():
         "send": {"calls": 1, "microseconds": 10, "hidden": 0},
         "reduce_scatter": {"calls": 1, "microseconds": 1, "hidden": 1},
     }
-    assert overlap.summary([found, {}])["all_gather"] == {"calls": 0.5, "ms": 0.015, "hidden_ms": 0.01, "hidden": 0.6667}
+    assert overlap.summary([found, {}])["all_gather"] == {
+        "calls": 0.5,
+        "ms": 0.015,
+        "hidden_ms": 0.01,
+        "hidden": 0.6667,
+    }
