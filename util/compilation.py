@@ -2,8 +2,8 @@
 
 A graph is compiled of what stands before attention in a layer, of what stands after it, and of the loss: five for a
 model (six where ranks share a row), in training and evaluation, however many layers it has and whatever lengths its
-rows have. Dynamo compiles anew
-where anything that it looked at has changed, and gives up after 8 graphs of a function, so nothing may change:
+rows have. Dynamo compiles anew where anything that it looked at has changed, and gives up after 8 graphs of a function,
+so nothing may change:
 
 - the number of rows is marked as dynamic; a single row, which dynamo would take for a special case, runs as it is;
 - evaluation runs training's graphs and drops what they kept, since the mode of gradients is something dynamo looks at;
