@@ -145,8 +145,8 @@ def of_weights(units: list[scaling.Unit], job: Job) -> Iterator[tuple[Kind, int,
 
 
 def of_context(job: Job) -> Iterator[tuple[Kind, int, int]]:
-    """What context parallelism sends (util/parallel/context.py): two all-to-alls in each layer's forward pass, and two
-    in its backward pass.
+    """What context parallelism sends (util/parallel/context.py): three all-to-alls in each layer's forward pass, and
+    three in its backward pass.
 
     With t tokens on each of C ranks and heads of width W: queries, keys and values of this rank's tokens, for all ranks
     on the way there; the mixed values of this rank's heads, of all tokens, on the way back. The backward pass hands in
@@ -170,8 +170,8 @@ def of_context(job: Job) -> Iterator[tuple[Kind, int, int]]:
     backward = job.micro_batches * len(job.layers)
     forward = backward * (1 + job.again)
     exchange = Kind(PASSES, "all_to_all", ranks, job.layout.tensor)
-    yield exchange, 2 * forward, forward * BF16 * width * (there + mixed)
-    yield exchange, 2 * backward, backward * BF16 * width * (arrived + returned)
+    yield exchange, 3 * forward, forward * BF16 * width * (there + mixed)
+    yield exchange, 3 * backward, backward * BF16 * width * (arrived + returned)
     # visual tokens: those made here, and on the way back the gradients of those that stand here
     assert isinstance(job.share, RowPart)
     visual = len(job.share.sent_index) + len(job.share.visual_index)

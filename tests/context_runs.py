@@ -55,7 +55,8 @@ def check_attention(heads: int, key_value_heads: int) -> None:
     part = slice(rank * tokens // ranks, (rank + 1) * tokens // ranks)
     own = [tensor[part].clone().requires_grad_() for tensor in (q, k, v)]
     segments = context.RowSegments.of(lengths)
-    mixed = context.attend_by_heads(*own, segments, 6**-0.5, stacked_sdpa, dist.group.WORLD)
+    queries = context.send_queries(own[0], dist.group.WORLD)
+    mixed = context.attend_by_heads(queries, heads, *own[1:], segments, 6**-0.5, stacked_sdpa, dist.group.WORLD)
     mixed.backward(upstream[part])
     for name, ours, theirs in zip(("output", "q", "k", "v"), [mixed, *(t.grad for t in own)],
                                   [expected, *(t.grad for t in whole)], strict=True):  # fmt: skip
@@ -121,15 +122,15 @@ def segments_of_the_part():
 
 def gradients_twice():
     """What comes back of keys and values, for a rank that has the same heads as another, is counted twice."""
-    exchange = context.exchange
+    begin = context.begin
 
     def doubled(numbers, *arguments):
         if numbers.requires_grad:
             numbers = numbers * 1.0
             numbers.register_hook(lambda gradient: 2 * gradient)
-        return exchange(numbers, *arguments)
+        return begin(numbers, *arguments)
 
-    return patch.object(context, "exchange", doubled)
+    return patch.object(context, "begin", doubled)
 
 
 def losses_of_a_rank_alone():

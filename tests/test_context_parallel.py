@@ -367,10 +367,10 @@ LAYERS, HEADS, WIDTH = 4, (4, 2), 32  # of tiny: decoder layers, heads and those
     [("full", False, True), ("full checkpointing", True, True), ("selective checkpointing", True, True),
      ("frozen tower", False, False)],
 )  # fmt: skip
-def test_all_to_alls_are_two_a_layer_and_pass(name, recomputed, trains_tower, two_ranks):
+def test_all_to_alls_are_three_a_layer_and_pass(name, recomputed, trains_tower, two_ranks):
     """And one for the visual tokens, with its way back where the tower is trained. 3 steps of a micro-batch each."""
     found = noted(two_ranks, name, "calls", 2)
-    in_layers = LAYERS * 2 * (3 if recomputed else 2)
+    in_layers = LAYERS * 3 * (3 if recomputed else 2)
     assert [calls["all_to_all"] for calls in found] == [3 * (in_layers + 1 + trains_tower)] * 2
     if name == "frozen tower":
         return

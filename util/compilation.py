@@ -1,8 +1,9 @@
 """`--compile`: few graphs for rows of every length, what they cost to make, and what happens where none can be made.
 
 A graph is compiled of what stands before attention in a layer, of what stands after it, and of the loss: five for a
-model, in training and evaluation, however many layers it has and whatever lengths its rows have. Dynamo compiles anew
-where anything that it looked at has changed, and gives up after 8 graphs of a function, so nothing may change:
+model (six where ranks share a row), in training and evaluation, however many layers it has and whatever lengths its
+rows have. Dynamo compiles anew where anything that it looked at has changed, and gives up after 8 graphs of a function,
+so nothing may change:
 
 - the number of rows is marked as dynamic; a single row, which dynamo would take for a special case, runs as it is;
 - evaluation runs training's graphs and drops what they kept, since the mode of gradients is something dynamo looks at;
@@ -65,11 +66,17 @@ def compiled_kind(kind: Kind, is_recomputed: bool) -> Kind:
     `is_recomputed`: the layer's last matrix product then stands outside of the graphs. The backward pass does not need
     its output, and recomputing ends before it, but a graph runs to its end: a quarter of the layer's work for nothing.
     """
-    before = Compiled(kind.before, inputs=1)
+    kind = replace(kind, before=Compiled(kind.before, inputs=1))
+    if kind.queries and kind.keys_and_values:
+        kind = replace(
+            kind,
+            queries=Compiled(kind.queries, inputs=1),
+            keys_and_values=Compiled(kind.keys_and_values, inputs=1),
+        )
     if not is_recomputed:
-        return replace(kind, before=before, after=Compiled(kind.after, inputs=2))
+        return replace(kind, after=Compiled(kind.after, inputs=2))
     until_last = Compiled(kind.until_last, inputs=2)
-    return replace(kind, before=before, after=partial(after_in_two, until_last, kind.last_product))
+    return replace(kind, after=partial(after_in_two, until_last, kind.last_product))
 
 
 def after_in_two(until_last: Callable, last_product: str, layer: nn.Module, hidden: torch.Tensor, mixed: torch.Tensor):

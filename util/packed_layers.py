@@ -32,12 +32,18 @@ class Kind:
     attention: str  # the name of the attention in a layer
     after_attention: str  # the name of the matrix product after it
     last_product: str  # the name of the layer's last matrix product
+    # `before` in two parts, where ranks that share a row send the queries while they make keys and values
+    queries: Callable[..., Any] | None = None  # (layer, hidden, cos, sin) -> normed (T, D), queries
+    keys_and_values: Callable[..., Any] | None = None  # (layer, normed, cos, sin)
 
 
 def run_packed(layer: Any, kind: Kind, hidden: torch.Tensor, rotation: Any, segments: Segments) -> torch.Tensor:
     """One layer on a packed row: (T, D) -> (T, D). `rotation`: cos and sin of each row's angles, (T, W) each."""
-    query, key, value = kind.before(layer, hidden, *rotation)
-    mixed = attend(getattr(layer, kind.attention), query, key, value, segments)
+    if layer.row_attention is not None and layer.row_attention.is_for(segments):
+        mixed = layer.row_attention(layer, kind, hidden, rotation, segments)
+    else:
+        query, key, value = kind.before(layer, hidden, *rotation)
+        mixed = attend(getattr(layer, kind.attention), query, key, value, segments)
     return kind.after(layer, hidden, mixed)
 
 
@@ -113,18 +119,30 @@ def rotate_patches(
 
 
 def before_layer_attention(layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
-    attention = layer.self_attn
+    normed, query = queries_of_layer(layer, hidden, cos, sin)
+    key, value = keys_and_values_of_layer(layer, normed, cos, sin)
+    return query, key, value
+
+
+def queries_of_layer(
+    layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     normed = read_by_products(layer, rms_norm(layer.input_layernorm, hidden), len(cos))
-    width = attention.head_dim
-    query = attention.q_proj(normed).unflatten(1, (-1, width))
-    key = attention.k_proj(normed).unflatten(1, (-1, width))
-    value = attention.v_proj(normed).unflatten(1, (-1, width))
-    if hasattr(attention, "q_norm"):  # Qwen3-VL
-        query = rms_norm(attention.q_norm, query)
-        key = rms_norm(attention.k_norm, key)
-    cos = cos[:, None]
-    sin = sin[:, None]
-    return rotate(query, cos, sin), rotate(key, cos, sin), value
+    query = layer.self_attn.q_proj(normed).unflatten(1, (-1, layer.self_attn.head_dim))
+    if hasattr(layer.self_attn, "q_norm"):  # Qwen3-VL
+        query = rms_norm(layer.self_attn.q_norm, query)
+    return normed, rotate(query, cos[:, None], sin[:, None])
+
+
+def keys_and_values_of_layer(
+    layer: Any, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    width = layer.self_attn.head_dim
+    key = layer.self_attn.k_proj(normed).unflatten(1, (-1, width))
+    value = layer.self_attn.v_proj(normed).unflatten(1, (-1, width))
+    if hasattr(layer.self_attn, "k_norm"):
+        key = rms_norm(layer.self_attn.k_norm, key)
+    return rotate(key, cos[:, None], sin[:, None]), value
 
 
 def after_layer_attention(layer: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
@@ -149,7 +167,14 @@ BLOCK = Kind(before_block_attention, after_block_attention, until_last_of_block,
 GATED_BLOCK = replace(BLOCK, last_product="mlp.down_proj")
 BLOCK_OF_3 = replace(BLOCK, last_product="mlp.linear_fc2")
 LAYER = Kind(
-    before_layer_attention, after_layer_attention, until_last_of_layer, "self_attn", "self_attn.o_proj", "mlp.down_proj"
+    before_layer_attention,
+    after_layer_attention,
+    until_last_of_layer,
+    "self_attn",
+    "self_attn.o_proj",
+    "mlp.down_proj",
+    queries_of_layer,
+    keys_and_values_of_layer,
 )
 
 
@@ -166,6 +191,7 @@ def kind_of_block(block: Any) -> Kind:
 def pack(layer: Any, kind: Kind, run: Callable[..., torch.Tensor] = run_packed) -> None:
     """Let a layer run packed rows by `run`, and what `generate` gives it by transformers' own code, as before."""
     layer.sharing = None  # of its products with other ranks
+    layer.row_attention = None  # over rows of which other ranks have parts, too
     layer.forward = partial(packed_or_own, type(layer).forward, layer, kind, run)
 
 

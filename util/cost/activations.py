@@ -162,6 +162,8 @@ def decoder_layer(
     # queries, keys and values before they are turned are as wide as after
     products = ("queries, turned", "keys, turned", "values", "mixed", "after attention", "gate", "up")
     stay = ("values", "mixed", "gate", "up")
+    if is_compiled and config.context_parallel_size > 1:
+        products += ("normalised for attention",)  # it lies between the graph of queries and that of keys and values
     kept, remade = split(whole, products, stay, config, is_compiled)
     # of the product, of the gate before and after SiLU, and of the factor beside it; and what comes from the next layer
     working = width + inner * (2 if is_compiled else 3) - whole["product"]

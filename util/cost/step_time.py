@@ -4,7 +4,7 @@ What ranks do while they work on one row, in one pass:
 
     compute         FLOPs / (peak x MFU), divided among tensor and context ranks
     tensor          two all-reduces a layer (or their halves, along the row): nothing hides them
-    context         all-to-alls around attention, or gathered keys and values: nothing hides them
+    context         all-to-alls around attention: queries travel while keys and values are made, nothing hides the rest
     sharding        gathers and reductions of weights, hidden behind the compute of their pass as far as it lasts
     transfer        a row's hidden states to the next stage, or their gradients back
 
@@ -126,16 +126,20 @@ class Course:
     def passes(self, stage: int, rows: Rows, rank: int) -> Passes:
         """What one rank's rows take on one stage."""
         computed, remade = self.computation(stage, rows, rank)
-        messages = self.messages(stage, rows, rank)
         forward = {"computation": computed[0], "recomputation": 0 * remade}
         backward = {"computation": computed[1], "recomputation": remade}
-        again = 1 + (self.shape.checkpointing == "full")  # a layer that is made anew sends anew
-        for name, seconds in messages.items():
+        again = self.shape.checkpointing == "full"  # a layer that is made anew sends anew
+        for name, seconds in self.messages(stage, rows, rank).items():
             forward[name] = seconds
-            backward[name] = seconds * (1 if name == "transfers" else again)
+            backward[name] = seconds * (1 if name == "transfers" else 1 + again)
+        hidden = self.hidden_queries(stage, rows, rank, False)
+        hidden_back = self.hidden_queries(stage, rows, rank, True) + again * hidden
+        forward["context"] = forward["context"] - hidden
+        backward["context"] = backward["context"] - hidden_back
         of_forward, of_backward = self.sharding_of_rows(stage, len(remade))
-        forward["sharding"] = exposed(*of_forward, computed[0])
-        backward["sharding"] = exposed(*of_backward, computed[1] + remade)
+        # a second of computation hides one message: not that of weights and that of queries
+        forward["sharding"] = exposed(*of_forward, computed[0] - hidden)
+        backward["sharding"] = exposed(*of_backward, computed[1] + remade - hidden_back)
         return Passes(forward, backward)
 
     def sharding_of_rows(self, stage: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -211,7 +215,7 @@ class Course:
         read = text.num_attention_heads // text.num_key_value_heads  # query heads that read a key-value head
         keys = sum((end - 1) // read - begin // read + 1 for begin, end in pairwise(cuts))  # that all ranks get
         width = COMPUTE * text.hidden_size // text.num_attention_heads * tokens
-        there = seconds_of(self.hardware, EXCHANGE, width * (cuts[-1] + 2 * keys), ranks, stride)
+        there = self.queries_sent(tokens) + seconds_of(self.hardware, EXCHANGE, 2 * width * keys, ranks, stride)
         # back from the rank with most heads, for the tokens of all
         back = seconds_of(self.hardware, EXCHANGE, width * ranks * most_between(cuts), ranks, stride)
         found = there + back
@@ -219,6 +223,22 @@ class Course:
         merge = self.model_config.vision_config.spatial_merge_size**2
         size = COMPUTE * text.hidden_size * patches / merge
         return found + seconds_of(self.hardware, EXCHANGE, size, ranks, stride) * (patches > 0)
+
+    def queries_sent(self, tokens: np.ndarray) -> np.ndarray:
+        """Seconds (M,) in which a layer's queries of `tokens` on each rank travel, or their gradients."""
+        size = COMPUTE * self.model_config.text_config.hidden_size / self.shape.tensor * tokens
+        return seconds_of(self.hardware, EXCHANGE, size, self.shape.context, self.shape.tensor)
+
+    def hidden_queries(self, stage: int, rows: Rows, rank: int, is_backward: bool) -> np.ndarray:
+        """Of the seconds (M,) in which queries travel in a pass, those in which keys and values are made meanwhile, or
+        have their backward pass."""
+        text = self.model_config.text_config
+        tokens = rows.tokens[rank] / self.shape.context
+        outputs = 2 * text.hidden_size // text.num_attention_heads * text.num_key_value_heads / self.shape.tensor
+        products = 2 * text.hidden_size * outputs * tokens / (self.hardware.peak * self.hardware.mfu)
+        if is_backward:
+            products = products * (part_factors(self.config)["language_model"] - 1)
+        return self.cut[stage] * np.minimum(self.queries_sent(tokens), products)
 
     def cuts_of_heads(self) -> list[int]:
         """Where the heads of a tensor rank are cut between context ranks: neighbours, as many for each or one more."""

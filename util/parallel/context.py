@@ -9,8 +9,15 @@ the head and its loss) for these alone. Three things need more than that:
       (Ulysses,                tokens of all heads      --->    all tokens of some heads
       arXiv 2309.14509)       [ 0-9 ][10-19][20-29][30-39]    [heads 0, 1][2, 3][4, 5][6, 7]
 
-    Before attention each rank gives away the heads that are not its own, and after it the tokens. Both are one
-    all-to-all. Where C does not divide the heads, some ranks have one more than others.
+    Before attention each rank gives away the heads that are not its own, and after it the tokens. Where C does not
+    divide the heads, some ranks have one more than others.
+
+    What travels, in three all-to-alls a layer and pass, and what is computed meanwhile:
+
+    compute, forward     norm, q   |  k, v   |   |   attention   |        |  o, MLP
+    on the way                     [ queries ][k, v]             [ mixed ]
+    compute, backward    MLP, o |         |  attention  |    |  v, k  |         |  q, norm
+    on the way                  [ mixed  ]              [k, v][queries          ]
 
 Letters in shapes: C ranks, T tokens of the row, V visual tokens, H heads, H_kv key-value heads, W a head's width.
 """
@@ -26,14 +33,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed._functional_collectives import all_to_all_single_autograd
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
-from util.attention import BACKENDS, NAME, Segments
+from util.attention import BACKENDS, Segments
 from util.collator import Batch, pieces_of
 from util.command_line import UserError
 from util.loss import PackedLoss
+from util.packed_layers import Kind
 from util.vision import MERGE, Grid
 
 # ---- a rank's part of a batch ---------------------------------------------------------------------------------------
@@ -194,8 +199,7 @@ def pictures_of(whole: Batch, units: list[Unit]) -> dict[str, Any]:
 class ContextLoss(PackedLoss):
     """A PackedLoss that also takes parts of rows (RowPart), and then gives the sum of its part's cross-entropies."""
 
-    group: dist.ProcessGroup
-    around_attention: Callable = nullcontext  # entered while attention runs, which waits for the other ranks
+    row_attention: "RowAttention"  # of the language model's layers
 
     def visual_tokens(self, batch: Batch) -> torch.Tensor:
         """Those that stand in this rank's part of the row, in the order of its `visual_index`."""
@@ -203,36 +207,144 @@ class ContextLoss(PackedLoss):
         if not isinstance(batch, RowPart):
             return tokens
         outgoing = tokens.index_select(0, batch.sent_index)
-        return exchange(outgoing, batch.received, batch.sent, self.group)
+        return begin(outgoing, batch.received, batch.sent, self.row_attention.group).arrived()
 
 
-def exchange(rows: torch.Tensor, received: list[int], sent: list[int], group: Any) -> torch.Tensor:
-    """Rows (sum of `sent`, ...) to all ranks of a group -> theirs (sum of `received`, ...); gradients travel back."""
-    return wait(all_to_all_single_autograd(rows.contiguous(), received, sent, group))
+@dataclass
+class RowAttention:
+    """Lets the layers of a model attend over whole rows of which each rank has a part."""
 
+    attend: Callable  # one of attention.BACKENDS
+    group: dist.ProcessGroup
+    around: Callable = nullcontext  # entered while this rank attends, for which it waits for the others
 
-def wait(tensor: Any) -> torch.Tensor:
-    """A collective's result when it is there."""
-    return tensor.wait() if hasattr(tensor, "wait") else tensor
+    def is_for(self, segments: Segments) -> bool:
+        """Not for rows that this rank has whole."""
+        return isinstance(segments, RowSegments)
+
+    def __call__(self, layer: Any, kind: Kind, hidden: torch.Tensor, rotation: Any, segments: Segments) -> torch.Tensor:
+        """A layer's rows (T / C, D) -> what attention makes of them (T / C, D)."""
+        assert kind.queries
+        assert kind.keys_and_values
+        normed, query = kind.queries(layer, hidden, *rotation)
+        queries = send_queries(query, self.group)  # they travel while keys and values are made
+        key, value = kind.keys_and_values(layer, normed, *rotation)
+        scale = getattr(layer, kind.attention).scaling
+        with self.around():
+            mixed = attend_by_heads(queries, query.shape[1], key, value, segments, scale, self.attend, self.group)
+        return mixed.flatten(1)
 
 
 def split_attention(packed: ContextLoss, backend: str, group: dist.ProcessGroup) -> None:
     """Let the layers of a model attend over whole rows of which each rank has a part."""
-    packed.group = group
-    attend = BACKENDS[backend]
+    packed.row_attention = RowAttention(BACKENDS[backend], group)
+    for layer in packed.model.model.language_model.layers:
+        layer.row_attention = packed.row_attention
 
-    def attention(module, query, key, value, attention_mask, scaling, segments, **unused):
-        # transformers' shapes: (1, heads, T, W) in, (1, T, heads, W) out
-        q, k, v = (rows.squeeze(0).transpose(0, 1) for rows in (query, key, value))
-        if not isinstance(segments, RowSegments):
-            return attend(q, k, v, segments, causal=module.is_causal, scale=scaling)[None], None
-        with packed.around_attention():
-            return attend_by_heads(q, k, v, segments, scaling, attend, group)[None], None
 
-    name = f"{NAME}row_parts_{backend}"
-    AttentionInterface.register(name, torch.compiler.disable(attention))
-    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
-    packed.model.config.text_config._attn_implementation = name
+# ---- what ranks send each other -------------------------------------------------------------------------------------
+
+# Those that return before anything has arrived. torch's function with gradients waits in its backward pass at once.
+collectives = torch.ops._c10d_functional
+
+
+@dataclass(eq=False)
+class Way:
+    """Between the ranks of a group, for rows, and for their gradients back: what is under way on it."""
+
+    received: list[int]  # how many rows each rank sends here
+    sent: list[int]  # how many each gets
+    group: dist.ProcessGroup
+    rows: Any = None  # not to be read before they have arrived
+
+    def begin(self, rows: torch.Tensor, received: list[int], sent: list[int]) -> None:
+        self.rows = collectives.all_to_all_single(rows.contiguous(), received, sent, self.group.group_name)
+
+    def arrived(self) -> torch.Tensor:
+        rows, self.rows = self.rows, None
+        return collectives.wait_tensor(rows)
+
+
+class Begin(torch.autograd.Function):
+    """Rows begin to travel. Backward: waits for their gradients, which Arrive has sent.
+
+    Autograd knows the two as neighbours by a tensor without numbers, since a gradient under way is of another shape
+    than the rows that have arrived.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, way: Way) -> torch.Tensor:
+        ctx.way = way
+        way.begin(rows, way.received, way.sent)
+        return rows.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, nothing: torch.Tensor):
+        return ctx.way.arrived(), None
+
+
+class Arrive(torch.autograd.Function):
+    """Rows have arrived. Backward: their gradients begin to travel back."""
+
+    @staticmethod
+    def forward(ctx: Any, nothing: torch.Tensor, way: Way) -> torch.Tensor:
+        ctx.way = way
+        return way.arrived()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor):
+        ctx.way.begin(gradient, ctx.way.sent, ctx.way.received)
+        return gradient.new_empty(0), None
+
+
+@dataclass
+class UnderWay:
+    """Rows that ranks send each other while they compute.
+
+    Autograd runs last what was run first. So gradients begin to travel where rows were waited for, and are waited for
+    where these were sent off: what was computed in between has its backward pass meanwhile.
+    """
+
+    begun: torch.Tensor  # (0,), of Begin
+    way: Way
+
+    def arrived(self) -> torch.Tensor:
+        return Arrive.apply(self.begun, self.way)
+
+
+def begin(rows: torch.Tensor, received: list[int], sent: list[int], group: Any) -> UnderWay:
+    """Rows (sum of `sent`, ...) to all ranks of a group, for theirs (sum of `received`, ...); gradients travel back."""
+    way = Way(received, sent, group)
+    return UnderWay(Begin.apply(rows, way), way)
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Pieces:
+    """Tensors that ranks send each other: some from each rank."""
+
+    numbers: UnderWay
+    shapes: list[list[Shape]]  # of those of each rank
+
+    def arrived(self) -> list[list[torch.Tensor]]:
+        found = []
+        for of_rank, shapes in zip(self.numbers.arrived().split(self.numbers.way.received), self.shapes, strict=True):
+            tensors = of_rank.split([math.prod(shape) for shape in shapes])
+            found.append([tensor.view(shape) for tensor, shape in zip(tensors, shapes, strict=True)])
+        return found
+
+
+def send(pieces: list[list[torch.Tensor]], shapes: list[list[Shape]], group: Any) -> Pieces:
+    """Some tensors to each rank of a group, for those of these shapes that each rank sends; gradients travel back."""
+    sent = [sum(map(torch.numel, of_rank)) for of_rank in pieces]
+    received = [sum(map(math.prod, of_rank)) for of_rank in shapes]
+    numbers = torch.cat([tensor.flatten() for tensor in chain(*pieces)])
+    return Pieces(begin(numbers, received, sent, group), shapes)
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -243,32 +355,41 @@ class Heads:
     keys: slice  # the key-value heads that these read; a neighbour may read the same ones
     readers: list[int]  # for each of its queries the key-value head that it reads, counted from the first of `keys`
 
-    @property
-    def counts(self) -> list[int]:
-        """How many heads of queries, keys and values these are."""
-        keys = self.keys.stop - self.keys.start
-        return [len(self.readers), keys, keys]
-
     def spread(self, heads: torch.Tensor) -> torch.Tensor:
         """Keys or values (T, its key-value heads, W), one for each query head where not all are read equally often."""
         times = {self.readers.count(number) for number in self.readers}
         return heads if len(times) == 1 else torch.stack([heads[:, number] for number in self.readers], dim=1)
 
 
-def deal_heads(heads: int, key_value_heads: int, ranks: int) -> list[Heads]:
-    """The heads of each rank: neighbours, as many as another has or one more."""
-    group = heads // key_value_heads  # query heads that read the same key-value head
+def deal_queries(heads: int, ranks: int) -> list[slice]:
+    """The query heads of each rank: neighbours, as many as another has or one more."""
     cuts = [heads * rank // ranks for rank in range(ranks + 1)]
+    return [slice(first, end) for first, end in pairwise(cuts)]
+
+
+def deal_heads(heads: int, key_value_heads: int, ranks: int) -> list[Heads]:
+    """The heads of each rank: its queries, and the keys and values that these read."""
+    group = heads // key_value_heads  # query heads that read the same key-value head
     found = []
-    for begin, end in pairwise(cuts):
-        first = begin // group
-        readers = [head // group - first for head in range(begin, end)]
-        found.append(Heads(slice(begin, end), slice(first, first + readers[-1] + 1), readers))
+    for queries in deal_queries(heads, ranks):
+        first = queries.start // group
+        readers = [head // group - first for head in range(queries.start, queries.stop)]
+        found.append(Heads(queries, slice(first, first + readers[-1] + 1), readers))
     return found
 
 
+def send_queries(query: torch.Tensor, group: dist.ProcessGroup) -> Pieces:
+    """Of this rank's tokens (T / C, H, W) each rank gets its heads, and this one its heads of all tokens."""
+    tokens, heads, width = query.shape
+    dealt = deal_queries(heads, dist.get_world_size(group))
+    own = dealt[dist.get_rank(group)]
+    arriving = [(tokens, own.stop - own.start, width)]
+    return send([[query[:, of_rank]] for of_rank in dealt], [arriving] * len(dealt), group)
+
+
 def attend_by_heads(
-    q: torch.Tensor,
+    queries: Pieces,
+    heads: int,
     k: torch.Tensor,
     v: torch.Tensor,
     segments: Segments,
@@ -276,38 +397,21 @@ def attend_by_heads(
     attend: Callable,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """Ulysses: q (T / C, H, W), k and v (T / C, H_kv, W) -> (T / C, H, W), attention over all T tokens."""
+    """Ulysses: queries on their way, of H `heads`, k and v (T / C, H_kv, W) -> (T / C, H, W), attention over all T
+    tokens."""
     ranks = dist.get_world_size(group)
-    dealt = deal_heads(q.shape[1], k.shape[1], ranks)
+    dealt = deal_heads(heads, k.shape[1], ranks)
     own = dealt[dist.get_rank(group)]
-    tokens, _, width = q.shape
-    # Of this rank's tokens each rank gets its heads, and this one its heads of all tokens.
-    pieces = [[q[:, some.queries], k[:, some.keys], v[:, some.keys]] for some in dealt]
-    arriving = [(tokens, count, width) for count in own.counts]
-    received = exchange_pieces(pieces, [arriving] * ranks, group)
-    q, k, v = (torch.cat(parts) for parts in zip(*received, strict=True))
+    tokens, _, width = k.shape
+    arriving = [(tokens, own.keys.stop - own.keys.start, width)] * 2
+    keys_and_values = send([[k[:, some.keys], v[:, some.keys]] for some in dealt], [arriving] * ranks, group)
+    q = torch.cat([part for (part,) in queries.arrived()])
+    k, v = (torch.cat(parts) for parts in zip(*keys_and_values.arrived(), strict=True))
     mixed = attend(q, own.spread(k), own.spread(v), segments, causal=True, scale=scale)
     # And back: of its tokens a rank gets all heads.
-    returning = [[(tokens, some.counts[0], width)] for some in dealt]
-    heads = exchange_pieces([[part] for part in mixed.chunk(ranks)], returning, group)
-    return torch.cat([part for (part,) in heads], dim=1)
-
-
-Shape = tuple[int, ...]
-
-
-def exchange_pieces(
-    pieces: list[list[torch.Tensor]], shapes: list[list[Shape]], group: Any
-) -> list[list[torch.Tensor]]:
-    """Some tensors to each rank of a group -> those of these shapes that each rank sends; gradients travel back."""
-    sent = [sum(map(torch.numel, of_rank)) for of_rank in pieces]
-    received = [sum(map(math.prod, of_rank)) for of_rank in shapes]
-    numbers = exchange(torch.cat([tensor.flatten() for tensor in chain(*pieces)]), received, sent, group)
-    found = []
-    for of_rank, of_shapes in zip(numbers.split(received), shapes, strict=True):
-        tensors = of_rank.split([math.prod(shape) for shape in of_shapes])
-        found.append([tensor.view(shape) for tensor, shape in zip(tensors, of_shapes, strict=True)])
-    return found
+    returning = [[(tokens, len(some.readers), width)] for some in dealt]
+    parts = send([[part] for part in mixed.chunk(ranks)], returning, group).arrived()
+    return torch.cat([part for (part,) in parts], dim=1)
 
 
 def check_sizes(model_config, ranks: int, of_a_matrix: int = 1) -> None:

@@ -306,8 +306,7 @@ def build_sharded(
         assert sizes is not None
         pipeline.cut(packed, world.pipe, stages.stages_of(model_config, config, sizes)[world.pipe.index].layers)
     shard(packed, dtype=dtype, **sharding_of(config, mesh))
-    for layer, following in pairwise(layers(packed.model)):
-        layer.set_modules_to_forward_prefetch([following])
+    gather_ahead(packed)
     packed.to_empty(device=world.device)
     if world.pipe:
         pipeline.hand_out(packed, whole, world.device)
@@ -359,7 +358,20 @@ def build_quantised(config: Config, path: str, model_config, processor, world: W
         dist.broadcast(parameter.data, src=0)
     mesh = make_mesh(config, world)
     shard(packed, dtype=dtype, kept_whole=lora.frozen_parameters(packed), **sharding_of(config, mesh))
+    gather_ahead(packed)
     return packed
+
+
+def gather_ahead(packed: PackedLoss) -> None:
+    """Let the weights of each layer be gathered while the one before it computes, and those of the first layer while
+    patches and tokens are embedded.
+
+    The backward pass needs no such word: there FSDP2 gathers the layer before, in the order of the forward pass, by
+    itself (_backward_prefetch), and reduces gradients on a stream of their own. In the forward pass it does not know
+    what comes next.
+    """
+    for unit, following in pairwise([packed, *layers(packed.model)]):
+        unit.set_modules_to_forward_prefetch([following])
 
 
 def sharding_of(config: Config, mesh: DeviceMesh) -> dict:

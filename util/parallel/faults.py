@@ -101,7 +101,7 @@ class Watch:
         timed = layers(model.model)
         if isinstance(model, ContextLoss):
             timed = model.model.model.language_model.layers
-            model.around_attention = self._left
+            model.row_attention.around = self._left
         for layer in timed:  # inside the hooks of fully_shard, so that no collective is timed
             layer.register_forward_pre_hook(self._enter)
             layer.register_forward_hook(self._leave, prepend=True)
