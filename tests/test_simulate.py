@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from benchmarks import formulas, scaling, simulate
+from benchmarks import formulas, simulate
 from util import ranks
 from util.command_line import UserError
+from util.cost import layouts
 from util.loss import PackedLoss
 from util.parallel import distributed
 
@@ -70,18 +71,18 @@ def test_a_rank_holds_and_sends_what_is_computed_by_hand(sharded):
 
 def test_a_formula_that_forgets_something_is_caught(sharded, monkeypatch):
     found, job = sharded
-    units_of = scaling.units_of
+    units_of = layouts.Stage.units
 
     def without_the_root(*arguments):
         *units, root = units_of(*arguments)
         return [*units, replace(root, shapes=[], trained=[])]
 
-    monkeypatch.setattr(scaling, "units_of", without_the_root)
+    monkeypatch.setattr(layouts.Stage, "units", without_the_root)
     lines = "\n".join(wrong(found, job))
     assert re.search(r"^parameters: 50,239,872, and 16,618,816 by formula", lines, re.MULTILINE), lines
     assert re.search(r"^all_gather of 8 ranks: .*\(9, 133717376\)", lines, re.MULTILINE), lines
     assert re.search(r"^reduce_scatter of 8 ranks: .*\(5, 1607675904\)", lines, re.MULTILINE), lines
-    monkeypatch.setattr(scaling, "units_of", units_of)
+    monkeypatch.setattr(layouts.Stage, "units", units_of)
     assert not wrong(found, job)
 
 
