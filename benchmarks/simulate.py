@@ -45,6 +45,7 @@ from torch.distributed import _state_dict_utils
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -233,6 +234,7 @@ class Observer(TorchDispatchMode):
         self.live = self.peak = 0
         self.peak_at = ""
         self.moment = ""
+        self.tries_rules = False  # DTensor does, on whole shapes, which nobody holds
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         if any(issubclass(kind, DTensor) for kind in types):
@@ -243,8 +245,7 @@ class Observer(TorchDispatchMode):
         if name == "_c10d_functional.wait_tensor":
             return arguments[0]  # under fake tensors it would be a copy
         found = operation(*arguments, **(keywords or {}))
-        if self.phase != PASSES:
-            # The update works in place on DTensors, and these try their rules on whole shapes, which nobody holds.
+        if self.phase != PASSES or self.tries_rules:
             return found
         for tensor in found if isinstance(found, tuple | list) else [found]:
             if isinstance(tensor, torch.Tensor):
@@ -290,13 +291,25 @@ class Observer(TorchDispatchMode):
     def watching(self) -> Iterator[None]:
         """Inside, what frees or regrows a tensor's memory in its place, as FSDP2 does, is seen as well."""
         resize_storage = torch.UntypedStorage.resize_
+        try_rules = ShardingPropagator._propagate_tensor_meta_non_cached
 
         def resize(storage: torch.UntypedStorage, size: int) -> None:
             resize_storage(storage, size)
             if storage._cdata in self.sizes:
                 self.resize(storage._cdata, storage.nbytes())
 
-        with mock.patch.object(torch.UntypedStorage, "resize_", resize), self:
+        def unseen(*arguments: Any) -> Any:
+            self.tries_rules = True
+            try:
+                return try_rules(*arguments)
+            finally:
+                self.tries_rules = False
+
+        with (
+            mock.patch.object(torch.UntypedStorage, "resize_", resize),
+            mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen),
+            self,
+        ):
             yield
 
 

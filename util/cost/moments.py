@@ -258,7 +258,7 @@ def moments_of_pass(kept: Kept, gradients: Gradients, units: Units, is_compiled:
             every, 0, units.copies(layers, blocks, layer, before), head, kept.total + one.remade, working=at_work
         ),
         "the reduction of the last layer's gradients": at(
-            every, 0, units.copies(layers, blocks, 0, before), head + units.reduced, without_last
+            every, 0, units.copies(layers - 1, blocks, 0, before), head + units.reduced, without_last
         ),
         "the end of the language model's backward pass": at(
             (1, blocks), gradients.decoder, last, head + units.in_buffer * others, of_pictures + first_decoder,
