@@ -133,10 +133,7 @@ SHARDINGS = {
 }
 RECOMPUTED = {"activation_checkpointing": "full"}
 # All that is counted grows by as much with each layer, so a few show it; these are run with all of them.
-WHOLE = (
-    "2b_8_full", "7b_1024_full", "72b_64_full_recomputed", "72b_1024_full_recomputed", "72b_64_tensor_8_pipeline_4",
-    "72b_1024_context_8", "72b_1024_tensor_8_pipeline_4_context_2",
-)  # fmt: skip
+WHOLE = ("2b_8_full", "7b_1024_full", "72b_64_full_recomputed", "72b_1024_context_8")
 FEW = 2  # layers of the tower and of the language model
 
 
