@@ -275,8 +275,12 @@ def moments_of_pass(kept: Kept, gradients: Gradients, units: Units, is_compiled:
             (0, 1), tower, units.copies(0, 1, block, 0), units.root_gradients + units.wider * units.block_gradients,
             kept.block.kept + kept.block.remade, working=kept.block.working,
         ),
-        "the embedding's backward pass": at((0, 0), tower, units.root, units.root_gradients + units.tied),
-        "the reduction of the root's gradients": at((0, 0), tower, 0, units.root_reduced),
+        "the embedding's backward pass": at(
+            (0, 0), tower, units.copies(0, 0, 0, 0), units.root_gradients + units.tied
+        ),
+        "the reduction of the root's gradients": at(
+            (0, 0), tower, units.copies(0, 0, 0, 0) - units.root * units.is_last_pass, units.root_reduced
+        ),
         "the update of the weights": {**at((0, 0), gradients.total, 0, 0, working=gradients.update),
                                       "gradients": gradients.total, "whole gradients": 0},
     }  # fmt: skip
