@@ -188,15 +188,18 @@ def test_logits_are_of_a_part_of_the_vocabulary_and_on_the_last_stage_alone():
 
 
 def test_context_ranks_keep_a_part_of_each_row_and_tensor_ranks_of_each_layer():
+    """Of rows so long that nothing beside their activations decides when most is there."""
+    long = dataclasses.replace(TEXT, tokens=8 * 16384)
+
     def activations(**axes) -> float:
         shape = Shape(checkpointing="selective", group=axes.get("context", 1), **axes)
-        rows = work_of([TEXT]).rows(1, 1)
+        rows = work_of([long]).rows(1, 1)
         needs = stage_forecast(official_config("72b"), Config(), BF16, shape, 0, (80,), weights_of("72b"), rows)
         return needs["activations"]
 
     assert activations(context=8) == pytest.approx(activations() / 8, rel=0.02)
     # of one layer, made anew, all rows that its products read twice
-    gathered = 2 * 2 * 16384 * 8192 * 7 / 8
+    gathered = 2 * 2 * long.tokens * 8192 * 7 / 8
     assert activations(tensor=8) == pytest.approx(activations() / 8 + gathered, rel=0.02)
 
 
