@@ -45,6 +45,7 @@ from torch.distributed import _state_dict_utils
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,6 +65,7 @@ from util.config import Config
 from util.conversation import Encoded
 from util.cost.memory import GIB
 from util.cost.sizes import Finding, Sizes
+from util.cost.stages import cut_of
 from util.dataset import Sample, Size
 from util.kernels import rule
 from util.log import versions
@@ -131,7 +133,7 @@ SHARDINGS = {
 }
 RECOMPUTED = {"activation_checkpointing": "full"}
 # All that is counted grows by as much with each layer, so a few show it; these are run with all of them.
-WHOLE = ("2b_8_full", "7b_1024_full")
+WHOLE = ("2b_8_full", "7b_1024_full", "72b_64_full_recomputed", "72b_1024_context_8")
 FEW = 2  # layers of the tower and of the language model
 
 
@@ -146,7 +148,8 @@ def all_cases() -> dict[str, Case]:
     for size, ranks in (("7b", 8), ("7b", 1024), ("72b", 64), ("72b", 1024)):
         cases[f"{size}_{ranks}_full"] = Case(size, ranks)
     cases["7b_1024_groups"] = Case("7b", 1024, SHARDINGS["groups"])
-    cases["72b_1024_full_recomputed"] = Case("72b", 1024, RECOMPUTED)
+    for ranks in (64, 1024):
+        cases[f"72b_{ranks}_full_recomputed"] = Case("72b", ranks, RECOMPUTED)
     # a video of an hour, its layers run again; and heads of 2B (12, and 2 of keys), which are dealt to 8 unevenly
     for size, ranks, of_a_row in (("2b", 8, 2), ("7b", 8, 4), ("72b", 1024, 8)):
         settings = {"context_parallel_size": of_a_row, **RECOMPUTED}
@@ -162,7 +165,30 @@ def all_cases() -> dict[str, Case]:
         settings = {"pipeline_parallel_size": stages, "sharding": "optimizer"}
         name = f"{size}_{ranks}_pipeline_{stages}_rank_{rank}"
         cases[name] = Case(size, ranks, settings, row=replace(IMAGES, samples=1), micro_batches=2 * stages, rank=rank)
+    cases |= combined_cases()
     return {name: case if name in WHOLE else case.with_layers(FEW) for name, case in cases.items()}
+
+
+def combined_cases() -> dict[str, Case]:
+    """Several axes at once, by what has to be told apart: the first stage and the last, and how layers are kept."""
+    cases = {}
+    image = replace(IMAGES, samples=1)
+    for rank, checkpointing in ((1, "none"), (5, "selective")):
+        settings = {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "activation_checkpointing": checkpointing}
+        cases[f"2b_8_tensor_2_pipeline_2_rank_{rank}"] = Case("2b", 8, settings, image, 4, rank)
+    for checkpointing in ("none", "selective", "full"):
+        settings = {"context_parallel_size": 2, "tensor_parallel_size": 2, "sequence_parallel": True}
+        settings["activation_checkpointing"] = checkpointing
+        cases[f"7b_8_tensor_2_context_2_{checkpointing}"] = Case("7b", 8, settings, rank=2)
+    for rank in (0, 7):
+        settings = {name: 2 for name in ("pipeline_parallel_size", "context_parallel_size", "tensor_parallel_size")}
+        cases[f"2b_8_2_2_2_rank_{rank}"] = Case("2b", 8, {**settings, "sequence_parallel": True}, image, 4, rank)
+    settings = {"tensor_parallel_size": 8, "pipeline_parallel_size": 4, "sequence_parallel": True, **RECOMPUTED}
+    settings["sharding"] = "optimizer"
+    cases["72b_64_tensor_8_pipeline_4"] = Case("72b", 64, settings, micro_batches=8)
+    settings = {**settings, "context_parallel_size": 2}
+    cases["72b_1024_tensor_8_pipeline_4_context_2"] = Case("72b", 1024, settings, micro_batches=8)
+    return cases
 
 
 def micro_batch(row: Row, mode: FakeTensorMode) -> Batch:
@@ -205,6 +231,7 @@ class Observer(TorchDispatchMode):
         self.live = self.peak = 0
         self.peak_at = ""
         self.moment = ""
+        self.tries_rules = False  # DTensor does, on whole shapes, which nobody holds
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         if any(issubclass(kind, DTensor) for kind in types):
@@ -215,8 +242,7 @@ class Observer(TorchDispatchMode):
         if name == "_c10d_functional.wait_tensor":
             return arguments[0]  # under fake tensors it would be a copy
         found = operation(*arguments, **(keywords or {}))
-        if self.phase != PASSES:
-            # The update works in place on DTensors, and these try their rules on whole shapes, which nobody holds.
+        if self.phase != PASSES or self.tries_rules:
             return found
         for tensor in found if isinstance(found, tuple | list) else [found]:
             if isinstance(tensor, torch.Tensor):
@@ -262,13 +288,25 @@ class Observer(TorchDispatchMode):
     def watching(self) -> Iterator[None]:
         """Inside, what frees or regrows a tensor's memory in its place, as FSDP2 does, is seen as well."""
         resize_storage = torch.UntypedStorage.resize_
+        try_rules = ShardingPropagator._propagate_tensor_meta_non_cached
 
         def resize(storage: torch.UntypedStorage, size: int) -> None:
             resize_storage(storage, size)
             if storage._cdata in self.sizes:
                 self.resize(storage._cdata, storage.nbytes())
 
-        with mock.patch.object(torch.UntypedStorage, "resize_", resize), self:
+        def unseen(*arguments: Any) -> Any:
+            self.tries_rules = True
+            try:
+                return try_rules(*arguments)
+            finally:
+                self.tries_rules = False
+
+        with (
+            mock.patch.object(torch.UntypedStorage, "resize_", resize),
+            mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen),
+            self,
+        ):
             yield
 
 
@@ -426,7 +464,7 @@ def observe(case: Case) -> tuple[dict[str, Any], Job]:
         layers = [int(name) for name in packed.model.model.language_model.layers._modules]
     job = Job(
         case.model_config(), case.config, world.layout, world.place, group, case.micro_batches, batch, share,
-        range(layers[0], layers[-1] + 1),
+        range(layers[0], layers[-1] + 1), cut_of(model_config, case.config, sizes_of(case)),
     )  # fmt: skip
     return {**described(case, observer), "parameters": parameters}, job
 
@@ -436,11 +474,12 @@ def join(case: Case) -> distributed.World:
 
 
 def build(case: Case, model_config, world: distributed.World) -> PackedLoss:
-    cut_by = []  # stages are cut by the work of the data
-    if world.layout.pipeline > 1:
-        size = Size(case.row.text + case.row.grid.tokens, case.row.supervised, [case.row.grid])
-        cut_by = [Sizes.of([Finding(size)])]
-    return distributed.build_model(case.config, case.size, model_config, PixelsOfHalf(), world, *cut_by)
+    return distributed.build_model(case.config, case.size, model_config, PixelsOfHalf(), world, sizes_of(case))
+
+
+def sizes_of(case: Case) -> Sizes:
+    """Of the samples, by whose work the layers are cut into stages."""
+    return Sizes.of([Finding(Size(case.row.text + case.row.grid.tokens, case.row.supervised, [case.row.grid]))])
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """--tensor_parallel_size and --sequence_parallel on 2 and 4 real processes (gloo): the same as one process."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,7 +17,9 @@ from tests.runs import metrics, weights
 from tests.test_distributed import gap, same, torchrun
 from util.command_line import UserError
 from util.config import Config
-from util.cost import memory
+from util.cost import layouts, memory, step_time
+from util.cost.links import GATHER, REDUCE, SCATTER, Hardware
+from util.cost.step_time import Course
 from util.model import load_config
 from util.parallel import tensor
 from util.parallel.layout import Layout
@@ -320,6 +324,8 @@ EXCHANGED = {
     "selective": {"activation_checkpointing": "selective"},
     "full": {"activation_checkpointing": "full"},
     "rows": {"sequence_parallel": True},
+    "rows, selective": {"sequence_parallel": True, "activation_checkpointing": "selective"},
+    "rows, full": {"sequence_parallel": True, "activation_checkpointing": "full"},
 }
 LAYERS = 4 + 3  # tiny's decoder layers and tower blocks
 
@@ -365,6 +371,45 @@ def test_rows_are_gathered_and_scattered_instead(checked):
     assert calls["backward_scatter_rows"] == 2 * LAYERS
     assert calls["backward_gather_rows"] == 2 * LAYERS + 2
     assert calls["backward_all_reduce"] == 1 + 1
+
+
+def test_recomputing_gathers_rows_anew(checked):
+    """Twice in a layer, before its products. Of its two sums the first is made anew where it was not kept, and the
+    second, which nothing needs, never."""
+    for name, sums in (("rows, selective", 0), ("rows, full", LAYERS)):
+        calls = checked[0]["exchanged"][name]["calls"]
+        assert calls["backward_gather_rows"] == 2 * LAYERS + 2 + 2 * LAYERS, name
+        assert calls["backward_scatter_rows"] == 2 * LAYERS + sums, name
+
+
+def one_for_each(kind: str, hardware: Hardware, asked: str, whole: np.ndarray, ranks: int) -> float:
+    return float(asked == kind)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_the_seconds_of_a_step_are_those_of_what_is_exchanged(checkpointing, checked, tiny_path, monkeypatch):
+    """What `check --gpus` computes with, one call after the other, against the calls and bytes of two processes."""
+    found = checked[0]
+    name = "rows" if checkpointing == "none" else f"rows, {checkpointing}"
+    model_config = load_config(tiny_path)
+    shape = layouts.Shape(tensor=2, checkpointing=checkpointing)
+    weights = layouts.Weights.of(model_config)
+    course = Course(shape, (4,), weights, model_config, Config(), Hardware(), is_compiled=False)
+    counts = [np.array([found[of]]) for of in ("rows", "patches", "supervised")]
+    names = {GATHER: "gather_rows", SCATTER: "scatter_rows", REDUCE: "all_reduce"}
+    for kind, counted in names.items():
+        monkeypatch.setattr(step_time, "seconds_of", partial(one_for_each, kind))
+        calls = course.tensor_messages(0, *counts)
+        exchanged = found["exchanged"][name]["calls"]
+        assert [int(number) for (number,) in calls] == [
+            exchanged[f"{way}_{counted}"] for way in ("forward", "backward")
+        ]
+    # Bytes of whole tensors in bf16, of which the rank hands in half to a gather; the processes ran in float64, 4 times
+    # as wide, and one of them may have filled up its rows.
+    monkeypatch.setattr(step_time, "seconds_of", lambda hardware, asked, whole, *ranks: whole * (asked == GATHER))
+    sizes = found["exchanged"][name]["bytes"]
+    for (seconds,), way in zip(course.tensor_messages(0, *counts), ("forward", "backward"), strict=True):
+        assert seconds == pytest.approx(sizes[f"{way}_gather_rows"] * 2 / 4, rel=0.01)
 
 
 def test_one_step_equals_one_process(checked):

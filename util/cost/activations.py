@@ -31,7 +31,7 @@ class Divided(NamedTuple):
     """Among how many ranks of a tensor-parallel group a layer's tensors are divided."""
 
     matrices: int = 1  # whatever lies between two matrices: heads, and the MLP's inner width
-    residual: int = 1  # what lies between layers, and norms: the rows of a decoder layer, in sequence parallelism
+    residual: int = 1  # what lies between layers: the rows of a decoder layer, in sequence parallelism
 
 
 class Kept(NamedTuple):
@@ -136,6 +136,7 @@ def decoder_layer(
     """A layer of the language model, per token."""
     text = model_config.text_config
     width = text.hidden_size / divided.residual
+    gathered = text.hidden_size  # what products read, and their gradients: on each rank all rows
     heads = text.hidden_size / divided.matrices
     inner = text.intermediate_size / divided.matrices
     key_value = heads / text.num_attention_heads * text.num_key_value_heads
@@ -145,13 +146,13 @@ def decoder_layer(
 
     whole = {
         "input": width,
-        "normalised for attention": width * read_by("q_proj", "k_proj", "v_proj"),
+        "normalised for attention": gathered * read_by("q_proj", "k_proj", "v_proj"),
         "queries, turned": heads,
         "keys, turned": key_value,
         "values": key_value,
         "mixed": heads,  # attention's output
         "after attention": width,
-        "normalised for the MLP": width * read_by("gate_proj", "up_proj"),
+        "normalised for the MLP": gathered * read_by("gate_proj", "up_proj"),
         "gate": inner,
         "up": inner,
         # compiled it is made anew from the gate, except beside DoRA's lengths
@@ -166,7 +167,7 @@ def decoder_layer(
         products += ("normalised for attention",)  # it lies between the graph of queries and that of keys and values
     kept, remade = split(whole, products, stay, config, is_compiled)
     # of the product, of the gate before and after SiLU, and of the factor beside it; and what comes from the next layer
-    working = width + inner * (2 if is_compiled else 3) - whole["product"]
+    working = gathered + inner * (2 if is_compiled else 3) - whole["product"]
     statistics = attention_statistics(text.num_attention_heads / divided.matrices, config, dtype, heads, key_value)
     beside = by_adapters("language_model", model_config, config, dtype, is_compiled)
     return layer_of(dtype, config, kept, remade, working, statistics + beside)

@@ -74,6 +74,7 @@ class Planner:
         self.training = float(np.sum(flops.training_flops(model_config, [columns], config)[usable])) * epochs
         head = 2 * model_config.text_config.hidden_size * model_config.text_config.vocab_size
         self.head = head * float(columns.supervised[usable].sum()) * epochs
+        self.cut = stages.cut_of(model_config, config, steps.sizes)  # the same for all rungs
         self.longest = int(steps.sizes.tokens[usable].max(initial=0))
 
     def rungs(self, config: Config) -> list[Rung]:
@@ -110,7 +111,9 @@ class Planner:
 
     def rung(self, changes: dict[str, object], config: Config) -> Rung:
         steps = self.steps_of(config)
-        needs = stages.forecast(self.model_config, self.counts, config, self.dtype, steps, self.shards, self.device)
+        needs = stages.forecast(
+            self.model_config, self.counts, config, self.dtype, steps, self.shards, self.device, self.cut
+        )
         needed = sum(needs.values()) + memory.reserved_margin(needs, self.device)
         return Rung(changes, config, steps, self.seconds(config, steps), needs, needed)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from util import compilation
 from util.command_line import UserError, choices_of
 from util.config import Config
 from util.cost.flops import part_factors
@@ -182,7 +183,10 @@ class Search:
         while shape.pipeline > 1 and (rows := 2 * found[-1].shape.rows) <= min(most, 16 * shape.pipeline):
             found.append(self.needs(replace(shape, rows=rows)))
         for candidate in found:
-            course = Course(candidate.shape, candidate.cut, self.weights, self.model_config, self.config, self.hardware)
+            course = Course(
+                candidate.shape, candidate.cut, self.weights, self.model_config, self.config, self.hardware,
+                compilation.is_on(self.config.compile, self.device),
+            )  # fmt: skip
             candidate.time = step_seconds(course, self.work)
         return found
 

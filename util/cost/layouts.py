@@ -55,6 +55,7 @@ class Shape:
     group: int = 1  # ranks that share one copy of the weights of their stage and tensor place
     checkpointing: Literal["none", "selective", "full"] = "none"
     rows: int = 1  # micro-batches of a step on each place of the data axis
+    sequence: bool = True  # --sequence_parallel, of tensor ranks
 
     @property
     def ranks(self) -> int:
@@ -67,8 +68,8 @@ class Shape:
 
     @property
     def divided(self) -> Divided:
-        """Under tensor parallelism norms and residual are sharded along the row: as many bytes sent, less kept."""
-        return Divided(self.tensor, self.tensor)
+        """In sequence parallelism norms and residual are divided along the row: as many bytes sent, less kept."""
+        return Divided(self.tensor, self.tensor if self.sequence else 1)
 
     def settings(self, config: Config) -> Config:
         """`config` with what this layout sets; the sizes of tensor and pipeline are no part of it."""
@@ -194,7 +195,7 @@ class Stage:
                 if name in sizes and times:
                     sizes[name] += elements
         of_all = self.blocks * sizes["block"] + self.layers * sizes["layer"]
-        return {**found, "largest_layer": max(sizes.values()), "all_layers": of_all}
+        return {**found, **sizes, "all_layers": of_all}
 
 
 def units_of(model_config, frozen: tuple[str, ...] = ()) -> tuple[Unit, ...]:
@@ -296,6 +297,7 @@ def stage_forecast(
     """
     is_last = number == len(cut) - 1
     own = config_of_stage(model_config, cut[number], is_last, shape.tensor)
+    own.tie_word_embeddings &= number == 0  # on other stages than the first a tied embedding is the head alone
     settings = shape.settings(config)
     counts = {**weights.stage(number, cut, shape.tensor).counts(), "adapters": lora.count_trained(model_config, config)}
     patches = rows.patches * (number == 0)

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,8 @@ from util.adapters import lora
 from util.command_line import UserError, choices_of
 from util.config import Config
 from util.cost import allocator
-from util.cost.activations import FP32, Divided, Kept, kept_by
+from util.cost.activations import FP32, Divided, kept_by
+from util.cost.moments import Gradients, Units, moments, moments_among_several
 from util.cost.settings import GIB, budget_in_bytes
 from util.family import new_model
 from util.model import layers
@@ -31,7 +31,7 @@ def count_parameters(model_config, config: Config) -> dict:
     """Parameters by part from the model's config alone, those of adapters and of new tokens' rows that are
     trained beside them under "adapters".
 
-    Besides the parts: those of the "largest_layer" and of "all_layers".
+    Besides the parts: those of one "block" of the tower, of one "layer" of the language model, and of "all_layers".
     """
     with torch.device("meta"):
         model = new_model(model_config)
@@ -42,7 +42,7 @@ def count_parameters(model_config, config: Config) -> dict:
     per_layer = []
     for layer in layers(model):
         per_layer.append(sum(parameter.numel() for parameter in layer.parameters()))
-    counts["largest_layer"] = max(per_layer)
+    counts["block"], counts["layer"] = per_layer[0], per_layer[-1]  # the tower comes first; all of a kind are alike
     counts["all_layers"] = sum(per_layer)
     return counts
 
@@ -92,12 +92,16 @@ def forecast(
     with_patches = among.several or not loads or any(int(patches) for _, patches, _ in loads)
     gradients = Gradients.of(model_config, counts, config, dtype, with_patches, passes, among.several)
     states["moments"] = bytes_of_moments(config, dtype) * gradients.parameters / shards
+    units = Units.of(model_config, counts, config, dtype, shards, passes)
+    is_sharded = among.several and config.quantize == "none"
     found = []
     for load in loads or [(0, 0, 0)]:
         kept = kept_by(model_config, config, dtype, load, is_compiled, among.divided)
-        for name, parts in moments(kept, gradients, is_compiled).items():
+        in_a_step: Iterable[tuple[str, dict[str, float]]] = moments(kept, gradients, is_compiled).items()
+        if is_sharded:
+            in_a_step = moments_among_several(kept, gradients, units, is_compiled, among.waiting)
+        for name, parts in in_a_step:
             parts["gradients"] /= shards
-            parts["activations"] += among.waiting
             whole = Forecast(states | parts)
             whole.moment = name
             found.append(whole)
@@ -124,9 +128,11 @@ def counts_of_rank(model_config, counts: dict, config: Config) -> dict:
     tower = model_config.vision_config
     found = {**counts, **{name: count / ranks_of_matrix for name, count in counts.items() if name != "adapters"}}
     of_others = 1 - 1 / ranks_of_matrix
-    qkv = of_others * tower.depth * 3 * tower.embed_dim**2
+    of_a_block = of_others * 3 * tower.embed_dim**2
+    qkv = tower.depth * of_a_block
     pixels = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
     patches = of_others * pixels * tower.embed_dim
+    found["block"] += of_a_block
     return {**found, "vision": found["vision"] + qkv + patches, "all_layers": found["all_layers"] + qkv}
 
 
@@ -147,7 +153,7 @@ def load_of_rank(load: Load, config: Config, largest_picture: int = 0) -> Load:
 def kept_states(
     model_config, counts: dict, config: Config, dtype: torch.dtype, shards: int, several: bool
 ) -> dict[str, float]:
-    """Bytes of the weights as they are trained, and of the copies of them that a pass computes with."""
+    """Bytes of the weights as they are trained; and of a copy of those in 4 bits."""
     total = sum(counts[part] for part in PARTS)
     wide = max(FP32, dtype.itemsize)
     if config.lora_rank:
@@ -164,112 +170,7 @@ def kept_states(
     if config.quantize != "none":  # while a layer computes with its 4-bit weight there is a copy in full precision
         text = model_config.text_config
         states["copies at work"] = dtype.itemsize * text.hidden_size * text.intermediate_size
-    elif several and config.sharding != "full":
-        states["whole weights"] = dtype.itemsize * total
-        trained = sum(counts[part] for part in PARTS if part not in config.freeze)
-        states["whole gradients"] = wide * trained if config.sharding == "optimizer" else 0
-    elif several:
-        # the root's copies stay for the whole step, a layer's while it or its neighbour works
-        root = total - counts["all_layers"]
-        states["copies at work"] = dtype.itemsize * (root + 2 * counts["largest_layer"])
     return states
-
-
-@dataclass
-class Gradients:
-    """Bytes of the gradients of weights, in the order in which a backward pass makes them."""
-
-    head: float
-    decoder: float  # of the decoder layers
-    merger: float
-    tower: float
-    embedding: float  # of an embedding that is the head, too: another one, until it has been added to the head's
-    update: float  # in passing, with small moments: the largest weight and its gradient in fp32
-    all_at_once: bool  # they are there from the first pass of a step on, since it has others
-    parameters: int  # how many have a gradient
-
-    @property
-    def total(self) -> float:
-        """At the end of the backward pass."""
-        return self.head + self.decoder + self.merger + self.tower
-
-    @classmethod
-    def of(
-        cls,
-        model_config,
-        counts: dict,
-        config: Config,
-        dtype: torch.dtype,
-        with_patches: bool,
-        passes: int,
-        several: bool,
-    ) -> "Gradients":
-        """`with_patches`: whether there is an image or a video in the data; `several`: whether processes share work."""
-        # in bf16 those of one pass may stay as they were computed; sums are made in fp32 (util/optimizer.py)
-        width = max(FP32, dtype.itemsize)
-        if dtype == torch.bfloat16 and passes == 1 and not several:
-            width = dtype.itemsize
-        trained = {part: 0 if part in config.freeze else counts[part] for part in PARTS}
-        head = 0
-        if config.lora_rank:
-            trained = lora.count_trained(model_config, config)
-        elif trained["language_model"]:
-            head = model_config.text_config.vocab_size * model_config.text_config.hidden_size
-            head //= config.tensor_parallel_size
-        if not with_patches:
-            trained = {**trained, "vision": 0, "merger": 0}
-        is_tied = model_config.tie_word_embeddings
-        return cls(
-            head=width * head,
-            decoder=width * (trained["language_model"] - head),
-            merger=width * trained["merger"],
-            tower=width * trained["vision"],
-            embedding=dtype.itemsize * head if is_tied and not several else 0,
-            update=2 * FP32 * head if config.optimizer != "adamw" and dtype == torch.bfloat16 else 0,
-            all_at_once=passes > 1 or several,
-            parameters=sum(trained.values()),
-        )
-
-
-def moments(kept: Kept, gradients: Gradients, is_compiled: bool) -> dict[str, dict[str, float]]:
-    """What is there beside weights and moments at each moment of a step at which it may be most.
-
-    Between two of these, activations only become fewer and gradients more, both in proportion to the layers that the
-    backward pass has left behind: so that one of the two ends needs most.
-    """
-    # A tied head's gradient waits for the embedding's before both are added to those of earlier passes.
-    waiting = gradients.head if gradients.all_at_once and gradients.embedding else 0
-    # The gradients of logits and of the head's weight are not there together, except in a compiled loss; but where the
-    # loss is cut into chunks, those of the chunks before are.
-    at_the_loss = gradients.head * ((kept.chunks > 1) + is_compiled) + gradients.all_at_once * gradients.total
-
-    def at(made: float, activations: float, logits: float, working: float) -> dict[str, float]:
-        found = max(made, gradients.total) if gradients.all_at_once else made
-        return {"gradients": found, "activations": activations, "logits": logits, "working memory": working}
-
-    head = gradients.head
-    decoder = head + gradients.decoder
-    merger = decoder + gradients.merger
-    of_pictures = kept.tower + kept.merger
-    first_decoder = kept.decoder.kept + kept.decoder.remade
-    first_block = kept.block.kept + kept.block.remade
-    return {
-        "the tower's forward pass": at(0, 0, 0, kept.frozen_tower),
-        "the loss": at(at_the_loss, kept.total, kept.logits, 0),
-        "the beginning of the language model's backward pass": at(
-            head, kept.total + kept.decoder.remade, 0, kept.decoder.working + waiting
-        ),
-        "the end of the language model's backward pass": at(
-            decoder, of_pictures + first_decoder, 0, kept.decoder.working + waiting
-        ),
-        "the beginning of the tower's backward pass": at(
-            merger, kept.tower + kept.block.remade, 0, kept.block.working + waiting
-        ),
-        "the end of the backward pass": at(
-            gradients.total, first_block, 0, max(kept.block.working + waiting, waiting + gradients.embedding)
-        ),
-        "the update of the weights": at(gradients.total, 0, 0, gradients.update),
-    }
 
 
 def reserved_margin(parts: dict[str, float], device: torch.device | None = None) -> float:

@@ -46,10 +46,27 @@ def stages_of(model_config, config: Config, sizes: Sizes) -> list[Stage]:
     return found
 
 
+def cut_of(model_config, config: Config, sizes: Sizes) -> tuple[int, ...]:
+    """How many layers each stage has."""
+    if config.pipeline_parallel_size == 1:
+        return (model_config.text_config.num_hidden_layers,)
+    return tuple(len(stage.layers) for stage in stages_of(model_config, config, sizes))
+
+
 def forecast(
-    model_config, counts: dict, config: Config, dtype: torch.dtype, steps: Steps, shards: int, device: torch.device
+    model_config,
+    counts: dict,
+    config: Config,
+    dtype: torch.dtype,
+    steps: Steps,
+    shards: int,
+    device: torch.device,
+    cut: tuple[int, ...] | None = None,
 ) -> memory.Forecast:
-    """Bytes by part for a run's steps; where there are several stages, on a rank of the one that needs most."""
+    """Bytes by part for a run's steps; where there are several stages, on a rank of the one that needs most.
+
+    `cut`: how many layers each stage has (`cut_of`), for who asks more than once: it takes the work of all samples.
+    """
     survey = steps.survey
     if config.pipeline_parallel_size == 1:
         return memory.forecast(
@@ -57,9 +74,9 @@ def forecast(
         )
     shape = layouts.Shape(
         steps.dealing.ranks, config.pipeline_parallel_size, config.context_parallel_size, config.tensor_parallel_size,
-        config.sharding, shards, config.activation_checkpointing, survey.most,
+        config.sharding, shards, config.activation_checkpointing, survey.most, config.sequence_parallel,
     )  # fmt: skip
-    cut = tuple(len(stage.layers) for stage in stages_of(model_config, config, steps.sizes))
+    cut = cut or cut_of(model_config, config, steps.sizes)
     loads, largest = survey.heaviest, survey.largest_picture
     return layouts.run_forecast(model_config, config, dtype, shape, cut, loads, device, largest)[1]
 

@@ -3,7 +3,7 @@
 What ranks do while they work on one row, in one pass:
 
     compute         FLOPs / (peak x MFU), divided among tensor and context ranks
-    tensor          two all-reduces a layer (or their halves, along the row): nothing hides them
+    tensor          two gathers and two reductions of rows a layer (--sequence_parallel): nothing hides them
     context         all-to-alls around attention: queries travel while keys and values are made, nothing hides the rest
     sharding        gathers and reductions of weights, hidden behind the compute of their pass as far as it lasts
     transfer        a row's hidden states to the next stage, or their gradients back
@@ -23,7 +23,17 @@ from util.config import Config
 from util.cost.activations import parts_that_learn
 from util.cost.flops import part_factors
 from util.cost.layouts import Shape, Unit, Weights, collectives, update_bytes
-from util.cost.links import EXCHANGE, GATHER, REDUCE, Hardware, collective_time, duration, seconds_of, send_time
+from util.cost.links import (
+    EXCHANGE,
+    GATHER,
+    REDUCE,
+    SCATTER,
+    Hardware,
+    collective_time,
+    duration,
+    seconds_of,
+    send_time,
+)
 from util.cost.work import Rows, Workload
 
 SCALAR_ALL_REDUCES = 3  # a few numbers each: a step's counts, its loss, and the norms of its gradients
@@ -117,6 +127,7 @@ class Course:
     model_config: Any
     config: Config
     hardware: Hardware
+    is_compiled: bool = True  # the layers, as on a GPU: what of it is made anew for a backward pass
 
     def __post_init__(self) -> None:
         frozen = tuple(self.config.freeze)
@@ -128,12 +139,11 @@ class Course:
         computed, remade = self.computation(stage, rows, rank)
         forward = {"computation": computed[0], "recomputation": 0 * remade}
         backward = {"computation": computed[1], "recomputation": remade}
-        again = self.shape.checkpointing == "full"  # a layer that is made anew sends anew
-        for name, seconds in self.messages(stage, rows, rank).items():
+        for name, (seconds, seconds_back) in self.messages(stage, rows, rank).items():
             forward[name] = seconds
-            backward[name] = seconds * (1 if name == "transfers" else 1 + again)
+            backward[name] = seconds_back
         hidden = self.hidden_queries(stage, rows, rank, False)
-        hidden_back = self.hidden_queries(stage, rows, rank, True) + again * hidden
+        hidden_back = self.hidden_queries(stage, rows, rank, True) + self.exchanges_again * hidden
         forward["context"] = forward["context"] - hidden
         backward["context"] = backward["context"] - hidden_back
         of_forward, of_backward = self.sharding_of_rows(stage, len(remade))
@@ -182,47 +192,80 @@ class Course:
                 remade = remade + seconds
         return (forward, backward), remade
 
-    def messages(self, stage: int, rows: Rows, rank: int) -> dict[str, np.ndarray]:
-        """Seconds (M,) of one pass that tensor, context and pipeline ranks talk to each other."""
-        patches = rows.patches[rank] * (stage == 0)
+    def messages(self, stage: int, rows: Rows, rank: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Seconds (M,) of the forward and of the backward pass that tensor, context and pipeline ranks talk to each
+        other."""
+        patches = rows.patches[rank] * (stage == 0) / self.shape.context
         tokens = rows.tokens[rank] / self.shape.context
+        transfer = self.transfers(stage, tokens)
         return {
-            "tensor": self.tensor_messages(stage, tokens, patches / self.shape.context),
-            "context": self.context_messages(stage, tokens, patches / self.shape.context),
-            "transfers": self.transfers(stage, tokens),
+            "tensor": self.tensor_messages(stage, tokens, patches, rows.supervised[rank] / self.shape.context),
+            "context": self.context_messages(stage, tokens, patches),
+            "transfers": (transfer, transfer),
         }
 
-    def tensor_messages(self, stage: int, tokens: np.ndarray, patches: np.ndarray) -> np.ndarray:
-        """Of Megatron's two all-reduces in each layer, over its hidden states (one all-gather and one reduce-scatter
-        each in sequence parallelism, as many bytes); and of one at the embedding, and at the head."""
+    def tensor_messages(self, stage, tokens, patches, supervised) -> tuple[np.ndarray, np.ndarray]:
+        """Of rows that tensor ranks gather and add up, as util/parallel/tensor.py does in sequence parallelism, under
+        which the forecast of memory divides them. As many bytes as two all-reduces in each layer and pass."""
         text, tower = self.model_config.text_config, self.model_config.vision_config
-        last = len(self.cut) - 1
-        of_layers = 2 * self.cut[stage] + (stage == 0) + (stage == last)
-        size = COMPUTE * text.hidden_size * tokens
-        found = of_layers * seconds_of(self.hardware, REDUCE, size, self.shape.tensor)
-        if stage:
-            return found
-        of_block = seconds_of(self.hardware, REDUCE, COMPUTE * tower.embed_dim * patches, self.shape.tensor)
-        return found + 2 * tower.depth * of_block * (patches > 0)
+        layers, blocks = self.cut[stage], tower.depth * (stage == 0)
+        token, patch = COMPUTE * text.hidden_size, COMPUTE * tower.embed_dim
+        there, back = np.zeros_like(tokens), np.zeros_like(tokens)
+        for depth, whole in ((layers, token * tokens), (blocks, patch * patches)):
+            gather = self.among_tensor_ranks(GATHER, whole)
+            scatter = self.among_tensor_ranks(SCATTER, whole)
+            # one more gather at the end of all layers, or, of gradients, before the first
+            there = there + 2 * depth * (gather + scatter) + gather * (depth > 0)
+            back = back + 2 * depth * (gather + scatter) + gather * (depth > 0)
+            if self.shape.checkpointing == "full":
+                # A layer that is made anew ends before its last product, whose sum nothing needs.
+                back = back + depth * (2 * gather + scatter)
+            elif self.shape.checkpointing == "selective" and not self.is_compiled:
+                # Sums are kept, and rows that were gathered are not (util/recompute.py); a graph keeps both.
+                back = back + depth * 2 * gather
+        merge = self.model_config.vision_config.spatial_merge_size**2
+        if stage == 0:
+            there = there + self.among_tensor_ranks(REDUCE, token * tokens)  # the embedding
+            there = there + self.among_tensor_ranks(REDUCE, token * patches / merge)  # the merger
+            back = back + self.among_tensor_ranks(REDUCE, patch * patches)
+        if stage == len(self.cut) - 1:
+            for numbers in (1, 2):  # of the loss: the largest logit; the sum, and that of the target
+                there = there + self.among_tensor_ranks(REDUCE, numbers * REDUCED * supervised)
+            back = back + self.among_tensor_ranks(REDUCE, token * supervised)  # what the head reads
+        return there, back
 
-    def context_messages(self, stage: int, tokens: np.ndarray, patches: np.ndarray) -> np.ndarray:
+    def among_tensor_ranks(self, name: str, whole: np.ndarray) -> np.ndarray:
+        """Seconds of collectives over `whole` bytes each, where there are any."""
+        return seconds_of(self.hardware, name, whole, self.shape.tensor) * (whole > 0)
+
+    def context_messages(self, stage: int, tokens: np.ndarray, patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of attention over a row of which each rank has `tokens`, and of visual tokens, which go where they stand."""
         text = self.model_config.text_config
         ranks, stride = self.shape.context, self.shape.tensor
         if ranks == 1:
-            return 0 * tokens
+            return 0 * tokens, 0 * tokens
         cuts = self.cuts_of_heads()
         read = text.num_attention_heads // text.num_key_value_heads  # query heads that read a key-value head
         keys = sum((end - 1) // read - begin // read + 1 for begin, end in pairwise(cuts))  # that all ranks get
         width = COMPUTE * text.hidden_size // text.num_attention_heads * tokens
-        there = self.queries_sent(tokens) + seconds_of(self.hardware, EXCHANGE, 2 * width * keys, ranks, stride)
+        around = self.queries_sent(tokens) + seconds_of(self.hardware, EXCHANGE, 2 * width * keys, ranks, stride)
         # back from the rank with most heads, for the tokens of all
-        back = seconds_of(self.hardware, EXCHANGE, width * ranks * most_between(cuts), ranks, stride)
-        found = there + back
-        found = self.cut[stage] * found
+        around = around + seconds_of(self.hardware, EXCHANGE, width * ranks * most_between(cuts), ranks, stride)
         merge = self.model_config.vision_config.spatial_merge_size**2
         size = COMPUTE * text.hidden_size * patches / merge
-        return found + seconds_of(self.hardware, EXCHANGE, size, ranks, stride) * (patches > 0)
+        of_visual = seconds_of(self.hardware, EXCHANGE, size, ranks, stride) * (patches > 0)
+        layers = self.cut[stage]
+        return layers * around + of_visual, (1 + self.exchanges_again) * layers * around + of_visual
+
+    @property
+    def exchanges_again(self) -> bool:
+        """Whether the backward pass of a layer exchanges anew: where it is made anew.
+
+        Under `selective` one of torch's contexts makes anew all but products and attention; where layers are compiled
+        there is no such context, and attention is in no graph.
+        """
+        is_selective = self.shape.checkpointing == "selective" and not self.is_compiled
+        return self.shape.checkpointing == "full" or is_selective
 
     def queries_sent(self, tokens: np.ndarray) -> np.ndarray:
         """Seconds (M,) in which a layer's queries of `tokens` on each rank travel, or their gradients."""
