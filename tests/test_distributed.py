@@ -216,6 +216,9 @@ def four_ranks(tiny_path, two_ranks, data, tmp_path_factory) -> Path:
 def same(run: Path, reference: Path, most: float = 1e-12) -> None:
     """`most`: by how much weights may differ: AdamW makes as much of a last bit as its learning rate is high."""
     assert metrics(run) == pytest.approx(metrics(reference), abs=1e-10)
+    # AdamW hardly changes where all gradients are larger by one factor; their norm tells of it.
+    norms = metrics(run, "grad_norm"), metrics(reference, "grad_norm")
+    assert norms[0] == pytest.approx(norms[1], rel=1e-11), "the norm of the gradient before clipping"
     for key in ("samples", "tokens", "visual_tokens", "supervised_tokens", "learning_rate"):
         assert metrics(run, key) == metrics(reference, key), key
     ours, theirs = weights(run), weights(reference)
