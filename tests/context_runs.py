@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -102,6 +103,16 @@ def positions_from_the_beginning():
     )
 
 
+def positions_after_what_fills_up():
+    """A row that is filled up to a multiple has its positions behind those of what fills it up, and not before them."""
+    pad = context.F.pad
+
+    def pad_wrongly(tensor, sizes):
+        return pad(tensor, sizes[::-1] if tensor.ndim == 2 else sizes)
+
+    return patch.object(context, "F", SimpleNamespace(pad=pad_wrongly))
+
+
 def targets_of_the_neighbour():
     """A row in a part that predicts the first token of the next part predicts this part's own first."""
 
@@ -150,6 +161,7 @@ FAULTS = {
         wrong_key_value_heads,
         visual_tokens_in_another_order,
         positions_from_the_beginning,
+        positions_after_what_fills_up,
         targets_of_the_neighbour,
         segments_of_the_part,
         gradients_twice,

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -26,6 +27,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
@@ -74,8 +76,12 @@ class Bystander:
                 self.seen[f"{self.step} {name}"] = gradient.detach().to("cpu", torch.float32, copy=True)
 
     def write(self) -> None:
+        seen = [self.seen]
+        if self.job["config"].get("pipeline_parallel_size", 1) > 1:  # each rank has seen those of its own layers
+            seen = [None] * dist.get_world_size()
+            dist.all_gather_object(seen, self.seen)
         if ranks.is_first():
-            save_file(self.seen, Path(self.job["directory"]) / GRADIENTS)
+            save_file(dict(ChainMap(*seen)), Path(self.job["directory"]) / GRADIENTS)
 
 
 def send(name: str, to_group: bool) -> None:

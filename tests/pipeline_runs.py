@@ -86,10 +86,14 @@ def planted(fault: str):
     """The patch that puts a fault in."""
     swapped = Swapped()
     decode = pipeline.StageLoss.decode
+    add = pipeline.StageLoss.add_tied_gradients
     return {
         "": lambda: patch.object(pipeline, "StagePasses", CountedPasses),
         "tied gradient not added": lambda: patch.object(pipeline.StageLoss, "add_tied_gradients", lambda self: None),
-        "tied gradient counted twice": lambda: patch.object(
+        "tied gradient added twice": lambda: patch.object(
+            pipeline.StageLoss, "add_tied_gradients", lambda stage: [add(stage), add(stage)]
+        ),
+        "tied gradient counted twice in the norm": lambda: patch.object(
             pipeline.Pipe, "is_first", property(lambda pipe: pipe.index == 0 or sys._getframe(1).f_code.co_name == "norm_over_stages")
         ),
         "position of another row": lambda: patch.object(

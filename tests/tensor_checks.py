@@ -85,6 +85,12 @@ def norm_of_all_ranks(trained) -> torch.Tensor:
     return square.sqrt()
 
 
+def filled_up_in_front(sharing: tensor.Sharing, rows: torch.Tensor) -> torch.Tensor:
+    """So that every row has the position of the one before it."""
+    more = -len(rows) % sharing.group.size()
+    return torch.nn.functional.pad(rows, (0, 0, more, 0))
+
+
 FAULTS = {
     "none": None,
     "a key-value head is cut wrongly": (tensor.ByColumns, "forward", wrong_heads),
@@ -92,6 +98,7 @@ FAULTS = {
     "the gradient of qkv is not summed": (tensor, "has_partial_gradient", lambda name, splits_rows: False),
     "the norm counts copies twice": (optimizer, "total_norm", norm_of_all_ranks),
 }
+FAULTS_IN_ROWS = {"none": None, "rows are filled up in front": (tensor.Sharing, "filled_up", filled_up_in_front)}
 
 
 def differences(config: Config, world, batch: Batch, fault: tuple | None) -> dict:
@@ -183,7 +190,8 @@ def main() -> None:
     }
     found["faults"] = {name: differences(plain, world, batch, fault) for name, fault in FAULTS.items()}
     in_rows = Config(**{**cases["plain"], "sequence_parallel": True})
-    found["faults"]["none, in rows"] = differences(in_rows, world, batch, None)
+    for name, fault in FAULTS_IN_ROWS.items():
+        found["faults"][f"{name}, in rows"] = differences(in_rows, world, batch, fault)
     found["agreed"] = drift(plain, world, batch, agree=True)
     found["drifted"] = drift(plain, world, batch, agree=False)
     found["held"] = held(build(plain, world))

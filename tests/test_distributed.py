@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import finetune
-from tests import runs
+from tests import runs, warm
 from tests.runs import metrics, weights
 from util.config import Config
 from util.model import load_weights
@@ -33,14 +33,11 @@ def settings(tiny_path: Path, data: Path, directory: Path, **changes) -> dict:
 def torchrun(
     processes: int, configs: list[dict], folder: Path, script: str = "tests/distributed_runs.py", *more: str
 ) -> None:
-    """Train several runs, one after another, in one process group; or what else `script` does with them."""
+    """Train several runs, one after another, in one process group as torchrun makes it; or what else `script` does with
+    them."""
     file = folder / f"runs_{processes}.json"
     file.write_text(json.dumps(configs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
-               str(29500 + random.SystemRandom().randrange(2000)), script, str(file), *more]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    warm.run_ranks(processes, [sys.executable, script, file, *more])
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +216,9 @@ def four_ranks(tiny_path, two_ranks, data, tmp_path_factory) -> Path:
 def same(run: Path, reference: Path, most: float = 1e-12) -> None:
     """`most`: by how much weights may differ: AdamW makes as much of a last bit as its learning rate is high."""
     assert metrics(run) == pytest.approx(metrics(reference), abs=1e-10)
+    # AdamW hardly changes where all gradients are larger by one factor; their norm tells of it.
+    norms = metrics(run, "grad_norm"), metrics(reference, "grad_norm")
+    assert norms[0] == pytest.approx(norms[1], rel=1e-11), "the norm of the gradient before clipping"
     for key in ("samples", "tokens", "visual_tokens", "supervised_tokens", "learning_rate"):
         assert metrics(run, key) == metrics(reference, key), key
     ours, theirs = weights(run), weights(reference)

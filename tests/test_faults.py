@@ -59,6 +59,28 @@ def test_a_rank_that_fails_ends_the_job_with_the_first_cause_last(fault, last_li
     assert re.fullmatch(last_line, printed.splitlines()[-1]), printed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", ["context_parallel_size", "tensor_parallel_size", "pipeline_parallel_size"])
+@pytest.mark.parametrize(
+    ("fault", "last_line"),
+    [
+        ("dies", r"rank 1 was killed by signal 9 \(SIGKILL\).*"),
+        ("raises", r"RuntimeError: a bug on rank 1"),
+    ],
+)
+def test_a_rank_that_fails_among_those_that_share_its_rows_ends_the_job_with_the_first_cause(
+    fault, last_line, shared, tiny_path, tmp_path
+):
+    """The other rank waits for tokens, for a part of a sum, or for hidden states and gradients, and hears of it at once:
+    torchrun, which waits 30 seconds for ranks that hang, has not to kill it. The seconds are printed (pytest -rP)."""
+    config = settings(tiny_path, tmp_path / "run", **{shared: 2})
+    out, printed = finish(launch(fault, config), expect=1)
+    seconds = time.time() - float(re.search(r"FAULT AT ([\d.]+)", out)[1])
+    print(f"--{shared} 2, a rank {fault}: the job ended {seconds:.1f} s after it")
+    assert re.fullmatch(last_line, printed.splitlines()[-1]), printed
+    assert "forcefully exiting" not in printed
+
+
 @pytest.mark.parametrize(
     ("fault", "code", "said"),
     [

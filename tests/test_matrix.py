@@ -36,6 +36,9 @@ SHORT = [
     {"freeze": "vision", "activation_checkpointing": "full", "compile": "on", "data": "a bad sample"},
     {**BF16, "ranks": 2, "sharding": "none", "trains": "LoRA", "num_workers": 2},
 ]  # fmt: skip
+# The same with what ranks that work on the same samples share.
+SHORT += [{**BF16, "ranks": 2, "split": split, "evaluation": "loss", "saves": "steps", "stopped": "alone"}
+          for split in ("rows", "matrices", "layers")]  # fmt: skip
 # Beside the pairs: an optimizer of another package, and a sample that breaks while the run is stopped.
 BESIDE = [
     {**BF16, "optimizer": "adamw_8bit", "no_number": True},

@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 
 import finetune
-from tests import runs, test_faults
+from tests import runs
 from tests.runs import metrics, weights
 from tests.test_distributed import ROOT, gap, same, settings, torchrun
 from util.command_line import UserError
@@ -228,13 +228,19 @@ def untied(tiny_path, tmp_path_factory) -> Path:
 
 
 TWO = {
-    "full": {"max_steps": 3},
-    "optimizer, evaluated, saved": {**EVALUATED, "sharding": "optimizer", "save_every": 2, "max_steps": 4},
+    "optimizer, evaluated, saved": {
+        **EVALUATED,
+        "sharding": "optimizer",
+        "save_every": 2,
+        "max_steps": 4,
+        "final": "last",
+    },
     "texts": {"data": "texts", "global_batch_size": 3, "max_steps": 6, "sharding": "optimizer"},
-    "frozen language model": {"data": "texts", "freeze": ["language_model"], "global_batch_size": 3, "max_steps": 6},
     "untied, recomputed": {"model": "untied", "max_steps": 2, "activation_checkpointing": "full"},
 }
 TWO_SLOW = {
+    "full": {"max_steps": 3},
+    "frozen language model": {"data": "texts", "freeze": ["language_model"], "global_batch_size": 3, "max_steps": 6},
     "gradients, every row alone": {"sharding": "gradients", "micro_batch_size": 1, "max_steps": 3},
     "not sharded, few tokens": {"sharding": "none", "max_tokens": 800, "max_steps": 3},
     "frozen tower": {"freeze": ["vision", "merger"], "activation_checkpointing": "full", "max_steps": 3},
@@ -245,16 +251,15 @@ THREE = {"three": {"pipeline_parallel_size": 3, "max_steps": 2, **EVALUATED}}
 FOUR = {
     "two of two": {"data": "texts", "global_batch_size": 3, "max_steps": 6},
     "two of two parts": {"context_parallel_size": 2, "max_steps": 2},
-}
-FOUR_SLOW = {
     "two of two, optimizer": {"sharding": "optimizer", "max_steps": 4, "save_every": 2, "keep": 9},
     "two of two, replicas": {"sharding": "none", "max_steps": 3, "micro_batch_size": 1},
     "four": {"pipeline_parallel_size": 4, "max_steps": 3, "activation_checkpointing": "full"},
 }
 EQUAL = {"data": "equal", "micro_batch_size": 1, "global_batch_size": 4, "max_steps": 2, "max_grad_norm": 0.1}
-FAULTS = {
+FAULTS = {"tied gradient added twice": EQUAL}
+SLOW_FAULTS = {
     "tied gradient not added": EQUAL,
-    "tied gradient counted twice": EQUAL,
+    "tied gradient counted twice in the norm": EQUAL,
     "sent in the wrong order": EQUAL,
     "position of another row": {"max_steps": 2},  # with pictures: texts have the same positions
 }
@@ -270,13 +275,8 @@ def case(changes: dict, directory: Path, tiny_path: Path, untied: Path, data: di
     return settings(model, data[changes.pop("data", "showcase")], directory, **changes)
 
 
-def each(quick: dict, slow: dict) -> list:
-    return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
-
-
-def chosen(quick: dict, slow: dict, request) -> dict:
-    """The runs that the tests of now look at."""
-    return {**quick, **slow} if request.config.getoption("--slow") else quick
+def planted(faults: dict[str, dict]) -> dict[str, dict]:
+    return {fault: {**changes, "plant": fault} for fault, changes in faults.items()}
 
 
 def alone(config: dict) -> dict:
@@ -304,44 +304,47 @@ def saved(one) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(tiny_path, untied, data, saved, tmp_path_factory, request) -> Path:
-    """All runs on two ranks, in one job, as starting one takes longer than training."""
-    folder = tmp_path_factory.mktemp("two")
+def on_ranks(tiny_path, untied, data, tmp_path_factory):
+    """A function (number of ranks, name of a folder, runs): trains all in one job, as starting one takes longer than
+    training; the folder."""
+
+    def run(ranks: int, name: str, runs_of: dict[str, dict]) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        configs = [case(changes, folder / name, tiny_path, untied, data) for name, changes in runs_of.items()]
+        torchrun(ranks, configs, folder, SCRIPT)
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def two(on_ranks, tmp_path_factory) -> Path:
+    cache = {"freeze": ["vision"], "cache_dir": str(tmp_path_factory.mktemp("cache"))}
+    more = {"float32": {"dtype": "float32", "max_steps": 2}, "cached": cache, "equal": EQUAL}
+    return on_ranks(2, "two", {**TWO, **more, **planted(FAULTS)})
+
+
+@pytest.fixture(scope="module")
+def slow_two(on_ranks, saved) -> Path:
+    second = str(saved / "checkpoints" / "step_000002")
     more = {
-        "float32": {"dtype": "float32", "max_steps": 4},
         "bfloat16": {"dtype": "bfloat16", "max_steps": 4, **EVALUATED, "save_every": 2},
         "saved": SAVED,
-        "from one": {**SAVED, "resume": str(saved / "checkpoints" / "step_000002"), "sharding": "gradients"},
-        "cached": {"freeze": ["vision"], "cache_dir": str(folder / "cache")},
-        "equal": EQUAL,
-        **{fault: {**changes, "plant": fault} for fault, changes in FAULTS.items()},
+        "from one": {**SAVED, "resume": second, "sharding": "gradients"},
     }
-    runs_of = {**chosen(TWO, TWO_SLOW, request), **more}
-    torchrun(
-        2, [case(changes, folder / name, tiny_path, untied, data) for name, changes in runs_of.items()], folder, SCRIPT
-    )
-    return folder
+    return on_ranks(2, "slow_two", {**TWO_SLOW, **more, **planted(SLOW_FAULTS)})
 
 
 @pytest.fixture(scope="module")
-def three(tiny_path, untied, data, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("three")
-    torchrun(
-        3, [case(changes, folder / name, tiny_path, untied, data) for name, changes in THREE.items()], folder, SCRIPT
-    )
-    return folder  # fmt: skip
+def three(on_ranks) -> Path:
+    return on_ranks(3, "three", THREE)
 
 
 @pytest.fixture(scope="module")
-def four(tiny_path, untied, data, two, tmp_path_factory, request) -> Path:
-    folder = tmp_path_factory.mktemp("four")
-    third = {**SAVED, "resume": str(two / "saved" / "checkpoints" / "step_000002"), "pipeline_parallel_size": 4}
+def four(on_ranks, slow_two) -> Path:
+    third = {**SAVED, "resume": str(slow_two / "saved" / "checkpoints" / "step_000002"), "pipeline_parallel_size": 4}
     resumed = {"2 to 4": third, "2 to data": {**third, "pipeline_parallel_size": 1}}
-    runs_of = chosen(FOUR, {**FOUR_SLOW, **resumed}, request)
-    torchrun(
-        4, [case(changes, folder / name, tiny_path, untied, data) for name, changes in runs_of.items()], folder, SCRIPT
-    )
-    return folder
+    return on_ranks(4, "four", {**FOUR, **resumed})
 
 
 def counted(run: Path, ranks: int) -> tuple[list[int], list[int]]:
@@ -356,20 +359,30 @@ def same_evaluation(run: Path, reference: Path, changes: dict) -> None:
         assert len(metrics(run, "eval_loss")) == changes["max_steps"] // 2
 
 
-@pytest.mark.parametrize("name", each(TWO, TWO_SLOW))
-def test_two_stages_equal_one_process(name, two, one):
-    changes = (TWO | TWO_SLOW)[name]
-    same(two / name, one(name, changes))
-    same_evaluation(two / name, one(name, changes), changes)
-    held, read = counted(two / name, 2)
+def equals_one_process(run: Path, reference: Path, changes: dict) -> None:
+    same(run, reference)
+    same_evaluation(run, reference, changes)
+    held, read = counted(run, 2)
     assert held == [2, 1], "rows whose activations each stage held at most"
     assert read[0] > 0
     assert read[1] == 0, "the first stage alone reads"
 
 
-@pytest.mark.parametrize("name", each(FOUR, FOUR_SLOW))
+@pytest.mark.parametrize("name", TWO)
+def test_two_stages_equal_one_process(name, two, one):
+    equals_one_process(two / name, one(name, TWO[name]), TWO[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWO_SLOW)
+def test_more_on_two_stages_equals_one_process(name, slow_two, one):
+    equals_one_process(slow_two / name, one(name, TWO_SLOW[name]), TWO_SLOW[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOUR)
 def test_stages_of_several_ranks_equal_one_process(name, four, one):
-    changes = (FOUR | FOUR_SLOW)[name]
+    changes = FOUR[name]
     same(four / name, one(name, changes))
     of_first = 4 // changes.get("pipeline_parallel_size", 2)
     _, read = counted(four / name, 4)
@@ -377,6 +390,7 @@ def test_stages_of_several_ranks_equal_one_process(name, four, one):
     assert max(read[of_first:]) == 0, "the ranks of the first stage alone read"
 
 
+@pytest.mark.slow
 def test_three_stages_equal_one_process(three, one):
     """Three ranks: the shards of none are cut, so the last bits are those of one process, too."""
     same(three / "three", one("three", THREE["three"]))
@@ -384,13 +398,17 @@ def test_three_stages_equal_one_process(three, one):
     assert counted(three / "three", 3)[0] == [3, 2, 1]
 
 
-def test_two_stages_in_float32_and_bfloat16(two, one):
-    reference = one("float32", {"dtype": "float32", "max_steps": 4})
+def test_two_stages_in_float32(two, one):
+    reference = one("float32", {"dtype": "float32", "max_steps": 2})
     assert metrics(two / "float32") == pytest.approx(metrics(reference), abs=1e-5)
-    rounded = one("bfloat16", {"dtype": "bfloat16", "max_steps": 4, **EVALUATED})
+
+
+@pytest.mark.slow
+def test_two_stages_in_bfloat16(slow_two, one):
+    run, reference = slow_two / "bfloat16", one("bfloat16", {"dtype": "bfloat16", "max_steps": 4, **EVALUATED})
     for key in ("loss", "eval_loss"):
-        assert metrics(two / "bfloat16", key) == pytest.approx(metrics(rounded, key), rel=2e-2), key
-    assert {tensor.dtype for tensor in weights(two / "bfloat16").values()} == {torch.bfloat16}
+        assert metrics(run, key) == pytest.approx(metrics(reference, key), rel=2e-2), key
+    assert {tensor.dtype for tensor in weights(run).values()} == {torch.bfloat16}
 
 
 def ends_alike(run: Path, saved: Path) -> None:
@@ -398,13 +416,14 @@ def ends_alike(run: Path, saved: Path) -> None:
     assert [line["step"] for line in runs.log(run) if "loss" in line] == [3, 4], run.name
 
 
-def test_checkpoints_know_no_stages(saved, two, tiny_path, data, tmp_path):
+@pytest.mark.slow
+def test_checkpoints_know_no_stages(saved, slow_two, tiny_path, data, tmp_path):
     """1 -> 2 and 2 -> 1 stages end where the uninterrupted run ends."""
-    same(two / "saved", saved)
-    third = {**SAVED, "resume": str(two / "saved" / "checkpoints" / "step_000002")}
+    same(slow_two / "saved", saved)
+    third = {**SAVED, "resume": str(slow_two / "saved" / "checkpoints" / "step_000002")}
     to_one = finetune.train(Config(**settings(tiny_path, data["showcase"], tmp_path / "to one", **third)))
     ends_alike(Path(to_one), saved)
-    ends_alike(two / "from one", saved)
+    ends_alike(slow_two / "from one", saved)
 
 
 @pytest.mark.slow
@@ -416,20 +435,23 @@ def test_checkpoints_of_stages_resume_on_four_ranks(saved, four):
     assert ours.read_text() == theirs.read_text(), "that of the model that was trained, also without stages"
 
 
+KEPT = "optimizer, evaluated, saved"
+
+
 def test_a_checkpoint_of_stages_is_exported_as_the_final_model(two, tmp_path):
-    export(two / "saved" / "checkpoints" / "step_000004", tmp_path / "out")
-    ours, theirs = weights(tmp_path / "out"), weights(two / "saved")
+    export(two / KEPT / "checkpoints" / "step_000004", tmp_path / "out")
+    ours, theirs = weights(tmp_path / "out"), weights(two / KEPT)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_the_saved_model_opens_in_transformers(two, one):
     """With all layers, although the rank that wrote it had some; its config is that which one process writes."""
-    model, report = Qwen2VLForConditionalGeneration.from_pretrained(two / "full", output_loading_info=True)
+    model, report = Qwen2VLForConditionalGeneration.from_pretrained(two / KEPT, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     assert len(model.model.language_model.layers) == 4
     for name in ("config.json", "generation_config.json"):
-        assert (two / "full" / name).read_text() == (one("full", TWO["full"]) / name).read_text(), name
+        assert (two / KEPT / name).read_text() == (one(KEPT, TWO[KEPT]) / name).read_text(), name
 
 
 def test_features_of_a_frozen_tower_are_refused(two):
@@ -445,33 +467,20 @@ def test_rows_of_equal_length_equal_one_process(two, one):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen(fault, two, one):
     """The same runs without it equal those of one process, in the tests above."""
-    changes = FAULTS[fault]
-    reference = one("equal" if changes is EQUAL else "two steps", changes)
     with pytest.raises(AssertionError):
-        same(two / fault, reference)
-
-
-# ---- faults and signals ---------------------------------------------------------------------------------------------
+        same(two / fault, one("equal", EQUAL))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fault", "last_line"),
-    [
-        ("dies", r"rank 1 was killed by signal 9 \(SIGKILL\).*"),
-        ("raises", r"RuntimeError: a bug on rank 1"),
-    ],
-)
-def test_a_stage_that_fails_ends_the_job_with_the_first_cause(fault, last_line, tiny_path, tmp_path):
-    """The other stage waits for its hidden states, or for gradients. Within 30 seconds, as the fault is timed."""
-    config = test_faults.settings(tiny_path, tmp_path / "run", pipeline_parallel_size=2)
-    out, printed = test_faults.finish(test_faults.launch(fault, config), expect=1)
-    assert re.fullmatch(last_line, printed.splitlines()[-1]), printed
-    assert "FAULT AT" in out
+@pytest.mark.parametrize("fault", SLOW_FAULTS)
+def test_more_planted_faults_are_seen(fault, slow_two, one):
+    changes = SLOW_FAULTS[fault]
+    with pytest.raises(AssertionError):
+        same(slow_two / fault, one("equal" if changes is EQUAL else "two steps", changes))
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same(two, tiny_path, untied, data, tmp_path):
-    config = case({**TWO["full"], "compile": "on"}, tmp_path / "run", tiny_path, untied, data)
+def test_compiled_layers_give_the_same(slow_two, tiny_path, untied, data, tmp_path):
+    config = case({**TWO_SLOW["full"], "compile": "on"}, tmp_path / "run", tiny_path, untied, data)
     torchrun(2, [config], tmp_path)
-    assert metrics(tmp_path / "run") == pytest.approx(metrics(two / "full"), rel=1e-6)
+    assert metrics(tmp_path / "run") == pytest.approx(metrics(slow_two / "full"), rel=1e-6)

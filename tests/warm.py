@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
+from multiprocessing import connection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +74,36 @@ def run(
     job = Job(words, cwd, env)
     printed = job.communicate(timeout)
     return subprocess.CompletedProcess(words, job.returncode, *printed)
+
+
+def run_ranks(count: int, words: list, cwd: Path = ROOT, timeout: float = 600) -> None:
+    """`count` forks that find each other as those of torchrun do on one machine; AssertionError where one fails."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # which outlives any rank, as torchrun's
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count),
+              "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True",
+              "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
+    jobs = []
+    for rank in range(count):
+        jobs.append(Job(words, cwd, {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+    deadline = time.monotonic() + timeout
+    running = {job.process.sentinel for job in jobs}
+    while running:
+        ended = connection.wait(running, max(0, deadline - time.monotonic()))
+        running -= set(ended)
+        if not ended:  # in time
+            break
+        if any(job.poll() for job in jobs):  # the others hear of it and say so, or wait for it for ever
+            deadline = min(deadline, time.monotonic() + 10)
+    for job in jobs:
+        if job.poll() is None:
+            job.kill()
+    printed = [job.communicate() for job in jobs]
+    if any(job.poll() for job in jobs):
+        said = [f"rank {rank} ended with {job.returncode}: {out[-1000:]}\n{error[-3000:]}"
+                for rank, (job, (out, error)) in enumerate(zip(jobs, printed, strict=True))]  # fmt: skip
+        raise AssertionError("\n".join(said))
 
 
 def be(words: list[str], cwd: str, env: dict[str, str], files: list[str]) -> None:
