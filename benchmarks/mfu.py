@@ -156,8 +156,9 @@ def watch_parts(model, mark: Callable[[str], None]) -> None:
     def marked(name: str, name_backward: str, work: Callable, *arguments, **named):
         result = work(*arguments, **named)
         mark(name)
-        if result.requires_grad:
-            result.register_hook(lambda gradient: mark(name_backward))
+        rows = result[0] if isinstance(result, tuple) else result  # embed also gives what layers add to them
+        if rows.requires_grad:
+            rows.register_hook(lambda gradient: mark(name_backward))
         return result
 
     model.embed = partial(marked, "embedded", "language model's gradients", embed)

@@ -218,78 +218,133 @@ def moments_among_several(
     with the buffers in which they are reduced. `gradients`: not yet divided among the ranks. `waiting`: bytes of
     activations of a pipeline's other rows."""
     for of_pass, waits in units.of_passes(waiting):
-        for name, parts in moments_of_pass(kept, gradients, of_pass, is_compiled).items():
+        for name, parts in Pass(kept, gradients, of_pass, is_compiled).moments().items():
             yield name, {**parts, "activations": parts["activations"] + waits}
 
 
-def moments_of_pass(kept: Kept, gradients: Gradients, units: Units, is_compiled: bool) -> dict[str, dict[str, float]]:
-    layer, block, head = units.layer, units.block, units.head
-    layers, blocks = units.layers, units.blocks
-    others = layers > 1
-    before = layer if others else block  # the unit whose turn it is after the last layer
-    of_pictures = kept.tower + kept.merger
-    one = kept.decoder
-    without_last = kept.total - one.kept
-    at_work = one.working + units.last_product
-    first_decoder = one.kept + one.remade
-    tower = gradients.decoder + gradients.tower
-    all_copies = units.copies(layers, blocks, 0, 0)
-    last = units.copies(1, blocks, layer, block)
+@dataclass
+class Pass:
+    """The moments of a forward and a backward pass of one micro-batch, in their order."""
 
-    def at(left: tuple[int, int], made, copies, whole, activations=0.0, logits=0.0, working=0.0) -> dict[str, float]:
-        """`left`: layers and blocks whose gradients have not been reduced; `made`: gradients that have."""
+    kept: Kept
+    gradients: Gradients
+    units: Units
+    is_compiled: bool
+
+    def moments(self) -> dict[str, dict[str, float]]:
+        found = self.of_forward_pass() | self.of_last_layers() | self.of_first_layer() | self.of_tower()
+        return found | self.of_root()
+
+    def at(
+        self, left: tuple[int, int], made, copies, whole, activations=0.0, logits=0.0, working=0.0
+    ) -> dict[str, float]:
+        """Bytes by part. `left`: layers and blocks whose gradients have not been reduced; `made`: gradients that have;
+        `copies`: of weights; `whole`: gradients that have not."""
+        gradients = self.gradients
         return {
-            "gradients": gradients.total if gradients.all_at_once else made * units.is_last_pass,
+            "gradients": gradients.total if gradients.all_at_once else made * self.units.is_last_pass,
             "copies at work": copies,
-            "whole gradients": whole + units.added_up(*left),
+            "whole gradients": whole + self.units.added_up(*left),
             "activations": activations,
             "logits": logits,
             "working memory": working,
         }
 
-    every = (layers, blocks)
-    found = {
-        "the beginning of the forward pass": at(every, 0, units.root * (1 + units.are_gathered), 0),
-        "the tower's forward pass": at(
-            every, 0, units.copies(layers, blocks, block, block), 0, working=kept.frozen_tower
-        ),
-        "the loss": at(every, 0, all_copies, head * ((kept.chunks > 1) + is_compiled), kept.total, kept.logits),
-        "the beginning of the language model's backward pass": at(
-            every, 0, units.copies(layers, blocks, layer, before), head, kept.total + one.remade, working=at_work
-        ),
-        "the reduction of the last layer's gradients": at(
-            every, 0, units.copies(layers - 1, blocks, 0, before), head + units.reduced, without_last
-        ),
-        "the end of the language model's backward pass": at(
-            (1, blocks), gradients.decoder, last, head + units.in_buffer * others, of_pictures + first_decoder,
-            working=at_work,
-        ),
-        "the reduction of the first layer's gradients": at(
-            (1, blocks), gradients.decoder, last, head + units.layer_gradients + units.in_buffer * others, of_pictures
-        ),
-        "the beginning of the tower's backward pass": at(
-            (0, blocks), gradients.decoder, units.copies(0, blocks, block, block),
-            units.root_gradients + units.in_buffer, kept.tower + kept.block.remade, working=kept.block.working,
-        ),
-        "the end of the tower's backward pass": at(
-            (0, 1), tower, units.copies(0, 1, block, 0), units.root_gradients + units.wider * units.block_gradients,
-            kept.block.kept + kept.block.remade, working=kept.block.working,
-        ),
-        "the embedding's backward pass": at(
-            (0, 0), tower, units.copies(0, 0, 0, 0), units.root_gradients + units.tied
-        ),
-        "the reduction of the root's gradients": at(
-            (0, 0), tower, units.copies(0, 0, 0, 0) - units.root * units.is_last_pass, units.root_reduced
-        ),
-        "the update of the weights": {**at((0, 0), gradients.total, 0, 0, working=gradients.update),
-                                      "gradients": gradients.total, "whole gradients": 0},
-    }  # fmt: skip
-    if others:
-        second = units.copies(layers - 1, blocks, layer, layer if layers > 2 else block)
-        found["the backward pass of the layer before the last"] = at(
-            every, 0, second, head + units.in_buffer, without_last + one.remade, working=at_work
-        )
-        found["the end of the backward pass of the layer before the last"] = at(
-            every, 0, second, head + units.in_buffer + units.layer_gradients, without_last - one.kept
-        )
-    return found
+    @property
+    def every(self) -> tuple[int, int]:
+        return self.units.layers, self.units.blocks
+
+    @property
+    def before(self) -> float:
+        """The unit whose turn it is after the last layer."""
+        return self.units.layer if self.units.layers > 1 else self.units.block
+
+    @property
+    def at_work(self) -> float:
+        return self.kept.decoder.working + self.units.last_product
+
+    def of_forward_pass(self) -> dict[str, dict[str, float]]:
+        units, kept = self.units, self.kept
+        block = units.block
+        of_loss = units.head * ((kept.chunks > 1) + self.is_compiled)
+        gathering = units.root * (1 + units.are_gathered)
+        in_tower = units.copies(*self.every, block, block)
+        all_copies = units.copies(*self.every, 0, 0)
+        return {
+            "the beginning of the forward pass": self.at(self.every, 0, gathering, 0),
+            "the tower's forward pass": self.at(self.every, 0, in_tower, 0, working=kept.frozen_tower),
+            "the loss": self.at(self.every, 0, all_copies, of_loss, kept.total, kept.logits),
+        }
+
+    def of_last_layers(self) -> dict[str, dict[str, float]]:
+        """Where the backward pass of the language model begins, and no buffer is there yet."""
+        units, kept, one = self.units, self.kept, self.kept.decoder
+        layers, blocks = self.every
+        copies = units.copies(layers, blocks, units.layer, self.before)
+        without_last = kept.total - one.kept
+        reducing = units.copies(layers - 1, blocks, 0, self.before)
+        found = {
+            "the beginning of the language model's backward pass": self.at(
+                self.every, 0, copies, units.head, kept.total + one.remade, working=self.at_work
+            ),
+            "the reduction of the last layer's gradients": self.at(
+                self.every, 0, reducing, units.head + units.reduced, without_last
+            ),
+        }
+        if layers > 1:
+            second = units.copies(layers - 1, blocks, units.layer, units.layer if layers > 2 else units.block)
+            whole = units.head + units.in_buffer
+            found["the backward pass of the layer before the last"] = self.at(
+                self.every, 0, second, whole, without_last + one.remade, working=self.at_work
+            )
+            found["the end of the backward pass of the layer before the last"] = self.at(
+                self.every, 0, second, whole + units.layer_gradients, without_last - one.kept
+            )
+        return found
+
+    def of_first_layer(self) -> dict[str, dict[str, float]]:
+        units, kept, one = self.units, self.kept, self.kept.decoder
+        left = 1, units.blocks
+        made = self.gradients.decoder
+        last = units.copies(1, units.blocks, units.layer, units.block)
+        whole = units.head + units.in_buffer * (units.layers > 1)
+        of_pictures = kept.tower + kept.merger
+        return {
+            "the end of the language model's backward pass": self.at(
+                left, made, last, whole, of_pictures + one.kept + one.remade, working=self.at_work
+            ),
+            "the reduction of the first layer's gradients": self.at(
+                left, made, last, whole + units.layer_gradients, of_pictures
+            ),
+        }
+
+    def of_tower(self) -> dict[str, dict[str, float]]:
+        units, block = self.units, self.kept.block
+        first = units.copies(0, units.blocks, units.block, units.block)
+        last = units.copies(0, 1, units.block, 0)
+        whole = units.root_gradients + units.in_buffer
+        of_block = units.root_gradients + units.wider * units.block_gradients
+        made = self.gradients.decoder + self.gradients.tower
+        return {
+            "the beginning of the tower's backward pass": self.at(
+                (0, units.blocks), self.gradients.decoder, first, whole, self.kept.tower + block.remade,
+                working=block.working,
+            ),
+            "the end of the tower's backward pass": self.at(
+                (0, 1), made, last, of_block, block.kept + block.remade, working=block.working
+            ),
+        }  # fmt: skip
+
+    def of_root(self) -> dict[str, dict[str, float]]:
+        """What is left when all layers and blocks are through, and the update."""
+        units, gradients = self.units, self.gradients
+        made = gradients.decoder + gradients.tower
+        copies = units.copies(0, 0, 0, 0)
+        update = self.at((0, 0), gradients.total, 0, 0, working=gradients.update)
+        return {
+            "the embedding's backward pass": self.at((0, 0), made, copies, units.root_gradients + units.tied),
+            "the reduction of the root's gradients": self.at(
+                (0, 0), made, copies - units.root * units.is_last_pass, units.root_reduced
+            ),
+            "the update of the weights": {**update, "gradients": gradients.total, "whole gradients": 0},
+        }
