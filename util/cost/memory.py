@@ -21,6 +21,7 @@ from util.config import Config
 from util.cost import allocator
 from util.cost.activations import FP32, Divided, Kept, kept_by
 from util.cost.settings import GIB, budget_in_bytes
+from util.cost.shapes import shapes_of
 from util.family import new_model
 from util.model import layers
 from util.steps import Load, Survey
@@ -121,12 +122,11 @@ def counts_of_rank(model_config, counts: dict, config: Config) -> dict:
     ranks_of_matrix = config.tensor_parallel_size
     if ranks_of_matrix == 1:
         return counts
-    tower = model_config.vision_config
+    shapes = shapes_of(model_config)
     found = {**counts, **{name: count / ranks_of_matrix for name, count in counts.items() if name != "adapters"}}
     of_others = 1 - 1 / ranks_of_matrix
-    qkv = of_others * tower.depth * 3 * tower.embed_dim**2
-    pixels = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
-    patches = of_others * pixels * tower.embed_dim
+    qkv = of_others * model_config.vision_config.depth * math.prod(shapes.block.matrices["attn.qkv"])
+    patches = of_others * shapes.pixels * shapes.block.width
     return {**found, "vision": found["vision"] + qkv + patches, "all_layers": found["all_layers"] + qkv}
 
 

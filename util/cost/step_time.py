@@ -24,7 +24,9 @@ from util.cost.activations import parts_that_learn
 from util.cost.flops import part_factors
 from util.cost.layouts import Shape, Unit, Weights, collectives, update_bytes
 from util.cost.links import EXCHANGE, GATHER, REDUCE, Hardware, collective_time, duration, seconds_of, send_time
+from util.cost.shapes import head_width, number_of_deeper, shapes_of
 from util.cost.work import Rows, Workload
+from util.vision import MERGE
 
 SCALAR_ALL_REDUCES = 3  # a few numbers each: a step's counts, its loss, and the norms of its gradients
 COMPUTE = 2  # bytes of an element that is computed with, gathered or sent
@@ -198,7 +200,8 @@ class Course:
         found = of_layers * seconds_of(self.hardware, REDUCE, size, self.shape.tensor)
         if stage:
             return found
-        of_block = seconds_of(self.hardware, REDUCE, COMPUTE * tower.embed_dim * patches, self.shape.tensor)
+        width = shapes_of(self.model_config).block.width
+        of_block = seconds_of(self.hardware, REDUCE, COMPUTE * width * patches, self.shape.tensor)
         return found + 2 * tower.depth * of_block * (patches > 0)
 
     def context_messages(self, stage: int, tokens: np.ndarray, patches: np.ndarray) -> np.ndarray:
@@ -210,14 +213,15 @@ class Course:
         cuts = self.cuts_of_heads()
         read = text.num_attention_heads // text.num_key_value_heads  # query heads that read a key-value head
         keys = sum((end - 1) // read - begin // read + 1 for begin, end in pairwise(cuts))  # that all ranks get
-        width = COMPUTE * text.hidden_size // text.num_attention_heads * tokens
+        width = COMPUTE * head_width(text) * tokens
         there = seconds_of(self.hardware, EXCHANGE, width * (cuts[-1] + 2 * keys), ranks, stride)
         # back from the rank with most heads, for the tokens of all
         back = seconds_of(self.hardware, EXCHANGE, width * ranks * most_between(cuts), ranks, stride)
         found = there + back
         found = self.cut[stage] * found
-        merge = self.model_config.vision_config.spatial_merge_size**2
-        size = COMPUTE * text.hidden_size * patches / merge
+        # those of deepstack go the same way
+        visual = (1 + number_of_deeper(self.model_config)) * patches / MERGE**2
+        size = COMPUTE * text.hidden_size * visual
         return found + seconds_of(self.hardware, EXCHANGE, size, ranks, stride) * (patches > 0)
 
     def cuts_of_heads(self) -> list[int]:
