@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from transformers import Qwen2VLForConditionalGeneration
 
 from benchmarks.report import origin, write_result
 from tests.official import official_config
@@ -38,6 +37,7 @@ from util.conversation import Encoded
 from util.cost import memory
 from util.cost.memory import GIB
 from util.dataset import Sample
+from util.family import FAMILIES, QWEN2_VL, new_model
 from util.log import versions
 from util.loss import PackedLoss
 from util.model import choose_device, choose_dtype, prepare_model
@@ -63,6 +63,7 @@ OTHERS = {
     "float32": {"dtype": "float32"},
     "adamw_8bit": {"optimizer": "adamw_8bit"},
 }
+OTHER_FAMILIES = ("qwen2.5_3b", "qwen2.5_7b", "qwen3_2b", "qwen3_4b", "qwen3_8b")
 LOADS = {"short": (4096, 4096), "long": (20480, 40960)}  # tokens and patches of a micro-batch
 
 
@@ -77,13 +78,13 @@ class Case(NamedTuple):
 def all_cases() -> dict[str, Case]:
     """Sizes x settings x loads, some with two micro-batches, and what else changes what is there at the peak."""
     cases = {}
+    selective = {"activation_checkpointing": "selective"}
     for size in SIZES:
         for name, settings in SETTINGS.items():
             for load, (tokens, patches) in LOADS.items():
                 cases[f"{size}_{load}_{name}"] = Case(size, settings, tokens, patches)
         for name in ("full", "recomputed", "frozen_tower"):
             cases[f"{size}_short_{name}_twice"] = Case(size, SETTINGS[name], *LOADS["short"], passes=2)
-        selective = {"activation_checkpointing": "selective"}
         cases[f"{size}_short_selective"] = Case(size, selective, *LOADS["short"])
         cases[f"{size}_long_selective"] = Case(size, selective, *LOADS["long"])
         cases[f"{size}_text_full"] = Case(size, {}, 4096, 0)
@@ -92,12 +93,17 @@ def all_cases() -> dict[str, Case]:
         cases[f"{size}_long_lora_recomputed"] = Case(size, SETTINGS["lora"] | SETTINGS["recomputed"], *LOADS["long"])
     for name, settings in OTHERS.items():
         cases[f"2b_short_{name}"] = Case("2b", settings, *LOADS["short"])
+    for size in OTHER_FAMILIES:
+        for name in ("full", "recomputed", "frozen_tower", "lora"):
+            cases[f"{size}_short_{name}"] = Case(size, SETTINGS[name], *LOADS["short"])
+        cases[f"{size}_short_selective"] = Case(size, selective, *LOADS["short"])
     return cases
 
 
-def micro_batch(tokens: int, patches: int) -> tuple[Batch, Load]:
+def micro_batch(tokens: int, patches: int, model_type: str = QWEN2_VL) -> tuple[Batch, Load]:
     """Samples of one image each, half of whose text is supervised; without patches one text."""
     samples = []
+    numbers = 3 * FAMILIES[model_type].patch ** 2
     count = max(1, patches // GRID.patches)
     for _ in range(count):
         length = tokens // count
@@ -105,11 +111,11 @@ def micro_batch(tokens: int, patches: int) -> tuple[Batch, Load]:
         starts = []
         if patches:
             length -= GRID.tokens - 1  # one token stands for the image's
-            media = [Medium(torch.zeros(GRID.patches, 588, dtype=torch.uint8), GRID, is_video=False)]
+            media = [Medium(torch.zeros(GRID.patches, numbers, dtype=torch.uint8), GRID, is_video=False)]
             starts = [10]
         half = length // 2
         samples.append(Sample(Encoded([5] * length, [False] * (length - half) + [True] * half, starts), media, ""))
-    return Collator()(samples), (count * (tokens // count), patches, count * half)
+    return Collator(model_type)(samples), (count * (tokens // count), patches, count * half)
 
 
 class PixelsOfHalf:
@@ -123,7 +129,7 @@ class PixelsOfHalf:
 def untouched_model(case: Case, config: Config, device: torch.device) -> PackedLoss:
     """A model whose weights are memory that nobody has written to."""
     with torch.device("meta"):
-        bare = Qwen2VLForConditionalGeneration(official_config(case.size)).to(choose_dtype(config.dtype, device))
+        bare = new_model(official_config(case.size)).to(choose_dtype(config.dtype, device))
     if config.quantize != "none":
         # layer by layer, as they would be from a file: a GPU never holds all weights unquantised
         bare = bare.to_empty(device="cpu")
@@ -143,8 +149,8 @@ def measure(case: Case, changes: dict, device: torch.device, steps: int, updates
     """
     config = Config(**{**case.settings, **changes})
     dtype = choose_dtype(config.dtype, device)
-    batch, load = micro_batch(case.tokens, case.patches)
     model_config = official_config(case.size)
+    batch, load = micro_batch(case.tokens, case.patches, model_config.model_type)
     counts = memory.count_parameters(model_config, config)
     parts = memory.forecast(model_config, counts, config, dtype, [load], passes=case.passes, device=device)
     model = untouched_model(case, config, device)
@@ -237,7 +243,7 @@ def forecast_of(case: Case, changes: dict, device: torch.device) -> float:
     """Bytes, before anything is made."""
     config = Config(**{**case.settings, **changes})
     model_config = official_config(case.size)
-    _, load = micro_batch(case.tokens, case.patches)
+    _, load = micro_batch(case.tokens, case.patches, model_config.model_type)
     counts = memory.count_parameters(model_config, config)
     dtype = choose_dtype(config.dtype, device)
     parts = memory.forecast(model_config, counts, config, dtype, [load], passes=case.passes, device=device)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import phantom
 import torch
-from transformers import GenerationMixin, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, GenerationMixin
 
 from util import compilation, log, optimizer
 from util.collator import Collator
@@ -26,6 +26,7 @@ from util.config import Config
 from util.conversation import Encoded
 from util.cost import memory
 from util.dataset import Sample
+from util.family import FAMILIES, new_model
 from util.loss import PackedLoss
 from util.model import choose_device, choose_dtype, prepare_model
 from util.optimizer import build_optimizer
@@ -101,7 +102,7 @@ def train(script: str, settings: dict, resume_at: int | None) -> dict:
 def real_size_step(config_file: str, settings: dict) -> dict:
     """Three steps of a published size on one image and text; its weights are memory that nobody touched."""
     device, config = choose_device("cuda"), Config(**settings)
-    dtype, model_config = choose_dtype(config.dtype, device), Qwen2VLConfig.from_pretrained(Path(config_file).parent)
+    dtype, model_config = choose_dtype(config.dtype, device), AutoConfig.from_pretrained(Path(config_file).parent)
     grid = Grid(1, 64, 64)
     text = Encoded([5] * (4096 - grid.tokens + 1), [False] * 2048 + [True] * (2049 - grid.tokens), [10])
     load = (4096, grid.patches, sum(text.supervised))
@@ -110,13 +111,15 @@ def real_size_step(config_file: str, settings: dict) -> dict:
     free = memory.free_bytes(device)
     kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     with torch.device("meta"):
-        bare = Qwen2VLForConditionalGeneration(model_config).to(kept)
+        bare = new_model(model_config).to(kept)
     bare = bare.to_empty(device=device)
     bare.tie_weights()  # which giving them memory has undone
     model = prepare_model(bare, config, processor_of_pixels(), device)
     trained = build_optimizer(model, config)
-    patches = torch.zeros(grid.patches, 588, dtype=torch.uint8)
-    batch = Collator()([Sample(text, [Medium(patches, grid, is_video=False)], "one image")]).pin_memory()
+    patches = blank_patches(grid, False, model_config.model_type)
+    batch = Collator(model_config.model_type)(
+        [Sample(text, [Medium(patches, grid, is_video=False)], "one image")]
+    ).pin_memory()
     for _ in range(3):
         phantom.reset()
         loss = model(batch.to(device))
@@ -134,17 +137,16 @@ def real_size_step(config_file: str, settings: dict) -> dict:
 def graphs_of_many_shapes(config_file: str, settings: dict) -> dict:
     """Two layers of each kind at a published size, compiled for a GPU: 50 batches of other shapes, and evaluation."""
     device, config = choose_device("cuda"), Config(compile="on", **settings)
-    model_config = Qwen2VLConfig.from_pretrained(Path(config_file).parent)
-    model_config.text_config.num_hidden_layers = model_config.vision_config.depth = 2
-    model_config.text_config.layer_types = model_config.text_config.layer_types[:2]
+    model_config = two_of_each(AutoConfig.from_pretrained(Path(config_file).parent))
     kept = choose_dtype(config.dtype, device) if config.lora_rank else torch.float32
     with torch.device("meta"):
-        bare = Qwen2VLForConditionalGeneration(model_config).to(kept)
+        bare = new_model(model_config).to(kept)
     model = prepare_model(bare.to_empty(device=device), config, processor_of_pixels(), device)
     chance = random.Random(0)
+    collate = Collator(model_config.model_type)
     shapes = set()
     for number in range(50):
-        batch = Collator()([any_sample(chance) for _ in range(chance.randint(1, 6))])
+        batch = collate([any_sample(chance, model_config.model_type) for _ in range(chance.randint(1, 6))])
         shapes.add((len(batch.input_ids), len(batch.image_patches), len(batch.video_patches), len(batch.target_ids)))
         if number % 5 == 4:
             with torch.no_grad():
@@ -155,15 +157,32 @@ def graphs_of_many_shapes(config_file: str, settings: dict) -> dict:
     return {"shapes": len(shapes), "graphs": compilation.graphs_made(), "cannot": compilation.Compiled.cannot}
 
 
-def any_sample(chance: random.Random) -> Sample:
+def two_of_each(model_config):
+    """The config with two blocks, of Qwen2.5-VL the second one without windows, and two layers."""
+    text, tower = model_config.text_config, model_config.vision_config
+    text.num_hidden_layers = tower.depth = 2
+    for part, name, value in (
+        (text, "layer_types", ["full_attention"] * 2),
+        (tower, "fullatt_block_indexes", [1]),
+        (tower, "deepstack_visual_indexes", [0, 1]),
+    ):
+        if hasattr(part, name):
+            setattr(part, name, value)
+    return model_config
+
+
+def blank_patches(grid: Grid, is_video: bool, model_type: str) -> torch.Tensor:
+    return torch.zeros(grid.patches, (1 + is_video) * 3 * FAMILIES[model_type].patch ** 2, dtype=torch.uint8)
+
+
+def any_sample(chance: random.Random, model_type: str) -> Sample:
     """Text alone, an image, or a video, of any size."""
     tokens, kind = chance.randint(2, 900), chance.choice(["text", "image", "video"])
     encoded = Encoded([5] * tokens, [0.0] * (tokens - tokens // 2) + [1.0] * (tokens // 2), [0][: kind != "text"])
     if kind == "text":
         return Sample(encoded, [], "text")
     grid = Grid(1 if kind == "image" else chance.randint(1, 4), 2 * chance.randint(1, 16), 2 * chance.randint(1, 16))
-    values = 588 if kind == "image" else 1176
-    patches = torch.zeros(grid.patches, values, dtype=torch.uint8)
+    patches = blank_patches(grid, kind == "video", model_type)
     return Sample(encoded, [Medium(patches, grid, kind == "video")], kind)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import Qwen2VLConfig
 
 from util.attention import BACKENDS, Segments, by_operator, check_backend, stacked_sdpa
 from util.command_line import UserError
@@ -371,9 +372,9 @@ def test_old_versions_are_not_asked_for_what_they_do_wrong(monkeypatch):
 
 # ---- times ----------------------------------------------------------------------------------------------------------
 
-MODEL = SimpleNamespace(
-    vision_config=SimpleNamespace(depth=2, num_heads=2, embed_dim=16),
-    text_config=SimpleNamespace(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, hidden_size=16),
+MODEL = Qwen2VLConfig(
+    vision_config={"depth": 2, "num_heads": 2, "embed_dim": 16, "hidden_size": 16},
+    text_config={"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 16},
 )
 
 

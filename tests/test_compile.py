@@ -46,7 +46,7 @@ def samples(processor) -> Samples:
     return Samples(load_examples([SHOWCASE], processor), processor, budget)
 
 
-def draw(samples: Samples, count: int) -> list:
+def draw(samples: Samples, count: int, collate: Collator = Collator()) -> list:
     """Batches: a video, an image, text alone, no sample at all (a row of one token), then as chance has it."""
     kinds = {kind: [] for kind in ("video", "image", "text")}
     for index in range(len(samples)):
@@ -56,7 +56,7 @@ def draw(samples: Samples, count: int) -> list:
     drawn = [kinds["video"][:1], kinds["image"][:1], kinds["text"][:2], kinds["image"][:3] + kinds["text"][:1]]
     drawn += [kinds["image"][3:6], kinds["text"][2:5], kinds["video"][1:3]]
     drawn += [chance.sample(range(len(samples)), chance.randint(1, 3)) for _ in range(count - len(drawn) - 1)]
-    return [Collator()([samples[index] for index in batch]) for batch in [*drawn, []]]
+    return [collate([samples[index] for index in batch]) for batch in [*drawn, []]]
 
 
 def train_and_evaluate(model, batches: list) -> tuple[list[float], list[torch.Tensor]]:

@@ -5,14 +5,15 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen2VLForConditionalGeneration
 
 from tests.official import official_config
 from util.collator import Collator
@@ -22,6 +23,7 @@ from util.conversation import Encoded
 from util.cost import allocator, memory
 from util.cost.activations import kept_by
 from util.dataset import Sample, Samples, load_examples
+from util.family import new_model
 from util.model import build_model, load_config, prepare_model
 from util.optimizer import build_optimizer, clip_gradient
 from util.steps import Survey
@@ -33,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def kept_for_backward(config: Config, model_config, processor, samples: list[Sample]) -> int:
     """Bytes of the distinct tensors that the forward pass saves, weights and their copies apart."""
-    model = prepare_model(Qwen2VLForConditionalGeneration(copy.deepcopy(model_config)), config, processor, CPU)
+    model = prepare_model(new_model(copy.deepcopy(model_config)), config, processor, CPU)
     shapes = {shape for p in model.parameters() for shape in (tuple(p.shape), tuple(p.shape)[::-1])}
     saved = {}
 
@@ -43,7 +45,7 @@ def kept_for_backward(config: Config, model_config, processor, samples: list[Sam
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
-        model(Collator()(samples))
+        model(Collator(model_config.model_type)(samples))
     return sum(storage.nbytes() for storage in saved.values())
 
 
@@ -165,6 +167,16 @@ TABLES = [ROOT / "benchmarks" / "results" / f"memory_{name}.json" for name in ("
 WITHIN = 0.08
 
 
+@cache
+def counted(size: str) -> tuple:
+    return official_config(size), memory.count_parameters(official_config(size), Config())
+
+
+def size_of(case: str) -> tuple:
+    """The config and the parameters of the size that a case's name begins with: `2b`, `qwen2.5_3b`."""
+    return counted(re.split("_(?=short|long|text)", case)[0])
+
+
 def errors_of_forecasts(table: Path) -> dict[str, float]:
     """By how much each case that was measured is forecast too high or too low."""
     found = {}
@@ -172,8 +184,7 @@ def errors_of_forecasts(table: Path) -> dict[str, float]:
         given = {"passes": row["micro_batches"], "device": torch.device("cuda")}
         config = Config(**row["settings"])
         dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-        model_config = official_config(name[:2])
-        counts = memory.count_parameters(model_config, config)
+        model_config, counts = size_of(name)
         load = (row["tokens"], row["patches"], row["supervised"])
         parts = memory.forecast(model_config, counts, config, dtype, [load], **given)
         found[name] = sum(parts.values()) / (row["allocated_gib"] * 2**30) - 1

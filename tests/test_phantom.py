@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from tests import runs
+from tests.official import official_config
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_RESIDENT = 8.0  # GiB; a run of tiny stays near 1, but sizes made of values that mean nothing took it to 4.2 once
@@ -174,6 +175,16 @@ def test_few_graphs_are_compiled_for_a_gpu(name, phantom, request):
     request.getfixturevalue("official_processor")
     folder = Path(os.environ.get("QWEN2_VL_REFERENCE", ROOT.parent / "shared" / "qwen2_vl_reference"))
     (found,) = phantom(["tests/phantom_runs.py", "graphs", str(folder / "config.json"), json.dumps(STEPS[name])])
+    assert not found["cannot"]
+    assert found["shapes"] == 50
+    assert 0 < found["graphs"] <= 8, f"{found['graphs']} graphs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["qwen2.5_3b", "qwen3_4b"])
+def test_few_graphs_are_compiled_of_other_families(size, phantom, tmp_path):
+    official_config(size).save_pretrained(tmp_path)
+    (found,) = phantom(["tests/phantom_runs.py", "graphs", str(tmp_path / "config.json"), "{}"])
     assert not found["cannot"]
     assert found["shapes"] == 50
     assert 0 < found["graphs"] <= 8, f"{found['graphs']} graphs"

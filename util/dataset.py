@@ -23,6 +23,7 @@ from util import conversation, vision
 from util.data import boxes, entries, fetch, weights
 from util.data.lines import DataError, open_entries, shortened, split_weight, stop_on
 from util.data.media import MediaReader
+from util.family import window_squares
 from util.formats import advice
 
 
@@ -69,6 +70,11 @@ class Size:
     def squares(self) -> int:
         """The squares of the patches that attend to each other: those of an image, or of a pair of frames."""
         return sum(grid.t * (grid.h * grid.w) ** 2 for grid in self.grids)
+
+    @property
+    def window_squares(self) -> int:
+        """The same where only those of one window do, as in most blocks of Qwen2.5-VL's tower."""
+        return sum(grid.t * window_squares(grid.h, grid.w) for grid in self.grids)
 
 
 class Examples(Sequence):

@@ -38,6 +38,7 @@ FAMILIES = {
     ),
 }
 QWEN2_VL = "qwen2_vl"
+WINDOW = max(family.window for family in FAMILIES.values())  # of those that have windows all are of one side
 
 # What people may try instead, and why it is not trained here.
 REFUSED = {
@@ -96,6 +97,16 @@ def window_order(t: int, h: int, w: int, side: int) -> tuple[torch.Tensor, list[
     order = window.flatten().argsort(stable=True)
     sizes = torch.bincount(window.flatten()).tolist()
     return (torch.arange(t)[:, None] * h * w + order).flatten(), sizes * t
+
+
+def window_squares(h: Any, w: Any) -> Any:
+    """The squares of the patches in each window, summed up over a frame of h x w patches: numbers, or arrays of them.
+
+    Windows that are cut at an edge count for what is left of them. (The square of a window's patches is that of its
+    rows times that of its columns, so that the sums over rows and over columns can be made apart.)
+    """
+    side = 2 * WINDOW  # patches
+    return (h // side * side**2 + (h % side) ** 2) * (w // side * side**2 + (w % side) ** 2)
 
 
 def stretched(table: nn.Embedding, place: torch.Tensor, size: torch.Tensor) -> torch.Tensor:

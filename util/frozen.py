@@ -18,6 +18,7 @@ from util import ranks
 from util.adapters.settings import untrained_parts
 from util.config import Config
 from util.cost import disk
+from util.cost.shapes import number_of_deeper, shapes_of
 from util.cost.sizes import Sizes
 from util.data.features import FeatureWriter
 from util.data.media import MediaReader
@@ -76,10 +77,11 @@ def identity(model: PackedLoss, parts: list[str]) -> str:
 def feature_bytes(model_config, sizes: Iterable[Sizes], parts: list[str], dtype: torch.dtype) -> int:
     """Bytes of the features of all images and videos of some data, each counted as often as samples show it."""
     patches = sum(int(of_data.usable_grids[:, :3].prod(axis=1, dtype=np.int64).sum()) for of_data in sizes)
-    numbers = patches * model_config.vision_config.embed_dim
+    numbers = patches * shapes_of(model_config).block.width
     if "merger" in parts:
         numbers = patches // MERGE**2 * model_config.text_config.hidden_size
-    return numbers * dtype.itemsize
+    # of Qwen3-VL also what the mergers of deepstack take or give
+    return (1 + number_of_deeper(model_config)) * numbers * dtype.itemsize
 
 
 def features_in_words(

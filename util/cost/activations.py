@@ -5,6 +5,7 @@ PyTorch keeps just these was seen in its allocator's own record of a step, and i
 tests/test_phantom.py. A row is a token in the language model, a patch in the tower.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -12,11 +13,20 @@ import torch
 from util.adapters import lora
 from util.adapters.settings import targets, untrained_parts
 from util.config import Config
+from util.cost.shapes import Repeated, head_width, number_of_deeper, shapes_of
 from util.loss import most_logit_rows
 from util.steps import Load
 from util.tensors import PARTS
 
 FP32 = 4  # bytes of a number
+
+# Of what a layer keeps, as large as what `selective` keeps: the outputs of matrix products and of attention. Queries,
+# keys and values before they are turned are as wide as after.
+PRODUCTS = (
+    "queries, turned", "keys, turned", "values", "mixed", "after attention", "first product", "second product",
+)  # fmt: skip
+# And which of these are products themselves, so that there is nothing to make anew.
+MADE_BY_PRODUCTS = ("queries and keys, for their norms", "mixed", "first product", "second product")
 
 
 class Layer(NamedTuple):
@@ -66,6 +76,7 @@ def kept_by(
     """
     text = model_config.text_config
     tower = model_config.vision_config
+    shapes = shapes_of(model_config)
     tokens, patches, supervised = map(int, load)
     compute = dtype.itemsize
     rows = most_logit_rows(config.logit_rows, is_compiled)
@@ -79,8 +90,8 @@ def kept_by(
     pixels = 0.0
     if tower_learns:
         block = scaled(tower_block(model_config, config, dtype, is_compiled, divided), patches)
-        pixels = pixel_bytes(tower, compute, patches)
-    merger = merger_bytes(tower, compute, patches, divided) if merger_learns else 0
+        pixels = compute * shapes.pixels * patches  # of a video; an image's patches, of one frame, are half as long
+    merger = shapes.mergers * merger_bytes(shapes.block.width, compute, patches, divided) if merger_learns else 0
     return Kept(
         text=text.num_hidden_layers * decoder.kept,
         decoder=decoder,
@@ -89,19 +100,20 @@ def kept_by(
         merger=merger,
         logits=min(supervised, rows) * text.vocab_size * bytes_of_a_logit(dtype, is_compiled),
         chunks=max(1, -(-supervised // rows)),
-        # a block's input, that of its MLP, and the MLP's first product twice more while GELU reads it
-        frozen_tower=0 if tower_learns else compute * tower.embed_dim * (2 + 3 * tower.mlp_ratio) * patches,
+        frozen_tower=0 if tower_learns else compute * passing_numbers(shapes.block, model_config) * patches,
     )
 
 
-def pixel_bytes(tower, compute: int, patches: int) -> float:
-    """What the patch embedding has read, of a video; an image's patches, which have one frame, are half as long."""
-    return compute * tower.in_channels * tower.temporal_patch_size * tower.patch_size**2 * patches
+def passing_numbers(block: Repeated, model_config) -> int:
+    """Of a patch, while a block of a tower that keeps nothing works on it: the block's input, that of its MLP, and the
+    MLP's first product with two more of its width while the activation is made; and what deepstack waits for."""
+    return 2 * block.width + 3 * block.inner + number_of_deeper(model_config) * block.width
 
 
-def merger_bytes(tower, compute: int, patches: int, divided: Divided) -> float:
-    """Its input, normalised, after its first product, after GELU; four patches side by side are as wide as four."""
-    return (2 + 2 / divided.matrices) * compute * tower.embed_dim * patches
+def merger_bytes(width: int, compute: int, patches: int, divided: Divided) -> float:
+    """Of one: its input, normalised, after its first product, after GELU; four patches side by side are as wide as
+    four. `width`: of the tower."""
+    return (2 + 2 / divided.matrices) * compute * width * patches
 
 
 def parts_that_learn(config: Config) -> set[str]:
@@ -135,11 +147,12 @@ def decoder_layer(
 ) -> Layer:
     """A layer of the language model, per token."""
     text = model_config.text_config
-    width = text.hidden_size / divided.residual
-    gathered = text.hidden_size  # what products read, and their gradients: on each rank all rows
-    heads = text.hidden_size / divided.matrices
-    inner = text.intermediate_size / divided.matrices
-    key_value = heads / text.num_attention_heads * text.num_key_value_heads
+    layer = shapes_of(model_config).layer
+    width = layer.width / divided.residual
+    gathered = layer.width  # what products read, and their gradients: on each rank all rows
+    heads = layer.queries / divided.matrices
+    key_value = layer.keys / divided.matrices
+    inner = layer.inner / divided.matrices
 
     def read_by(*names: str) -> bool:
         return reads("language_model", set(names), config)
@@ -147,30 +160,31 @@ def decoder_layer(
     whole = {
         "input": width,
         "normalised for attention": gathered * read_by("q_proj", "k_proj", "v_proj"),
+        "queries and keys, for their norms": (heads + key_value) * layer.has_head_norms,
         "queries, turned": heads,
         "keys, turned": key_value,
         "values": key_value,
         "mixed": heads,  # attention's output
         "after attention": width,
         "normalised for the MLP": gathered * read_by("gate_proj", "up_proj"),
-        "gate": inner,
-        "up": inner,
-        # compiled it is made anew from the gate, except beside DoRA's lengths
-        "gate after SiLU": 0 if is_compiled and not config.lora_dora else inner,
-        "product": inner * read_by("down_proj"),
         "sent for attention": sent_for_attention(text, config) / divided.matrices,
     }
-    # queries, keys and values before they are turned are as wide as after
-    products = ("queries, turned", "keys, turned", "values", "mixed", "after attention", "gate", "up")
-    stay = ("values", "mixed", "gate", "up")
-    if is_compiled and config.context_parallel_size > 1:
-        products += ("normalised for attention",)  # it lies between the graph of queries and that of keys and values
-    kept, remade = split(whole, products, stay, config, is_compiled)
-    # of the product, of the gate before and after SiLU, and of the factor beside it; and what comes from the next layer
-    working = gathered + inner * (2 if is_compiled else 3) - whole["product"]
+    mlp, of_mlp = gated_mlp(inner, read_by("down_proj"), config, is_compiled)
+    kept, remade = split(whole | mlp, {*MADE_BY_PRODUCTS, "values"}, config, is_compiled)
+    kept += between_graphs(config, is_compiled) * whole["normalised for attention"]
+    working = gathered + of_mlp  # beside the MLP's, what comes from the next layer
     statistics = attention_statistics(text.num_attention_heads / divided.matrices, config, dtype, heads, key_value)
+    if layer.has_head_norms:
+        statistics += FP32 * (heads + key_value) / head_width(text)
     beside = by_adapters("language_model", model_config, config, dtype, is_compiled)
     return layer_of(dtype, config, kept, remade, working, statistics + beside)
+
+
+def between_graphs(config: Config, is_compiled: bool) -> bool:
+    """Whether `selective` keeps what queries, keys and values are made of: it lies between the graph of queries, which
+    travel first (util/parallel/context.py), and that of keys and values."""
+    is_selective = config.activation_checkpointing == "selective"
+    return is_selective and is_compiled and config.context_parallel_size > 1
 
 
 def sent_for_attention(text, config: Config) -> float:
@@ -183,7 +197,7 @@ def sent_for_attention(text, config: Config) -> float:
     own = -(-heads // ranks)
     own_keys = -(-own // (heads // text.num_key_value_heads))
     more_keys = ranks * own_keys - text.num_key_value_heads
-    return text.hidden_size // heads * (2 * ranks * own - heads + 2 * more_keys)
+    return head_width(text) * (2 * ranks * own - heads + 2 * more_keys)
 
 
 def tower_block(
@@ -191,9 +205,11 @@ def tower_block(
 ) -> Layer:
     """A block of the tower, per patch; its residual is whole on every rank."""
     tower = model_config.vision_config
-    width = tower.embed_dim
-    heads = width / divided.matrices
-    inner = tower.embed_dim * tower.mlp_ratio / divided.matrices
+    block = shapes_of(model_config).block
+    width = block.width
+    heads = block.queries / divided.matrices
+    inner = block.inner / divided.matrices
+    *first, last = [name for name in block.matrices if name.startswith("mlp.")]
 
     def read_by(*names: str) -> bool:
         return reads("vision", set(names), config)
@@ -206,35 +222,59 @@ def tower_block(
         "values": heads,
         "mixed": heads,
         "after attention": width,
-        "normalised for the MLP": width * read_by("mlp.fc1"),
-        "first product": inner,
-        "its sigmoid": 0 if is_compiled else inner,
-        "after GELU": inner * read_by("mlp.fc2"),
+        "normalised for the MLP": width * read_by(*first),
     }
-    products = ("queries, turned", "keys, turned", "values", "mixed", "after attention", "first product")
-    stay = ("mixed", "first product")
-    kept, remade = split(whole, products, stay, config, is_compiled)
-    working = width + (inner if is_compiled else 3 * inner - whole["after GELU"])
+    if block.is_gated:
+        mlp, of_mlp = gated_mlp(inner, read_by(last), config, is_compiled)
+    else:
+        mlp, of_mlp = plain_mlp(inner, read_by(last), tower.hidden_act, is_compiled)
+    kept, remade = split(whole | mlp, MADE_BY_PRODUCTS, config, is_compiled)
+    working = width + of_mlp
     statistics = attention_statistics(tower.num_heads / divided.matrices, config, dtype, heads, heads)
     beside = by_adapters("vision", model_config, config, dtype, is_compiled)
     return layer_of(dtype, config, kept, remade, working, statistics + beside)
 
 
-def split(
-    whole: dict[str, float], products: tuple[str, ...], stay: tuple[str, ...], config: Config, is_compiled: bool
-) -> tuple[float, float]:
+def gated_mlp(inner: float, reads_last: bool, config: Config, is_compiled: bool) -> tuple[dict[str, float], float]:
+    """An MLP whose activated product is multiplied by another one: its tensors, and what its backward pass needs
+    beside them."""
+    whole = {
+        "first product": inner,
+        "second product": inner,
+        # compiled it is made anew from the first product, except beside DoRA's lengths
+        "activated": 0 if is_compiled and not config.lora_dora else inner,
+        "read by the last": inner * reads_last,
+    }
+    # of what the last reads, of the first product before and after its activation, and of the second
+    return whole, inner * (2 if is_compiled else 3) - whole["read by the last"]
+
+
+def plain_mlp(inner: float, reads_last: bool, activation: str, is_compiled: bool) -> tuple[dict[str, float], float]:
+    """One of two matrices: the same."""
+    is_written_out = activation == "quick_gelu"  # x * sigmoid(1.702 x), which keeps both factors; others are one kernel
+    whole = {
+        "first product": inner,
+        "its sigmoid": inner * (is_written_out and not is_compiled),
+        "read by the last": inner * reads_last,
+    }
+    if is_compiled:
+        return whole, inner
+    return whole, inner * (3 if is_written_out else 2) - whole["read by the last"]
+
+
+def split(whole: dict[str, float], stay: Collection[str], config: Config, is_compiled: bool) -> tuple[float, float]:
     """(kept, remade) numbers per row under --activation_checkpointing.
 
-    `products`: of what `selective` keeps, one tensor of each of these sizes; `stay`: those of them that recomputing
-    does not make once more.
+    `stay`: what `selective` keeps and recomputing does not make once more.
     """
     everything = sum(whole.values())
     if config.activation_checkpointing == "full":
         return whole["input"], everything - whole["input"]
     if config.activation_checkpointing == "selective":
-        kept = whole["input"] + sum(whole[name] for name in products)
+        kept = whole["input"] + sum(size for name, size in whole.items() if name in PRODUCTS)
         # a compiled graph makes the rest anew where it is read, and never holds all of it
-        return kept, 0 if is_compiled else everything - whole["input"] - sum(whole[name] for name in stay)
+        stays = sum(size for name, size in whole.items() if name in stay)
+        return kept, 0 if is_compiled else everything - whole["input"] - stays
     return everything, 0
 
 
@@ -262,8 +302,7 @@ def by_adapters(part: str, model_config, config: Config, dtype: torch.dtype, is_
         return 0
     numbers = 0.0
     masks = 0
-    for name in targets(config)[part]:
-        inputs, outputs, _ = lora.linear_layers(model_config)[part][name]
+    for inputs, outputs, _ in lora.adapted_layers(model_config, config)[part].values():
         numbers += config.lora_rank  # between its two matrices
         if config.lora_dropout:  # the input without what was dropped, and where that was
             numbers += inputs

@@ -26,10 +26,13 @@ from torch import Tensor
 from util import ranks
 from util.config import Config
 from util.cost import kept_sizes
+from util.cost.shapes import head_width, shapes_of, whole_blocks
 from util.cost.sizes import Sizes
+from util.family import WINDOW, window_order
 from util.kernels import packed, rule
 from util.model import choose_attention
 from util.steps import Steps
+from util.vision import MERGE
 
 FOLDER = "attention"
 SECONDS = 3.0  # that measuring may take, about; kinds of lengths that are left then go by the rule
@@ -42,7 +45,7 @@ Times = dict[str, dict[str, list[float]]]  # kind of lengths -> kernel -> millis
 
 @dataclass(frozen=True)
 class Part:
-    """The attention of the vision tower, or of the language model."""
+    """The attention of some of the vision tower's blocks, or of the language model."""
 
     name: str
     layers: int
@@ -50,6 +53,7 @@ class Part:
     shared: int  # key-value heads
     width: int
     causal: bool
+    lengths: Callable[[Sizes, list[int]], tuple[int, ...]]  # of the pieces of a micro-batch's row
 
     def call(self, lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> rule.Call:
         return rule.Call(
@@ -115,7 +119,7 @@ def in_words(asked: str, kinds: list[Kind], times: Times) -> str:
 
 
 def parts_of(model_config, config: Config) -> list[Part]:
-    """The tower and the language model, with the heads that one rank has.
+    """The tower and the language model, with the heads that one rank has. Blocks that see windows are a part by itself.
 
     A rank that shares a row attends over all of it, for some of the language model's heads (parallel/context.py). One
     that has parts of matrices has some heads of both (parallel/tensor.py).
@@ -126,20 +130,23 @@ def parts_of(model_config, config: Config) -> list[Part]:
     heads = tower.num_heads // of_matrix
     own = -(-text.num_attention_heads // of_matrix // config.context_parallel_size)
     shared = -(-own // (text.num_attention_heads // text.num_key_value_heads))
-    width = text.hidden_size // text.num_attention_heads
-    return [
-        Part("tower", tower.depth, heads, heads, tower.embed_dim // tower.num_heads, causal=False),
-        Part("language model", text.num_hidden_layers, own, shared, width, causal=True),
+    of_tower = {"heads": heads, "shared": heads, "causal": False}
+    of_tower["width"] = shapes_of(model_config).block.queries // tower.num_heads
+    whole = whole_blocks(tower)
+    parts = [
+        Part("tower", whole, lengths=patches_of, **of_tower),
+        Part("tower's windows", tower.depth - whole, lengths=windows_of, **of_tower),
+        Part("language model", text.num_hidden_layers, own, shared, head_width(text), causal=True, lengths=tokens_of),
     ]
+    return [part for part in parts if part.layers]
 
 
 def kinds_of(parts: list[Part], sizes: Sizes, steps: Steps, device: torch.device, dtype: torch.dtype) -> list[Kind]:
     """The calls of the first micro-batches, those that are alike together, the most frequent first."""
-    tower, text = parts
     seen: dict[tuple[Part, str], list[tuple[int, ...]]] = {}
     for micro_batch in islice(steps.micro_batches(), LOOKED_AT):
-        for part, lengths in ((tower, patches_of(sizes, micro_batch)), (text, tokens_of(sizes, micro_batch))):
-            if lengths:
+        for part in parts:
+            if lengths := part.lengths(sizes, micro_batch):
                 bucket = part.call(lengths, device, dtype).bucket
                 seen.setdefault((part, bucket), []).append(lengths)
     kinds = []
@@ -161,6 +168,16 @@ def patches_of(sizes: Sizes, micro_batch: list[int]) -> tuple[int, ...]:
     for sample in micro_batch:
         for grid in sizes.table.size(sample).grids:
             lengths += [grid.h * grid.w] * grid.t
+    return tuple(lengths)
+
+
+def windows_of(sizes: Sizes, micro_batch: list[int]) -> tuple[int, ...]:
+    """Those of its blocks that see windows."""
+    lengths: list[int] = []
+    for sample in micro_batch:
+        for grid in sizes.table.size(sample).grids:
+            _, tokens = window_order(grid.t, grid.h // MERGE, grid.w // MERGE, WINDOW)
+            lengths += [MERGE**2 * number for number in tokens]
     return tuple(lengths)
 
 

@@ -11,8 +11,10 @@ from util.adapters import lora, new_tokens
 from util.adapters.settings import untrained_parts
 from util.collator import Batch
 from util.config import Config
+from util.cost.shapes import shapes_of, whole_blocks
 from util.cost.sizes import Columns, Sizes
 from util.dataset import Size
+from util.vision import MERGE
 
 # Dense bf16 peak by NVIDIA's datasheets, TFLOP/s, for names as torch.cuda.get_device_name gives them: the first pattern
 # that is found counts. A card's other forms (PCIe, NVL) have other peaks, and a part of a card (MIG) has none of its
@@ -44,26 +46,23 @@ def forward_flops(config, size: Size | Columns) -> dict[str, float]:
 
     For the columns of n samples each value is an array (n,).
     """
+    shapes = shapes_of(config)
     text, tower = config.text_config, config.vision_config
-    width, layers = text.hidden_size, text.num_hidden_layers
-    key_value = width // text.num_attention_heads * text.num_key_value_heads
-    layer_weights = 2 * width * width + 2 * width * key_value + 3 * width * text.intermediate_size
-    language = 2 * layer_weights * layers * size.tokens
+    language = 2 * shapes.layer.weights * text.num_hidden_layers * size.tokens
     language += attention_flops(config, size)
-    head = 2 * width * text.vocab_size * size.supervised
-    patch_weights = 3 * tower.temporal_patch_size * tower.patch_size**2 * tower.embed_dim
-    block_weights = (4 + 2 * tower.mlp_ratio) * tower.embed_dim**2
-    vision = 2 * (patch_weights + block_weights * tower.depth) * size.patches
-    vision += 4 * tower.embed_dim * tower.depth * size.squares
-    merged = tower.embed_dim * tower.spatial_merge_size**2
-    merger = 2 * (merged * merged + merged * width) * (size.patches / tower.spatial_merge_size**2)
+    head = 2 * text.hidden_size * text.vocab_size * size.supervised
+    of_patch = shapes.pixels * shapes.block.width + shapes.block.weights * tower.depth
+    whole = whole_blocks(tower)
+    seen = whole * size.squares + (tower.depth - whole) * size.window_squares
+    vision = 2 * of_patch * size.patches + 4 * shapes.block.queries * seen
+    merger = 2 * shapes.merger_weights * (size.patches / MERGE**2)
     return {"vision": vision, "merger": merger, "language_model": language, "head": head}
 
 
 def attention_flops(config, size: Size | Columns) -> Any:
     """Of the language model's forward pass what grows with the square of the tokens."""
-    text = config.text_config
-    return 2 * text.hidden_size * text.num_hidden_layers * size.tokens**2  # causal: half of 4 s^2 D
+    queries = shapes_of(config).layer.queries
+    return 2 * queries * config.text_config.num_hidden_layers * size.tokens**2  # causal: half of 4 s^2 D
 
 
 def training_flops(model_config, sizes: Iterable[Size | Columns], config: Config) -> float:
@@ -83,14 +82,13 @@ def work_by_part(model_config, sizes: Iterable[Size | Columns], config: Config) 
     factors = part_factors(config)
     adapters = lora.count_adapters(model_config, config) if config.lora_rank else {}
     rows = new_tokens.count_rows(model_config, config) / (1 if model_config.tie_word_embeddings else 2)  # of the head
-    merge = model_config.vision_config.spatial_merge_size**2
     work: dict[str, Any] = dict.fromkeys(factors, 0.0)
     if config.lora_rank:
         work["adapters"] = 0.0
     for size in sizes:
         for part, operations in forward_flops(model_config, size).items():
             work[part] = work[part] + factors[part] * operations
-        of_part = {"vision": size.patches, "merger": size.patches / merge, "language_model": size.tokens}
+        of_part = {"vision": size.patches, "merger": size.patches / MERGE**2, "language_model": size.tokens}
         for part, number in adapters.items():
             work["adapters"] = work["adapters"] + 6 * number * of_part[part]
         if rows:

@@ -19,7 +19,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -31,8 +30,8 @@ from util.config import Config
 from util.cost import memory
 from util.cost.activations import Divided, kept_by
 from util.cost.links import GATHER, REDUCE, SCATTER
+from util.cost.shapes import one_of_each
 from util.cost.work import Rows
-from util.family import new_model
 from util.model import layers
 from util.steps import heaviest
 from util.tensors import PARTS, part_of
@@ -129,11 +128,7 @@ class Weights:
 
     @classmethod
     def of(cls, model_config) -> "Weights":
-        small = copy.deepcopy(model_config)
-        small.text_config.num_hidden_layers = small.vision_config.depth = 1
-        small.text_config.layer_types = small.text_config.layer_types[:1]
-        with torch.device("meta"):
-            model = new_model(small)
+        model = one_of_each(model_config)
         of_layers = [set(layer.parameters()) for layer in layers(model)]
         found = []
         root = []
@@ -280,11 +275,11 @@ def in_flight(stage: int, stages: int, rows: int) -> int:
 def config_of_stage(model_config, layer_count: int, is_last: bool, tensor: int):
     """What the forecast asks of a config, for what one rank of a stage has of the model: so many layers, and a part of
     the head's vocabulary, or none."""
-    text = SimpleNamespace(**vars(model_config.text_config))
+    own = copy.copy(model_config)
+    own.text_config = text = copy.copy(model_config.text_config)
     text.num_hidden_layers = layer_count
     text.vocab_size = -(-text.vocab_size // tensor) if is_last else 0
-    tower = SimpleNamespace(**vars(model_config.vision_config))
-    return SimpleNamespace(text_config=text, vision_config=tower, tie_word_embeddings=model_config.tie_word_embeddings)
+    return own
 
 
 def stage_forecast(

@@ -21,6 +21,7 @@ from util.cost import allocator
 from util.cost.activations import FP32, Divided, kept_by
 from util.cost.moments import Gradients, Units, moments, moments_among_several
 from util.cost.settings import GIB, budget_in_bytes
+from util.cost.shapes import shapes_of
 from util.family import new_model
 from util.model import layers
 from util.steps import Load, Survey
@@ -125,13 +126,12 @@ def counts_of_rank(model_config, counts: dict, config: Config) -> dict:
     ranks_of_matrix = config.tensor_parallel_size
     if ranks_of_matrix == 1:
         return counts
-    tower = model_config.vision_config
+    shapes = shapes_of(model_config)
     found = {**counts, **{name: count / ranks_of_matrix for name, count in counts.items() if name != "adapters"}}
     of_others = 1 - 1 / ranks_of_matrix
-    of_a_block = of_others * 3 * tower.embed_dim**2
-    qkv = tower.depth * of_a_block
-    pixels = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
-    patches = of_others * pixels * tower.embed_dim
+    of_a_block = of_others * math.prod(shapes.block.matrices["attn.qkv"])
+    qkv = model_config.vision_config.depth * of_a_block
+    patches = of_others * shapes.pixels * shapes.block.width
     found["block"] += of_a_block
     return {**found, "vision": found["vision"] + qkv + patches, "all_layers": found["all_layers"] + qkv}
 

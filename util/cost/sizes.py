@@ -13,6 +13,7 @@ from util import vision
 from util.command_line import MOST_TOLD
 from util.data.bad_samples import REASONS
 from util.dataset import Size
+from util.family import window_squares
 
 FINE = 0  # in the column "reason": the sample is trained on; of others it holds 1 + the place in REASONS
 TOO_LONG = 1 + REASONS.index("too long")
@@ -168,6 +169,7 @@ class Columns(NamedTuple):
     supervised: np.ndarray
     patches: np.ndarray
     squares: np.ndarray
+    window_squares: np.ndarray
 
 
 @dataclass(eq=False)
@@ -245,10 +247,11 @@ class Sizes(Sequence):
 
     def columns(self) -> Columns:
         """The columns over all samples, those that are left out included."""
-        times = self.grids[:, 0].astype(float)
-        patches_per_frame = self.grids[:, 1].astype(float) * self.grids[:, 2]
-        squares = self._sums(times * patches_per_frame**2)
-        return Columns(self.tokens.astype(float), self.supervised.astype(float), self.patches.astype(float), squares)
+        times, rows, columns = self.grids[:, :3].T.astype(float)
+        squares = self._sums(times * (rows * columns) ** 2)
+        of_windows = self._sums(times * window_squares(rows, columns))
+        numbers = (self.tokens, self.supervised, self.patches, squares, of_windows)
+        return Columns(*(column.astype(float) for column in numbers))
 
     def _sums(self, of_grids: np.ndarray) -> np.ndarray:
         """From a number for each grid (G,) the sums over each sample's grids (n,)."""

@@ -34,7 +34,9 @@ from util.cost.links import (
     seconds_of,
     send_time,
 )
+from util.cost.shapes import head_width, number_of_deeper, shapes_of
 from util.cost.work import Rows, Workload
+from util.vision import MERGE
 
 SCALAR_ALL_REDUCES = 3  # a few numbers each: a step's counts, its loss, and the norms of its gradients
 COMPUTE = 2  # bytes of an element that is computed with, gathered or sent
@@ -209,7 +211,8 @@ class Course:
         which the forecast of memory divides them. As many bytes as two all-reduces in each layer and pass."""
         text, tower = self.model_config.text_config, self.model_config.vision_config
         layers, blocks = self.cut[stage], tower.depth * (stage == 0)
-        token, patch = COMPUTE * text.hidden_size, COMPUTE * tower.embed_dim
+        token = COMPUTE * text.hidden_size
+        patch = COMPUTE * shapes_of(self.model_config).block.width
         there, back = np.zeros_like(tokens), np.zeros_like(tokens)
         for depth, whole in ((layers, token * tokens), (blocks, patch * patches)):
             gather = self.among_tensor_ranks(GATHER, whole)
@@ -223,10 +226,9 @@ class Course:
             elif self.shape.checkpointing == "selective" and not self.is_compiled:
                 # Sums are kept, and rows that were gathered are not (util/recompute.py); a graph keeps both.
                 back = back + depth * 2 * gather
-        merge = self.model_config.vision_config.spatial_merge_size**2
         if stage == 0:
             there = there + self.among_tensor_ranks(REDUCE, token * tokens)  # the embedding
-            there = there + self.among_tensor_ranks(REDUCE, token * patches / merge)  # the merger
+            there = there + self.among_tensor_ranks(REDUCE, token * self.visual_rows(patches))  # the merger
             back = back + self.among_tensor_ranks(REDUCE, patch * patches)
         if stage == len(self.cut) - 1:
             for numbers in (1, 2):  # of the loss: the largest logit; the sum, and that of the target
@@ -247,12 +249,11 @@ class Course:
         cuts = self.cuts_of_heads()
         read = text.num_attention_heads // text.num_key_value_heads  # query heads that read a key-value head
         keys = sum((end - 1) // read - begin // read + 1 for begin, end in pairwise(cuts))  # that all ranks get
-        width = COMPUTE * text.hidden_size // text.num_attention_heads * tokens
+        width = COMPUTE * head_width(text) * tokens
         around = self.queries_sent(tokens) + seconds_of(self.hardware, EXCHANGE, 2 * width * keys, ranks, stride)
         # back from the rank with most heads, for the tokens of all
         around = around + seconds_of(self.hardware, EXCHANGE, width * ranks * most_between(cuts), ranks, stride)
-        merge = self.model_config.vision_config.spatial_merge_size**2
-        size = COMPUTE * text.hidden_size * patches / merge
+        size = COMPUTE * text.hidden_size * self.visual_rows(patches)
         of_visual = seconds_of(self.hardware, EXCHANGE, size, ranks, stride) * (patches > 0)
         layers = self.cut[stage]
         return layers * around + of_visual, (1 + self.exchanges_again) * layers * around + of_visual
@@ -267,9 +268,14 @@ class Course:
         is_selective = self.shape.checkpointing == "selective" and not self.is_compiled
         return self.shape.checkpointing == "full" or is_selective
 
+    def visual_rows(self, patches: np.ndarray) -> np.ndarray:
+        """Rows as wide as the language model that visual tokens are; those of deepstack are rows of their own."""
+        return (1 + number_of_deeper(self.model_config)) * patches / MERGE**2
+
     def queries_sent(self, tokens: np.ndarray) -> np.ndarray:
         """Seconds (M,) in which a layer's queries of `tokens` on each rank travel, or their gradients."""
-        size = COMPUTE * self.model_config.text_config.hidden_size / self.shape.tensor * tokens
+        text = self.model_config.text_config
+        size = COMPUTE * text.num_attention_heads * head_width(text) / self.shape.tensor * tokens
         return seconds_of(self.hardware, EXCHANGE, size, self.shape.context, self.shape.tensor)
 
     def hidden_queries(self, stage: int, rows: Rows, rank: int, is_backward: bool) -> np.ndarray:
@@ -277,7 +283,7 @@ class Course:
         have their backward pass."""
         text = self.model_config.text_config
         tokens = rows.tokens[rank] / self.shape.context
-        outputs = 2 * text.hidden_size // text.num_attention_heads * text.num_key_value_heads / self.shape.tensor
+        outputs = 2 * head_width(text) * text.num_key_value_heads / self.shape.tensor
         products = 2 * text.hidden_size * outputs * tokens / (self.hardware.peak * self.hardware.mfu)
         if is_backward:
             products = products * (part_factors(self.config)["language_model"] - 1)

@@ -1,0 +1,196 @@
+"""What is known before training, of each family: parameters, work, windows, memory, kernels, and the plan in words.
+
+Against numbers that do not come from util/cost: torch's counter of operations, windows patch by patch, autograd's own
+tensors, and the parameters that the hub tells of the published models.
+"""
+
+import copy
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.official import official_config
+from tests.test_memory import kept_for_backward
+from util.collator import Collator
+from util.config import Config
+from util.conversation import Encoded
+from util.cost import fastest, flops, layouts
+from util.cost.activations import kept_by
+from util.cost.sizes import Finding, Sizes
+from util.dataset import Sample, Size
+from util.family import FAMILIES, new_model, window_squares
+from util.frozen import feature_bytes
+from util.model import load_config, load_processor, prepare_model
+from util.tiny_model import make_tiny_model
+from util.vision import Grid, Medium
+
+CPU = torch.device("cpu")
+IMAGE = Grid(1, 10, 28)  # 5 x 14 tokens: windows of 4 x 4 are cut at both edges
+VIDEO = Grid(2, 6, 18)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A function: model_type -> the folder of its tiny checkpoint."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return lambda model_type: make_tiny_model(folder / model_type, model_type=model_type)
+
+
+# ---- parameters -----------------------------------------------------------------------------------------------------
+
+# model.safetensors' totals, as the hub tells them of Qwen/<name>-Instruct
+PUBLISHED = {
+    "2b": 2_208_985_600,
+    "qwen2.5_3b": 3_754_622_976,
+    "qwen2.5_7b": 8_292_166_656,
+    "qwen3_2b": 2_127_532_032,
+    "qwen3_4b": 4_437_815_808,
+    "qwen3_8b": 8_767_123_696,
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_parameters_are_those_published(size):
+    config = official_config(size)
+    counts = layouts.Weights.of(config).stage(0, (config.text_config.num_hidden_layers,)).counts()
+    assert sum(counts[part] for part in ("vision", "merger", "language_model")) == PUBLISHED[size]
+
+
+# ---- work -----------------------------------------------------------------------------------------------------------
+
+
+def sample_of(model_type: str, grids: list[tuple[Grid, bool]]) -> tuple[Sample, Size]:
+    """20 tokens of text, of which 7 are supervised, and blank images and videos; and its Size."""
+    media = []
+    for grid, is_video in grids:
+        numbers = (1 + is_video) * 3 * FAMILIES[model_type].patch ** 2
+        media.append(Medium(torch.zeros(grid.patches, numbers, dtype=torch.uint8), grid, is_video))
+    encoded = Encoded([5] * 20, [0.0] * 13 + [1.0] * 7, list(range(1, 1 + len(grids))))
+    tokens = 20 + sum(grid.tokens - 1 for grid, _ in grids)
+    return Sample(encoded, media, "a sample"), Size(tokens, 7, [grid for grid, _ in grids])
+
+
+MEDIA = {"text": [], "image": [(IMAGE, False)], "video": [(VIDEO, True)]}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_work_is_what_torch_counts(model_type, tiny):
+    """Every product of a forward pass. torch counts causal attention as if each token saw all: twice what is counted
+    here. Of an image's patches one frame is multiplied, where a video's two are counted for both."""
+    path = str(tiny(model_type))
+    config = load_config(path)
+    processor = load_processor(path)
+    model = prepare_model(new_model(config), Config(device="cpu", dtype="float32"), processor, CPU).eval()
+    collate = Collator(model_type)
+    wrong = {}
+    for name, media in MEDIA.items():
+        sample, size = sample_of(model_type, media)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(collate([sample]))
+        work = flops.forward_flops(config, size)
+        expected = sum(work.values()) + flops.attention_flops(config, size)
+        if name == "image":
+            tower = config.vision_config
+            width = tower.embed_dim if model_type == "qwen2_vl" else tower.hidden_size
+            expected -= 2 * 3 * tower.patch_size**2 * width * IMAGE.patches
+        if counter.get_total_flops() != expected:
+            wrong[name] = (counter.get_total_flops(), expected)
+    assert not wrong, "(counted by torch, by cost/flops.py)"
+
+
+def test_work_of_the_published_ones_by_hand():
+    """A forward pass over one image of 64 x 64 patches and 1,000 tokens: the parts that no other family has."""
+    size = Size(1000, 10, [Grid(1, 64, 64)])
+    work = flops.forward_flops(official_config("qwen2.5_7b"), size)
+    block = 1280 * (3 * 1280 + 1280 + 3 * 3420)  # qkv, proj, and the three matrices of a gated MLP
+    seen = 4 * 4096**2 + 28 * 64 * 64**2  # 4 blocks see all, 28 see windows of 8 x 8 patches
+    assert work["vision"] == 2 * (1176 * 1280 + 32 * block) * 4096 + 4 * 1280 * seen
+    work = flops.forward_flops(official_config("qwen3_4b"), size)
+    merger = 4096 * 4096 + 4096 * 2560
+    assert work["merger"] == 2 * 4 * merger * 1024, "the merger and three of deepstack"
+    layer = 2560 * (4096 + 2 * 1024) + 4096 * 2560 + 3 * 2560 * 9728  # 32 heads of 128 are wider than 2560
+    assert work["language_model"] == 2 * 36 * layer * 1000 + 2 * 4096 * 36 * 1000**2
+
+
+def test_windows_are_counted_patch_by_patch():
+    for rows in range(2, 40, 2):
+        for columns in (2, 8, 14, 16, 18, 26):
+            places = [(row // 8, column // 8) for row in range(rows) for column in range(columns)]
+            assert window_squares(rows, columns) == sum(n**2 for n in Counter(places).values()), (rows, columns)
+
+
+def test_columns_have_what_sizes_have():
+    sizes = [Size(9, 1, []), Size(100, 5, [IMAGE, VIDEO]), Size(50, 5, [VIDEO])]
+    columns = Sizes.of(Finding(size) for size in sizes).columns()
+    for name in columns._fields:
+        np.testing.assert_array_equal(getattr(columns, name), [getattr(size, name) for size in sizes], name)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def two_of_each(size: str):
+    """A published config with two blocks, two layers and few tokens: widths alone are its own."""
+    config = copy.deepcopy(official_config(size))
+    text, tower = config.text_config, config.vision_config
+    text.num_hidden_layers = tower.depth = 2
+    text.vocab_size = 2048
+    if hasattr(text, "layer_types"):
+        text.layer_types = text.layer_types[:2]
+    if hasattr(tower, "fullatt_block_indexes"):
+        tower.fullatt_block_indexes = [1]
+    if hasattr(tower, "deepstack_visual_indexes"):
+        tower.deepstack_visual_indexes = [0, 1]
+    return config
+
+
+@pytest.mark.parametrize("frozen", [[], ["vision", "merger"], ["language_model"]], ids=["none", "tower", "language"])
+@pytest.mark.parametrize("size", ["qwen2.5_3b", "qwen3_4b"])
+def test_activations_are_forecast_within_15_percent(size, frozen, processor):
+    config = two_of_each(size)
+    grid = Grid(1, 24, 36)
+    numbers = 3 * FAMILIES[config.model_type].patch ** 2
+    patches = Medium(torch.zeros(grid.patches, numbers, dtype=torch.uint8), grid, is_video=False)
+    samples = [Sample(Encoded([5] * 400, [0.0] * 350 + [1.0] * 50, [10]), [patches], "a sample")] * 2
+    settings = Config(device="cpu", dtype="float32", freeze=frozen, attention="sdpa")
+    measured = kept_for_backward(settings, config, processor, samples)
+    load = (2 * (399 + grid.tokens), 2 * grid.patches, 2 * 50)
+    kept = kept_by(config, settings, torch.float32, load)
+    # of a logit's three numbers at the loss the forward pass keeps one; attention on a CPU is torch's dense one
+    assert kept.total + kept.logits / 3 == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(("model_type", "width"), [("qwen2_vl", 64), ("qwen2_5_vl", 64), ("qwen3_vl", 3 * 64)])
+def test_features_of_a_frozen_tower_are_as_many_bytes_as_it_gives(model_type, width, tiny):
+    """Of Qwen3-VL's tower what its two mergers of deepstack take is kept, too."""
+    config = load_config(str(tiny(model_type)))
+    sizes = [Sizes.of([Finding(Size(100, 5, [IMAGE, VIDEO]))])]
+    patches = IMAGE.patches + VIDEO.patches
+    assert feature_bytes(config, sizes, ["vision"], torch.bfloat16) == 2 * width * patches
+    assert feature_bytes(config, sizes, ["vision", "merger"], torch.bfloat16) == 2 * width // 64 * 128 * patches // 4
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+def test_windows_choose_a_kernel_of_their_own():
+    """28 of 32 blocks of Qwen2.5-VL see many short pieces."""
+    parts = fastest.parts_of(official_config("qwen2.5_7b"), Config())
+    assert [(part.name, part.layers, part.width) for part in parts] == [
+        ("tower", 4, 80),
+        ("tower's windows", 28, 80),
+        ("language model", 28, 128),
+    ]
+    table = SimpleNamespace(size=lambda sample: Size(100, 5, [IMAGE, VIDEO]))
+    of_windows = parts[1].lengths(SimpleNamespace(table=table), [0])
+    assert sum(of_windows) == IMAGE.patches + VIDEO.patches
+    assert Counter(of_windows) == Counter({64: 3, 32: 1, 16: 3, 8: 1, 48: 4, 12: 2})
+    assert [part.name for part in fastest.parts_of(official_config("qwen3_4b"), Config())] == [
+        "tower",
+        "language model",
+    ]
+    assert fastest.parts_of(official_config("qwen3_4b"), Config())[1].width == 128
