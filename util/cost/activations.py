@@ -259,8 +259,7 @@ def by_adapters(part: str, model_config, config: Config, dtype: torch.dtype, is_
         return 0
     numbers = 0.0
     masks = 0
-    for name in targets(config)[part]:
-        inputs, outputs, _ = lora.linear_layers(model_config)[part][name]
+    for inputs, outputs, _ in lora.adapted_layers(model_config, config)[part].values():
         numbers += config.lora_rank  # between its two matrices
         if config.lora_dropout:  # the input without what was dropped, and where that was
             numbers += inputs
