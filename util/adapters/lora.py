@@ -19,7 +19,7 @@ from util.command_line import UserError
 NF4_BLOCK = 64  # weights that share a scale
 NF4_GROUP = 256  # scales that share a scale of their own, as the scales are quantised, too
 
-# How the names of a part's linear layers begin, and how they may end. A merger's begin as those of the blocks beside it.
+# How the names of a part's linear layers begin, and how they may end. The mergers' begin as the blocks' beside them do.
 PLACES = {"vision": "model.visual.blocks.", "merger": "model.visual.", "language_model": "model.language_model.layers."}
 ENDS: dict[str, tuple[str, ...]] = {**VISION_TARGETS, "language_model": Target.__args__}
 KNOWN: dict[str, list["Linear"]] = {}  # by what a model's modules are made from: see linear_modules_of

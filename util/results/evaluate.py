@@ -210,7 +210,10 @@ class Answerer:
         text = model.config.text_config
         (embeddings, *deeper), mask, positions = self.pad(prompts)
         packed_attention = text._attn_implementation
+        released = model.generation_config
         text._attn_implementation = "sdpa"  # packed attention cannot handle padding
+        # What `self.generation` leaves open transformers takes from the release: of Qwen2.5-VL a penalty on repetition.
+        model.generation_config = self.generation
         try:
             self.generation.max_new_tokens = max_new_tokens
             add_to_prompts(model.model.language_model.layers, deeper)
@@ -223,6 +226,7 @@ class Answerer:
             )
         finally:
             text._attn_implementation = packed_attention
+            model.generation_config = released
         return [self.text(self.before_end(row)) for row in generated.tolist()]
 
     def before_end(self, tokens: list[int]) -> list[int]:
