@@ -25,6 +25,7 @@ from util.family import FAMILIES, new_model
 from util.model import load_config, load_processor, load_weights
 from util.publish.export import export
 from util.publish.merge_lora import merge_run
+from util.publish.published_files import published_config
 from util.results import evaluate
 from util.results.evaluate import Answerer, QuestionSamples, questions_of
 from util.tiny_model import make_tiny_model
@@ -40,6 +41,45 @@ KINDS = {
     "dora": {"lora_rank": 4, "lora_vision": True, "lora_dora": True},
     "qlora": {"lora_rank": 4, "quantize": "nf4"},
 }
+# config.json of https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct and https://huggingface.co/Qwen/Qwen3-VL-4B-Instruct
+PUBLISHED: dict[str, dict] = {
+    "qwen2_5_vl": {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 2048, "image_token_id": 151655,
+        "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 128000,
+        "max_window_layers": 70, "model_type": "qwen2_5_vl", "num_attention_heads": 16, "num_hidden_layers": 36,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "tie_word_embeddings": True,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "torch_dtype": "bfloat16", "use_cache": True,
+        "use_sliding_window": False, "video_token_id": 151656, "vision_end_token_id": 151653,
+        "vision_start_token_id": 151652, "vision_token_id": 151654, "vocab_size": 151936,
+        "vision_config": {
+            "depth": 32, "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu", "hidden_size": 1280,
+            "in_chans": 3, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048, "patch_size": 14,
+            "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2, "tokens_per_second": 2,
+            "window_size": 112,
+        },
+    },
+    "qwen3_vl": {
+        "architectures": ["Qwen3VLForConditionalGeneration"], "image_token_id": 151655, "model_type": "qwen3_vl",
+        "text_config": {
+            "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643, "dtype": "bfloat16",
+            "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2560,
+            "initializer_range": 0.02, "intermediate_size": 9728, "max_position_embeddings": 262144,
+            "model_type": "qwen3_vl_text", "num_attention_heads": 32, "num_hidden_layers": 36,
+            "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_theta": 5000000,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            "tie_word_embeddings": True, "use_cache": True, "vocab_size": 151936,
+        },
+        "tie_word_embeddings": True, "video_token_id": 151656, "vision_end_token_id": 151653,
+        "vision_start_token_id": 151652,
+        "vision_config": {
+            "deepstack_visual_indexes": [5, 11, 17], "depth": 24, "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 1024, "in_channels": 3, "initializer_range": 0.02, "intermediate_size": 4096,
+            "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": 2560, "patch_size": 16,
+            "spatial_merge_size": 2, "temporal_patch_size": 2,
+        },
+    },
+}  # fmt: skip
 QLORA = pytest.param("qlora", marks=pytest.mark.skipif(not has_bitsandbytes(), reason="NF4 needs bitsandbytes"))
 
 
@@ -225,6 +265,21 @@ def test_a_run_in_bf16_with_answers_goes_on_and_is_exported(trained, base, model
     assert {tensor.dtype for tensor in load_file(run / "model.safetensors").values()} == {torch.bfloat16}
 
 
+def test_a_published_config_comes_back_as_it_was(model_type, tmp_path):
+    """Every key and value, through transformers' own saving."""
+    official = PUBLISHED[model_type]
+    (tmp_path / "config.json").write_text(json.dumps(official))
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved.setdefault("dtype", "bfloat16")  # which is that of the weights beside it
+    found = published_config(saved)
+    for part in ("text_config", "vision_config"):
+        if part in official:
+            assert {key: found[part].get(key) for key in official[part]} == official[part]
+    rest = {key: value for key, value in official.items() if key not in ("text_config", "vision_config")}
+    assert {key: found.get(key) for key in rest} == rest
+
+
 def test_the_small_files_are_those_of_the_published_repository(run, base, model_type):
     """https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct and https://huggingface.co/Qwen/Qwen3-VL-4B-Instruct."""
     config = json.loads((run / "config.json").read_text())
@@ -305,19 +360,6 @@ def test_adapters_are_where_they_are_asked_for_and_counted(base, changes):
     assert lora.count_adapters(model_config, settings) == adapted_by_part(model)
 
 
-def published(model_type: str) -> dict:
-    """The sizes of Qwen2.5-VL-3B and of Qwen3-VL-4B that linear layers have, from their config.json."""
-    if model_type == "qwen2_5_vl":
-        text = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-                "num_key_value_heads": 2}  # fmt: skip
-        tower = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 2048}
-        return {"text_config": text, "vision_config": {**tower, "tokens_per_second": 2}}
-    text = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
-    tower = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560, "patch_size": 16}
-    return {"text_config": text, "vision_config": {**tower, "deepstack_visual_indexes": [5, 11, 17]}}
-
-
 @pytest.mark.parametrize(
     ("model_type", "q_and_v", "vision", "merger"),
     [
@@ -339,7 +381,7 @@ def published(model_type: str) -> dict:
     ids=NEW,
 )
 def test_adapters_of_published_models_are_counted_as_by_hand(model_type, q_and_v, vision, merger):
-    model_config = AutoConfig.for_model(model_type, **published(model_type))
+    model_config = AutoConfig.for_model(**PUBLISHED[model_type])
     settings = Config(lora_rank=8, lora_targets=["q_proj", "v_proj"], lora_vision=True)
     expected = {"vision": vision, "merger": merger, "language_model": q_and_v}
     assert lora.count_adapters(model_config, settings) == expected

@@ -46,7 +46,10 @@ def published_config(saved: dict) -> dict:
     rope = dict(text.pop("rope_parameters"))
     text["rope_theta"] = rope.pop("rope_theta")
     if FAMILIES[saved["model_type"]].nested_files:
-        return {**saved, "text_config": dict(sorted({**text, "rope_scaling": rope}.items()))}
+        text["rope_scaling"] = rope
+        if saved["tie_word_embeddings"]:  # who reads the language model's settings alone would make a head of its own
+            text["tie_word_embeddings"] = True
+        return {**saved, "text_config": dict(sorted(text.items()))}
     del text["model_type"]  # that of the language model alone
     text.pop("dtype", None)  # that of the whole model stands beside it
     kind = rope.pop("rope_type")
