@@ -4,6 +4,7 @@ same; and which models are refused by name."""
 import filecmp
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -223,11 +224,26 @@ def test_a_batch_is_answered_as_plain_transformers_answers_one_by_one(run, promp
     its first layers: without what these are given the answers are others."""
     answerer = Answerer.load(str(run), load_processor(str(run)), CPU, torch.float32)
     assert answerer.answers(prompts, LONGEST) == plain_answers
-    monkeypatch.setattr(evaluate, "add_to_prompts", lambda layers, deeper: None)
+    monkeypatch.setattr(evaluate, "add_to_prompts", lambda layers, deeper: nullcontext())
     blind = answerer.answers(prompts, LONGEST)
     assert blind[:2] == plain_answers[:2], "words alone have nothing to add"
     changed = [ours != theirs for ours, theirs in zip(blind, plain_answers, strict=True)]
     assert sum(changed) >= 4 if answerer.collate.family.timestamps else not any(changed), changed
+
+
+def test_answers_that_run_out_of_memory_leave_nothing_behind(run, prompts, plain_answers, monkeypatch):
+    """In the midst of the first pass, after the first layer: the next batch is answered as if nothing had been."""
+    answerer = Answerer.load(str(run), load_processor(str(run)), CPU, torch.float32)
+    second = answerer.packed.model.model.language_model.layers[1]
+
+    def fails(module, inputs):
+        hook.remove()
+        raise torch.OutOfMemoryError("planted")
+
+    hook = second.register_forward_pre_hook(fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        answerer.answers(prompts, LONGEST)
+    assert answerer.answers(prompts[2:4], LONGEST) == plain_answers[2:4]
 
 
 def test_greedy_is_the_likeliest_token_whatever_the_release_says(run, prompts, plain_answers):
