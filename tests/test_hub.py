@@ -335,9 +335,10 @@ def test_the_card_of_an_adapter():
     settings = {"model": "Qwen/Qwen2-VL-2B-Instruct", "dtype": "bfloat16", "data": [], "freeze": ["vision"]}
     lines = [{"step": 1, "loss": 2.0, "samples": 8}, {"step": 1, "eval_loss": 1.5, "eval_anls": 0.25},
              {"step": 2, "loss": 1.0, "samples": 8}, {"step": 2, "eval_loss": 1.75, "eval_anls": 0.5}]  # fmt: skip
-    card = ModelCard(hub_files.model_card(settings, lines, True, "me/adapter"))
+    card = ModelCard(hub_files.model_card(settings, lines, "qwen3_vl", True, "me/adapter"))
     assert card.data.base_model == "Qwen/Qwen2-VL-2B-Instruct"
     assert card.data.library_name == "peft"
+    assert card.data.tags == ["qwen3_vl", "lora"]
     for words in ("A LoRA adapter for Qwen/Qwen2-VL-2B-Instruct (not trained: vision), after 2 steps of training on 16",
                   'model = AutoModelForImageTextToText.from_pretrained("Qwen/Qwen2-VL-2B-Instruct", dtype="auto")',
                   'model = PeftModel.from_pretrained(model, "me/adapter")',

@@ -21,6 +21,7 @@ class Family:
     """One `model_type` of transformers."""
 
     name: str
+    processor: str  # the class of its processor in transformers
     patch: int = 14  # pixels, the side of a patch
     tokens_per_second: float = 0.0  # steps of a video's time axis in a second; 0: one for each pair of frames
     timestamps: bool = False  # whether each pair of frames stands by itself, its time in words before it
@@ -28,13 +29,21 @@ class Family:
     boxes: str = "marks"  # how a box is written: data/boxes.py
     default_system: str = "You are a helpful assistant."  # what the template writes where there is no system message
     counts_all_frames: bool = False  # whether the released video budget is one of all frames together
+    nested_files: bool = False  # whether its config.json has `text_config`, and the video processor a file of its own
 
 
 FAMILIES = {
-    "qwen2_vl": Family("Qwen2-VL"),
-    "qwen2_5_vl": Family("Qwen2.5-VL", tokens_per_second=2.0, window=4, boxes="pixels"),
+    "qwen2_vl": Family("Qwen2-VL", "Qwen2VLProcessor"),
+    "qwen2_5_vl": Family("Qwen2.5-VL", "Qwen2_5_VLProcessor", tokens_per_second=2.0, window=4, boxes="pixels"),
     "qwen3_vl": Family(
-        "Qwen3-VL", patch=16, timestamps=True, boxes="thousandths", default_system="", counts_all_frames=True
+        "Qwen3-VL",
+        "Qwen3VLProcessor",
+        patch=16,
+        timestamps=True,
+        boxes="thousandths",
+        default_system="",
+        counts_all_frames=True,
+        nested_files=True,
     ),
 }
 QWEN2_VL = "qwen2_vl"
@@ -50,13 +59,28 @@ REFUSED = {
 }
 
 
+def model_type_of_processor(name: str) -> str:
+    """The family whose processor has this class, by its key; "" for none."""
+    return next((key for key, one in FAMILIES.items() if one.processor == name), "")
+
+
+def trained_here() -> str:
+    """What this project trains, as the end of a message."""
+    return "this project trains " + ", ".join(f"{one.name} ({key})" for key, one in FAMILIES.items())
+
+
 def problem_of(config: Any) -> str:
     """What a model's config has that this project was not proved for, as the end of a sentence; "" for none."""
     family = FAMILIES.get(config.model_type)
     if family is None:
-        known = ", ".join(f"{one.name} ({key})" for key, one in FAMILIES.items())
         reason = f": {REFUSED[config.model_type]}" if config.model_type in REFUSED else ""
-        return f"is a {config.model_type} model{reason}; this project trains {known}"
+        return f"is a {config.model_type} model{reason}; {trained_here()}"
+    if quantised := getattr(config, "quantization_config", None):
+        kind = quantised.get("quant_method", "unknown")
+        return (
+            f"is quantised already ({kind}), and what is rounded cannot be trained; take the release that is not, with "
+            "--quantize nf4 for 4 bits under adapters"
+        )
     tower = config.vision_config
     found = {
         "patch_size": tower.patch_size,

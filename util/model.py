@@ -137,8 +137,11 @@ def load_config(path: str, settings: Config | None = None):
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
-        where = "no such checkpoint" if Path(path).exists() else "no such folder, and the hub did not answer for it"
-        raise UserError(f"--model {path}: {where} ({first_line})") from None
+        if Path(path).exists():
+            problem = f"its config.json is of no known model ({first_line}); {family.trained_here()}"
+        else:
+            problem = f"no such folder, and the hub did not answer for it ({first_line})"
+        raise UserError(f"--model {path}: {problem}") from None
     if problem := family.problem_of(config):
         raise UserError(f"--model {path} {problem}")
     if settings and (found := new_tokens.of(settings, path)):

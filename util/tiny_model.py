@@ -132,8 +132,7 @@ def make_processor(texts: list[str], model_type: str = QWEN2_VL, vocabulary_size
         }
         video = {"size": {"shortest_edge": 64**2, "longest_edge": 24576 * 32**2}}
         video_kind = Qwen3VLVideoProcessor
-    kind = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
-    return getattr(transformers, kind[model_type])(
+    return getattr(transformers, FAMILIES[model_type].processor)(
         image_processor=Qwen2VLImageProcessor(**image),
         tokenizer=tokenizer,
         video_processor=video_kind(**video),

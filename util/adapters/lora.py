@@ -7,10 +7,11 @@ A and B alone are trained, saved and exported, in peft's own format.
 
 import logging
 import warnings
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from util import run_folder
+from util import family, run_folder
 from util.adapters import new_tokens
 from util.adapters.settings import VISION_TARGETS, Target, targets
 from util.command_line import UserError
@@ -18,43 +19,78 @@ from util.command_line import UserError
 NF4_BLOCK = 64  # weights that share a scale
 NF4_GROUP = 256  # scales that share a scale of their own, as the scales are quantised, too
 
+# How the names of a part's linear layers begin, and how they may end. The mergers' begin as the blocks' beside them do.
+PLACES = {"vision": "model.visual.blocks.", "merger": "model.visual.", "language_model": "model.language_model.layers."}
+ENDS: dict[str, tuple[str, ...]] = {**VISION_TARGETS, "language_model": Target.__args__}
+KNOWN: dict[str, list["Linear"]] = {}  # by what a model's modules are made from: see linear_modules_of
+
 
 # ---- counting -------------------------------------------------------------------------------------------------------
 
 
-def linear_layers(model_config) -> dict[str, dict[str, tuple[int, int, int]]]:
-    """(inputs, outputs, how many) of the linear layers that can have adapters, by part and name."""
-    text = model_config.text_config
-    tower = model_config.vision_config
-    width = text.hidden_size
-    inner = text.intermediate_size
-    key_value = width // text.num_attention_heads * text.num_key_value_heads
-    embed = tower.embed_dim
-    wide = int(tower.embed_dim * tower.mlp_ratio)
-    merged = embed * tower.spatial_merge_size**2
-    shapes = {
-        "vision": [(embed, 3 * embed), (embed, embed), (embed, wide), (wide, embed)],
-        "merger": [(merged, merged), (merged, width)],
-        "language_model": [(width, width), (width, key_value), (width, key_value), (width, width),
-                           (width, inner), (width, inner), (inner, width)],
-    }  # fmt: skip
-    names = {**VISION_TARGETS, "language_model": Target.__args__}
-    count = {"vision": tower.depth, "merger": 1, "language_model": text.num_hidden_layers}
-    found = {}
-    for part in shapes:
-        named = zip(names[part], shapes[part], strict=True)
-        found[part] = {name: (inputs, outputs, count[part]) for name, (inputs, outputs) in named}
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer that can have an adapter."""
+
+    name: str  # of the module in the model of transformers
+    part: str
+    end: str  # of its name, by which it is chosen within its part
+    inputs: int
+    outputs: int
+
+
+def linear_modules(model) -> list[Linear]:
+    """The linear layers of a model that can have adapters, in its order; the head has none."""
+    import torch
+
+    found = []
+    for name, module in model.named_modules():
+        part = next((part for part, place in PLACES.items() if name.startswith(place)), None)
+        if part and isinstance(module, torch.nn.Linear):
+            end = next(end for end in ENDS[part] if name.endswith(f".{end}"))
+            found.append(Linear(name, part, end, module.in_features, module.out_features))
     return found
+
+
+def linear_modules_of(model_config) -> list[Linear]:
+    """The same of a model that is not loaded: of its modules without memory for weights, which are made once."""
+    import torch
+
+    # All that its modules are made from. A config cannot be a key: it has no hash, and may change.
+    key = f"{model_config.model_type} {vars(model_config.text_config)} {vars(model_config.vision_config)}"
+    if key not in KNOWN:
+        with torch.device("meta"):
+            KNOWN[key] = linear_modules(family.new_model(model_config))
+    return KNOWN[key]
+
+
+def linear_layers(model_config) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """(inputs, outputs, how many) of the linear layers that can have adapters, by part and by the end of their names.
+
+    Layers of one end in one part have one shape: of Qwen3-VL's mergers there are several.
+    """
+    found: dict[str, dict[str, tuple[int, int, int]]] = {part: {} for part in PLACES}
+    for linear in linear_modules_of(model_config):
+        _, _, before = found[linear.part].get(linear.end, (0, 0, 0))
+        found[linear.part][linear.end] = (linear.inputs, linear.outputs, before + 1)
+    return found
+
+
+def adapted_layers(model_config, config) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Of these the ones that get adapters."""
+    chosen = targets(config)
+    adapted = {}
+    for part, layers in linear_layers(model_config).items():
+        adapted[part] = {end: shape for end, shape in layers.items() if end in chosen[part]}
+    return adapted
 
 
 def count_adapters(model_config, config) -> dict[str, int]:
     """Parameters of the adapters, by part: rank x (inputs + outputs) for each layer, and its outputs under DoRA."""
-    shapes = linear_layers(model_config)
     parameters = {}
-    for part, names in targets(config).items():
+    for part, layers in adapted_layers(model_config, config).items():
         parameters[part] = 0
-        for name in names:
-            inputs, outputs, count = shapes[part][name]
+        for inputs, outputs, count in layers.values():
             of_a_layer = config.lora_rank * (inputs + outputs)
             if config.lora_dora:
                 of_a_layer += outputs
@@ -110,9 +146,7 @@ def add_adapters(model, config) -> None:
     were, but an adapted layer's weight is now at `base_layer.weight`.
     """
     peft = import_peft()
-    target_modules = []
-    for names in targets(config).values():
-        target_modules += names
+    target_modules = names_for_peft(linear_modules(model), targets(config))
     settings = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -124,6 +158,22 @@ def add_adapters(model, config) -> None:
         task_type="CAUSAL_LM",
     )
     inject(model, settings)
+    settings.target_modules = set(target_modules)  # peft shortens a long list in a way of its own
+
+
+def names_for_peft(layers: list[Linear], chosen: dict[str, list[str]]) -> list[str]:
+    """The `target_modules` of the chosen ones of a model's linear layers. `chosen`: ends of names by part.
+
+    peft takes every layer whose name has one of these ends. Where one that is to have no adapter has it, too, whole
+    names are told: the MLPs of Qwen2.5-VL's tower are named like those of its language model.
+    """
+    adapted = [layer for layer in layers if layer.end in chosen[layer.part]]
+    others = [layer.name for layer in layers if layer.end not in chosen[layer.part]]
+    names = {}
+    for layer in adapted:
+        is_clear = not any(name.endswith(f".{layer.end}") for name in others)
+        names[layer.end if is_clear else layer.name] = True
+    return list(names)
 
 
 def inject(model, settings) -> None:

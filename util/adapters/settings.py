@@ -9,8 +9,15 @@ from typing import Literal
 from util.command_line import setting
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# The linear layers of the tower and the merger, as the ends of their names, which nothing else has.
-VISION_TARGETS = {"vision": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"], "merger": ["merger.mlp.0", "merger.mlp.2"]}
+# The linear layers of the tower's blocks and of the mergers, as the ends of their names within these. No family has all
+# of them: an MLP's are named as in Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
+VISION_TARGETS = {
+    "vision": [
+        "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+        "mlp.linear_fc1", "mlp.linear_fc2",
+    ],
+    "merger": ["merger.mlp.0", "merger.mlp.2", "linear_fc1", "linear_fc2"],
+}  # fmt: skip
 
 # Adapters begin at zero and are few: what moves weights well leaves them nearly where they began. Measured by
 # benchmarks/lora_gain.py.
@@ -84,7 +91,7 @@ def invalid_adapter_settings(config) -> list[str]:
 
 
 def targets(config) -> dict[str, list[str]]:
-    """The linear layers that get adapters, by part, as the ends of their names."""
+    """The linear layers that get adapters, by part, as the ends of their names within it: those that the model has."""
     chosen = {
         "vision": VISION_TARGETS["vision"] if config.lora_vision else [],
         "merger": VISION_TARGETS["merger"] if config.lora_vision else [],

@@ -46,8 +46,19 @@ def stage(run: Path, model: Path, step: int | None, repository: str, folder: Pat
         (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     final = read_final(run) if step is None else None
     of_step = final_in_words(final) if final else ""
-    card = model_card(read_settings(run), lines, "adapter_config.json" in names, repository, of_step)
+    card = model_card(read_settings(run), lines, family_tag(model), "adapter_config.json" in names, repository, of_step)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def family_tag(model: Path) -> str:
+    """`qwen2_vl`: the family of a model or adapter, by the processor beside it; "" where that is not known."""
+    from util.family import model_type_of_processor
+
+    try:
+        saved = json.loads((model / "preprocessor_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return model_type_of_processor(saved.get("processor_class", ""))
 
 
 def public_text(path: Path) -> str | None:
@@ -83,11 +94,13 @@ def name_on_hub(model: str) -> str | None:
 # ---- the model card -------------------------------------------------------------------------------------------------
 
 
-def model_card(settings: dict, lines: list[dict], is_adapter: bool, repository: str, of_step: str = "") -> str:
+def model_card(
+    settings: dict, lines: list[dict], family: str, is_adapter: bool, repository: str, of_step: str = ""
+) -> str:
     """README.md of a pushed model: model_card.jinja, filled in.
 
-    `settings`: training_config.json. `lines`: metrics.jsonl. `repository`: OWNER/NAME, from which the model is loaded.
-    `of_step`: of which step the model is, in words.
+    `settings`: training_config.json. `lines`: metrics.jsonl. `family`: its tag, or "". `repository`: OWNER/NAME, from
+    which the model is loaded. `of_step`: of which step the model is, in words.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -98,7 +111,7 @@ def model_card(settings: dict, lines: list[dict], is_adapter: bool, repository: 
         base_model_relation=relation if base else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="image-text-to-text",
-        tags=["qwen2_vl", "lora" if is_adapter else "fine-tuned"],
+        tags=[*filter(None, [family]), "lora" if is_adapter else "fine-tuned"],
     )
     steps = [line for line in lines if line.get("loss") is not None]
     chosen = chosen_settings(settings)

@@ -1,6 +1,6 @@
 """Make a plain model of an adapter: the weights of its base model with the adapter added to them.
 
-python -m util merge train_output/my_run merged              a run of --lora_rank, or any LoRA adapter of Qwen2-VL
+python -m util merge train_output/my_run merged              a run of --lora_rank, or any LoRA adapter of a family
 python -m util merge train_output/my_run merged --dtype float32
 
 The merged model opens in plain transformers, in vLLM, and as --model of a next training. The sum is computed in fp32.

@@ -93,7 +93,7 @@ def write_published(model: nn.Module, weights: dict[str, torch.Tensor], processo
     if lora.has_adapters(model):
         lora.write_adapters(model, weights, unfinished)
     else:
-        model.save_pretrained(unfinished, state_dict=weights)
+        model.save_pretrained(unfinished, state_dict=dict(weights))  # out of which it takes what it has written
         for config in (model.config, model.config.text_config, model.config.vision_config):
             config.dtype = next(iter(weights.values())).dtype  # save_pretrained wrote that of the model in training
         model.config.save_pretrained(unfinished)

@@ -3,12 +3,14 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice, takewhile
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import GenerationConfig
 
@@ -210,19 +212,23 @@ class Answerer:
         text = model.config.text_config
         (embeddings, *deeper), mask, positions = self.pad(prompts)
         packed_attention = text._attn_implementation
+        released = model.generation_config
         text._attn_implementation = "sdpa"  # packed attention cannot handle padding
+        # What `self.generation` leaves open transformers takes from the release: of Qwen2.5-VL a penalty on repetition.
+        model.generation_config = self.generation
         try:
             self.generation.max_new_tokens = max_new_tokens
-            add_to_prompts(model.model.language_model.layers, deeper)
-            generated = model.generate(
-                inputs_embeds=embeddings,
-                attention_mask=mask,
-                position_ids=positions,
-                generation_config=self.generation,
-                synced_gpus=False,  # each rank holds all weights and stops when its own answers end
-            )
+            with add_to_prompts(model.model.language_model.layers, deeper):
+                generated = model.generate(
+                    inputs_embeds=embeddings,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    generation_config=self.generation,
+                    synced_gpus=False,  # each rank holds all weights and stops when its own answers end
+                )
         finally:
             text._attn_implementation = packed_attention
+            model.generation_config = released
         return [self.text(self.before_end(row)) for row in generated.tolist()]
 
     def before_end(self, tokens: list[int]) -> list[int]:
@@ -251,21 +257,27 @@ class Answerer:
         return padded, mask, positions
 
 
-def add_to_prompts(layers: nn.ModuleList, deeper: list[torch.Tensor]) -> None:
-    """Let the first layers, when they see prompts for the next time, each add its part of `deeper` (B, L, D).
+@contextmanager
+def add_to_prompts(layers: nn.ModuleList, deeper: list[torch.Tensor]) -> Iterator[None]:
+    """Let the first layers, when they see prompts for the first time, each add its part of `deeper` (B, L, D).
 
     transformers does so only where it runs the vision tower itself: given embeddings, Qwen3-VL answers without.
     """
 
-    def add_once(layer: Any, added: torch.Tensor) -> None:
+    def add_once(layer: Any, added: torch.Tensor) -> RemovableHandle:
         def add(module: nn.Module, inputs: tuple, hidden: torch.Tensor) -> torch.Tensor:
             hook.remove()  # the tokens that are generated after the prompt are no pictures
             return hidden + added
 
         hook = layer.register_forward_hook(add)
+        return hook
 
-    for layer, added in zip(layers, deeper, strict=False):
-        add_once(layer, added)
+    hooks = [add_once(layer, added) for layer, added in zip(layers, deeper, strict=False)]
+    try:
+        yield
+    finally:
+        for hook in hooks:  # left over where memory ran out: the same prompts are then answered in halves
+            hook.remove()
 
 
 class QuestionSamples(Samples):
