@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -54,6 +54,12 @@ class Forecast(dict[str, float]):
     moment: str = ""
     chosen: str = ""  # what a memory budget chose for it, in words (budget.fit_memory)
 
+    @classmethod
+    def at(cls, moment: str, parts: dict[str, float]) -> Self:
+        found = cls(parts)
+        found.moment = moment
+        return found
+
 
 class Among(NamedTuple):
     """How a process stands among others that train together."""
@@ -94,18 +100,14 @@ def forecast(
     gradients = Gradients.of(model_config, counts, config, dtype, with_patches, passes, among.several)
     states["moments"] = bytes_of_moments(config, dtype) * gradients.parameters / shards
     units = Units.of(model_config, counts, config, dtype, shards, passes)
-    is_sharded = among.several and config.quantize == "none"
     found = []
     for load in loads or [(0, 0, 0)]:
         kept = kept_by(model_config, config, dtype, load, is_compiled, among.divided)
-        in_a_step: Iterable[tuple[str, dict[str, float]]] = moments(kept, gradients, is_compiled).items()
-        if is_sharded:
+        in_a_step: Iterable = moments(kept, gradients, is_compiled).items()
+        if among.several and config.quantize == "none":
             in_a_step = moments_among_several(kept, gradients, units, is_compiled, among.waiting)
         for name, parts in in_a_step:
-            parts["gradients"] /= shards
-            whole = Forecast(states | parts)
-            whole.moment = name
-            found.append(whole)
+            found.append(Forecast.at(name, {**states, **parts, "gradients": parts["gradients"] / shards}))
     return max(found, key=lambda parts: sum(parts.values()))
 
 
