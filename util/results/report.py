@@ -25,6 +25,7 @@ from util import vision
 from util.command_line import UserError, command_parser
 from util.config import Config
 from util.data import fetch
+from util.data.boxes import CELLS, Box
 from util.data.fetch import FetchSettings
 from util.data.lines import shortened
 from util.results.answer_files import Answer, read_file
@@ -85,6 +86,9 @@ def write_report(files: list[Path], output: Path, metrics: list[str], run: str |
     for row, answer in zip(facts["rows"], first, strict=True):
         row["media"] = [number[key_of(item)] for item in answer.media]
         row["names"] = [name_of(item) for item in answer.media]
+        if "boxes" in row and len(answer.media) == 1:  # else it is not known in which they lie, and none is drawn
+            size = pictures.facts[row["media"][0]].get("size")
+            row["boxes"] = [in_thousandths(boxes, answer.media[0], size, budget) for boxes in row["boxes"]]
     facts["pictures"] = pictures.facts
     facts["note"] = pictures.note()
     return write_page(output, facts, pictures.pixels)
@@ -224,6 +228,21 @@ def row_of(answers: tuple[Answer, ...], metrics: list[str]) -> dict:
     return row
 
 
+def in_thousandths(boxes: list[Box], item: dict, size: tuple[int, int] | None, budget: Budget) -> list[Box]:
+    """Boxes in the numbers of an answer -> thousandths of an image item's width and height, as the page draws them.
+
+    `size`: width and height of the image as people see it; None where there is no image to draw on.
+    """
+    if size is None:
+        return boxes
+    scale = vision.box_scale(item, *size, budget)
+    found = []
+    for x1, y1, x2, y2 in boxes:
+        across, down = CELLS / scale.columns, CELLS / scale.rows
+        found.append((x1 * across, y1 * down, x2 * across, y2 * down))
+    return found
+
+
 # ---- the run --------------------------------------------------------------------------------------------------------
 
 
@@ -303,23 +322,26 @@ def draw_picture(item: dict, budget: Budget, most_bytes: int) -> dict:
     kind = item["type"]
     try:
         (there,) = fetch.localise([item], FetchSettings())
-        image, caption = draw_image(there) if kind == "image" else draw_video(there, budget)
-        small, pixels = compress(image, most_bytes)
+        facts = {"type": kind}
+        if kind == "image":
+            image, facts["size"] = draw_image(there)
+            facts["caption"] = "{} × {}".format(*facts["size"])
+        else:
+            image, facts["caption"] = draw_video(there, budget)
+        (facts["width"], facts["height"]), facts["pixels"] = compress(image, most_bytes)
     except Exception as error:  # a picture is an illustration: whatever is wrong with it, the answers can be shown
         return {"type": kind, "problem": shortened(plain(str(error) or type(error).__name__), 200)}
-    width, height = small
-    facts = {"type": kind, "caption": caption, "width": width, "height": height, "pixels": pixels}
-    if max(small) < min(SIDES[0], max(image.size)):
+    if max(facts["width"], facts["height"]) < min(SIDES[0], max(image.size)):
         facts["reduced"] = True
     return facts
 
 
-def draw_image(item: dict) -> tuple[Image.Image, str]:
-    """The image upright and on white, and its size in words."""
+def draw_image(item: dict) -> tuple[Image.Image, tuple[int, int]]:
+    """The image upright and on white, and its own width and height."""
     image = vision.open_image(item["image"])
     pixels = vision.to_tensor(image, item["image"])
     height, width = pixels.shape[1:]
-    return as_image(pixels, SIDES[0]), f"{width} × {height}"
+    return as_image(pixels, SIDES[0]), (width, height)
 
 
 def draw_video(item: dict, budget: Budget) -> tuple[Image.Image, str]:
