@@ -12,8 +12,11 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+import finetune
+from tests import runs
 from tests.samples import assistant, entry, text, user
 from util.collator import Collator
+from util.config import Config
 from util.cost.measure import QuickSize, look, measure
 from util.data import boxes
 from util.data.settings import SampleSettings
@@ -36,11 +39,15 @@ def box(*bbox, **keys) -> dict:
 
 
 @pytest.fixture(scope="module")
-def processors(tmp_path_factory):
-    """The processor of each family's tiny model."""
+def models(tmp_path_factory):
+    """The folder of each family's tiny model."""
     folder = tmp_path_factory.mktemp("models")
-    paths = {family: make_tiny_model(folder / family, model_type=family) for family in FAMILIES}
-    return {family: AutoProcessor.from_pretrained(path) for family, path in paths.items()}
+    return {family: make_tiny_model(folder / family, model_type=family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def processors(models):
+    return {family: AutoProcessor.from_pretrained(path) for family, path in models.items()}
 
 
 @pytest.fixture
@@ -252,11 +259,17 @@ def test_a_shrunk_question_is_answered_in_its_own_grid(samples_of, processors, f
     assert answer_of(questions.example(0), "", 0.0).reference == said(samples)[1]
 
 
-def test_a_run_whose_boxes_depend_on_the_budget_checks_its_batches(folder, train_tiny_2_5):
-    """Sizes are measured before, batches are made later: a run compares the two at each step and would stop."""
+def test_a_run_trains_on_the_boxes_that_it_measured(samples_of, models, tmp_path):
+    """Through finetune.py: the tokens of its step are those of samples measured before, all of them shrunk."""
     entries = [entry(user([LARGE, text("?")]), assistant(many_boxes(1 + number % 4))) for number in range(6)]
-    lines = train_tiny_2_5(entries, max_tokens=400, on_long_sample="shrink", global_batch_size=3, max_steps=2)
-    assert [line["samples"] for line in lines] == [3, 3]
+    samples = samples_of(entries, "qwen2_5_vl", min_pixels=784)
+    sizes = measure(samples, 400, SampleSettings(on_long_sample="shrink"))
+    assert len(samples.shrunk) == 6
+    settings = {"data": samples.examples.files, "min_pixels": 784, "max_pixels": 1280 * 784, "max_tokens": 400,
+                "on_long_sample": "shrink", "global_batch_size": 6, "max_steps": 1}  # fmt: skip
+    run = finetune.train(Config(**runs.settings(models["qwen2_5_vl"], tmp_path / "run", **settings)))
+    (line,) = runs.log(run)
+    assert (line["samples"], line["tokens"]) == (6, sum(size.tokens for size in sizes))
 
 
 # ---- back to pixels -------------------------------------------------------------------------------------------------
@@ -273,13 +286,17 @@ def test_pixels_to_json_to_pixels(family):
         resized = smart_resize(height, width, side, min(4 * side**2, budget.max_pixels), budget.max_pixels)
         scale = box_scale({}, width, height, budget)
         units = (resized[1], resized[0]) if family == "qwen2_5_vl" else (1000, 1000)
-        if min(resized) >= side and resized[0] * resized[1] <= budget.max_pixels:  # else transformers breaks its own rule
+        if (
+            min(resized) >= side and resized[0] * resized[1] <= budget.max_pixels
+        ):  # else transformers breaks its own rule
             assert (scale.columns, scale.rows) == units
         wanted = []
         for _ in range(choose.randint(1, 4)):
             xs, ys = ([choose.uniform(0, length) for _ in range(2)] for length in (width, height))
             wanted.append((min(xs), min(ys), max(xs), max(ys)))
-        written = boxes.as_json([boxes.LabelledBox("a", scale.to_numbers(one)) for one in wanted], choose.random() < 0.5)
+        written = boxes.as_json(
+            [boxes.LabelledBox("a", scale.to_numbers(one)) for one in wanted], choose.random() < 0.5
+        )
         read = boxes.from_text(written, scale)
         assert [label for label, _ in read] == ["a"] * len(wanted)
         for (_, got), one in zip(read, wanted, strict=True):
@@ -301,8 +318,8 @@ DISHES = """```json
 ANSWERS = {
     "a list between fences": (DISHES, [("plate/dish", (74, 361, 324, 808)), ("plate/dish", (739, 440, 999, 901)),
                                        ("wine bottle", (162, 0, 303, 354))]),
-    "cut off within a box": (DISHES[:110], [("plate/dish", (74, 361, 324, 808))]),
-    "cut off within a label": (DISHES[:78] + '\n\t{"bbox_2d": [1, 2, 3, 4], "lab', [("plate/dish", (74, 361, 324, 808)), (None, (1, 2, 3, 4))]),
+    "cut off within a box": (DISHES[: DISHES.index("901")], [("plate/dish", (74, 361, 324, 808))]),
+    "cut off within a label": (DISHES[: DISHES.index("},") + 2] + '{"bbox_2d": [1, 2, 3, 4], "lab', [("plate/dish", (74, 361, 324, 808)), (None, (1, 2, 3, 4))]),
     "one object, its keys in another order": ('{"label": "dog", "bbox_2d": [1,2,3,4]}', [("dog", (1, 2, 3, 4))]),
     "without a label, on several lines": ('{\n"bbox_2d": [135, 114, 1016, 672]\n}', [(None, (135, 114, 1016, 672))]),
     "labels stay with their objects": (
@@ -377,10 +394,11 @@ def test_a_box_question_is_evaluated(family, samples_of, processors, folder):
 
 def test_the_plan_knows_that_references_are_boxes(samples_of):
     """They are items until the sizes of images are known, and no text. An answer may be as long as they become."""
-    from util.config import Config
     from util.results.evaluate import chosen_questions, references_of, room_for, scoring_in_words
 
-    samples = samples_of([entry(user([WIDE]), assistant([box(n, 0, 40, 50, label="dog") for n in range(5)]))], "qwen3_vl")
+    samples = samples_of(
+        [entry(user([WIDE]), assistant([box(n, 0, 40, 50, label="dog") for n in range(5)]))], "qwen3_vl"
+    )
     config = Config(data=["data.json"], eval_samples=1)
     assert "100% of the reference answers are boxes" in scoring_in_words(samples, config)
     ((_, reference),) = references_of(chosen_questions(samples, config), samples, "stop")
@@ -413,7 +431,9 @@ def test_the_report_draws_boxes_where_they_are(folder, tmp_path):
 
     media = [{**WIDE, "image": str(folder / "wide.png")}]
     reference = fenced('{"bbox_2d": [0, 49, 196, 98]}')
-    answers = [Answer("data.json, sample 0", None, "Where?", media, reference, '{"bbox_2d": [98, 0, 392, 196]}', 1.0, [])]
+    answers = [
+        Answer("data.json, sample 0", None, "Where?", media, reference, '{"bbox_2d": [98, 0, 392, 196]}', 1.0, [])
+    ]
     budget = asdict(Budget(model_type="qwen2_5_vl"))
     write_answers(tmp_path / "after.jsonl", {"model": "x", "budget": budget}, answers)
     page = write_report([tmp_path / "after.jsonl"], tmp_path / "report.html", ["box_iou"], None)
