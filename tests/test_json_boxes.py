@@ -16,6 +16,7 @@ import finetune
 from tests import runs
 from tests.samples import assistant, entry, text, user
 from util.collator import Collator
+from util.command_line import UserError
 from util.config import Config
 from util.cost.measure import QuickSize, look, measure
 from util.data import boxes
@@ -421,22 +422,50 @@ def test_an_answers_boxes_are_shown_in_pixels(folder, tmp_path, capsys):
     assert drawn.getpixel((25, 150)) == (255, 255, 255)
 
 
-def test_the_report_draws_boxes_where_they_are(folder, tmp_path):
-    """It draws in thousandths: 49 of 196 rows are 250, 196 of 392 columns 500."""
-    import re
+@pytest.fixture
+def answered(folder):
+    """Files of answers to one question of a data file, by models of both families: right half and whole of a box."""
     from dataclasses import asdict
 
     from util.results.answer_files import Answer, write_answers
-    from util.results.report import write_report
 
     media = [{**WIDE, "image": str(folder / "wide.png")}]
-    reference = fenced('{"bbox_2d": [0, 49, 196, 98]}')
-    answers = [
-        Answer("data.json, sample 0", None, "Where?", media, reference, '{"bbox_2d": [98, 0, 392, 196]}', 1.0, [])
-    ]
-    budget = asdict(Budget(model_type="qwen2_5_vl"))
-    write_answers(tmp_path / "after.jsonl", {"model": "x", "budget": budget}, answers)
-    page = write_report([tmp_path / "after.jsonl"], tmp_path / "report.html", ["box_iou"], None)
+    # 49 of 196 rows are 250 thousandths, 196 of 392 columns are 500
+    written = {
+        "qwen2_5_vl": ("[0, 49, 196, 98]", "[98, 49, 196, 98]"),
+        "qwen3_vl": ("[0, 250, 500, 500]", "[0, 250, 500, 500]"),
+    }
+    files = []
+    for family, (reference, answer) in written.items():
+        answers = []
+        for number in range(2):
+            texts = [fenced(f'{{"bbox_2d": {numbers}}}') for numbers in (reference, answer)]
+            answers.append(Answer(f"data.json, sample {number}", None, "Where?", media, *texts, 1.0, []))
+        files.append(folder / f"{family}.jsonl")
+        write_answers(files[-1], {"model": family, "budget": asdict(Budget(model_type=family))}, answers)
+    return files
+
+
+def test_the_report_draws_boxes_where_they_are(answered, tmp_path):
+    """In thousandths of the image, whatever each column's model counts in."""
+    import re
+
+    from util.results.report import write_report
+
+    page = write_report(answered, tmp_path / "report.html", ["box_iou"], None)
     facts = json.loads(re.search('id="facts">(.*?)</script>', page.read_text())[1])
-    (row,) = facts["rows"]
-    assert row["boxes"] == [[[0, 250, 500, 500]], [[250, 0, 1000, 1000]]]
+    whole, half = [[0, 250, 500, 500]], [[250, 250, 500, 500]]
+    assert [row["boxes"] for row in facts["rows"]] == [[whole, half, whole]] * 2
+    assert facts["changes"] == [[2, 0, 0]]
+
+
+def test_families_are_compared_on_the_same_boxes(answered):
+    from util.results.compare import compare
+
+    table = compare([str(file) for file in answered], "box_iou", None)
+    assert "50.0" in table
+    assert "100.0" in table
+    lines = answered[1].read_text().splitlines()
+    answered[1].write_text("\n".join([lines[0], lines[1].replace("wide.png", "tall.png"), lines[2]]) + "\n")
+    with pytest.raises(UserError, match="answers other questions than"):
+        compare([str(file) for file in answered], "box_iou", None)

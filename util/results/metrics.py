@@ -145,6 +145,12 @@ def boxes_of(text: str) -> list[Box]:
     return [box.bbox for box in boxes_in(text)]
 
 
+def say_the_same(one: str, other: str) -> bool:
+    """Whether texts that two models were given for one of a data file are of the same one: boxes in it each model reads
+    in the form of its family, and some count them by its budget."""
+    return one == other or bool(boxes_of(one) and boxes_of(other))
+
+
 def iou(one: Box, other: Box) -> float:
     """Area of the intersection / area of the union; 0 for a box without an area."""
     width = min(one[2], other[2]) - max(one[0], other[0])

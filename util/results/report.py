@@ -39,6 +39,7 @@ from util.results.metrics import (
     interval_of_changes,
     mean,
     right_of_kind,
+    say_the_same,
     share,
 )
 from util.results.settings import metrics_problems
@@ -78,17 +79,17 @@ def write_report(files: list[Path], output: Path, metrics: list[str], run: str |
     media = {}
     for answer in first:
         media |= {key_of(item): item for item in answer.media}
-    budget = Budget(**next(reversed(made_from.values())).get("budget", {}))
+    budgets = [Budget(**known.get("budget", {})) for known in made_from.values()]
     room = (MOST_BYTES - len(as_json(facts))) * 3 // 4  # base64 writes 3 bytes as 4 characters
     bytes_each = max(1000, room // max(1, len(media)))
-    pictures = Pictures(draw_all(list(media.values()), budget, bytes_each))
+    pictures = Pictures(draw_all(list(media.values()), budgets[-1], bytes_each))
     number = dict(zip(media, pictures.numbers, strict=True))
     for row, answer in zip(facts["rows"], first, strict=True):
         row["media"] = [number[key_of(item)] for item in answer.media]
         row["names"] = [name_of(item) for item in answer.media]
-        if "boxes" in row and len(answer.media) == 1:  # else it is not known in which they lie, and none is drawn
-            size = pictures.facts[row["media"][0]].get("size")
-            row["boxes"] = [in_thousandths(boxes, answer.media[0], size, budget) for boxes in row["boxes"]]
+        if "boxes" in row:
+            drawn_on = [pictures.facts[place] for place in row["media"]]
+            row["boxes"] = in_thousandths(row["boxes"], answer.media, drawn_on, budgets)
     facts["pictures"] = pictures.facts
     facts["note"] = pictures.note()
     return write_page(output, facts, pictures.pixels)
@@ -123,7 +124,7 @@ def check_same_questions(columns: dict[str, list[Answer]]) -> None:
     name, first = next(iter(columns.items()))
     for other, answers in columns.items():
         for number, (one, two) in enumerate(zip(first, answers, strict=False)):
-            if (one.where, one.reference) != (two.where, two.reference):
+            if one.where != two.where or not say_the_same(one.reference, two.reference):
                 raise UserError(
                     f"answer {number} of {name} is to {one.where} ({one.reference!r:.40}), that of {other} to "
                     f"{two.where} ({two.reference!r:.40}); answer the same --data with both"
@@ -228,18 +229,21 @@ def row_of(answers: tuple[Answer, ...], metrics: list[str]) -> dict:
     return row
 
 
-def in_thousandths(boxes: list[Box], item: dict, size: tuple[int, int] | None, budget: Budget) -> list[Box]:
-    """Boxes in the numbers of an answer -> thousandths of an image item's width and height, as the page draws them.
+def in_thousandths(
+    texts: list[list[Box]], media: list[dict], pictures: list[dict], budgets: list[Budget]
+) -> list[list[Box]]:
+    """Boxes in the numbers of a question's reference and answers -> thousandths of its image, as the page draws them.
 
-    `size`: width and height of the image as people see it; None where there is no image to draw on.
+    `pictures`: the facts of its media; where it has several, or its image is lost, the page draws no box. `budgets`:
+    those of the columns; the reference is the first one's.
     """
-    if size is None:
-        return boxes
-    scale = vision.box_scale(item, *size, budget)
+    if len(pictures) != 1 or "size" not in pictures[0]:
+        return texts
     found = []
-    for x1, y1, x2, y2 in boxes:
+    for boxes, budget in zip(texts, [budgets[0], *budgets], strict=True):
+        scale = vision.box_scale(media[0], *pictures[0]["size"], budget)
         across, down = CELLS / scale.columns, CELLS / scale.rows
-        found.append((x1 * across, y1 * down, x2 * across, y2 * down))
+        found.append([(x1 * across, y1 * down, x2 * across, y2 * down) for x1, y1, x2, y2 in boxes])
     return found
 
 
