@@ -400,7 +400,7 @@ def test_the_plan_knows_that_references_are_boxes(samples_of):
     samples = samples_of(
         [entry(user([WIDE]), assistant([box(n, 0, 40, 50, label="dog") for n in range(3)]))], "qwen3_vl"
     )
-    config = Config(data=["data.json"], eval_samples=1)
+    config = Config(data=["data.json"], eval_data=["data.json"], eval_samples=1)
     assert "100% of the reference answers are boxes" in scoring_in_words(samples, config)
     ((_, reference),) = references_of(chosen_questions(samples, config), samples, "stop")
     ids = samples.processor.tokenizer(reference + "<|im_end|>\n")["input_ids"]
