@@ -22,7 +22,8 @@ from util import conversation, ranks, vision
 from util.command_line import MOST_TOLD
 from util.cost.kept_sizes import KeptSizes, folder_of, media_files, state_of
 from util.cost.sizes import TOO_LONG, Finding, Problem, Sizes, Table
-from util.data import bad_samples, boxes
+from util.data import bad_samples
+from util.data.boxes import are_in
 from util.data.lines import DataError, first_of, stop_on
 from util.data.loader import Loader, usable_cpus
 from util.data.media import MediaReader
@@ -257,7 +258,7 @@ def shrink(samples: Samples, example: Example, size: Size, max_tokens: int) -> t
     plain = Samples(samples.examples, samples.processor, samples.budget, MediaReader(samples.reader.settings))
     grids_of = plain._media(example, read_header)
     text = size.tokens - sum(grid.tokens for grid in size.grids)
-    is_text_of_budget = samples.budget.family.boxes == "pixels" and boxes.are_in(example.messages)
+    is_text_of_budget = samples.budget.family.boxes == "pixels" and are_in(example.messages)
 
     def with_cap(tokens: int) -> tuple[vision.Budget, Size]:
         budget = replace(samples.budget, cap_pixels=tokens * samples.budget.token_pixels)
