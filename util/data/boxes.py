@@ -27,7 +27,7 @@ import math
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from itertools import groupby
+from itertools import chain, groupby
 from typing import NamedTuple
 
 from util.data.lines import MOST_TEXT, DataError
@@ -178,7 +178,8 @@ def labels_of(items: list[dict]) -> list[str]:
 
 def are_in(messages: list[dict]) -> bool:
     """Whether checked messages hold box items."""
-    return any(item["type"] == "box" for message in messages for item in message["content"])
+    items = chain.from_iterable(message["content"] for message in messages)
+    return any(item["type"] == "box" for item in items)
 
 
 def images_of(messages: list[dict]) -> dict[int, dict]:
