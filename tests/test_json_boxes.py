@@ -6,14 +6,15 @@ Texts and numbers are written by hand; sizes of resized images are those that th
 
 import json
 import random
+import sys
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 import finetune
-from tests import runs
+from tests import runs, warm
 from tests.samples import assistant, entry, text, user
 from util.collator import Collator
 from util.command_line import UserError
@@ -469,3 +470,36 @@ def test_families_are_compared_on_the_same_boxes(answered):
     answered[1].write_text("\n".join([lines[0], lines[1].replace("wide.png", "tall.png"), lines[2]]) + "\n")
     with pytest.raises(UserError, match="answers other questions than"):
         compare([str(file) for file in answered], "box_iou", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+def test_a_tiny_model_learns_boxes(model, tmp_path):
+    """The two commands as a user types them: trained on 12 drawn rectangles, it gives them back. The pictures are made
+    smaller than they are, so Qwen2.5-VL's numbers are not those of the data file."""
+    choose = random.Random(3)
+    entries = []
+    for number in range(12):
+        x, y = choose.randint(0, 250), choose.randint(0, 150)
+        corners = [x, y, x + choose.randint(60, 150), y + choose.randint(60, 150)]
+        colour = choose.choice(["red", "blue", "black"])
+        picture = Image.new("RGB", (400, 300), "white")
+        ImageDraw.Draw(picture).rectangle(corners, fill=colour)
+        picture.save(tmp_path / f"{number}.png")
+        question = user([{"type": "image", "image": f"{number}.png"}, text("Where is it?")])
+        entries.append(entry(question, assistant([box(*corners, label=colour)])))
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    run, data = str(tmp_path / "run"), str(tmp_path / "data.json")
+    for words in (
+        ["finetune.py", "--model", model, "--data", data, "--device", "cpu", "--max_pixels", str(24 * 28**2), "--epochs",
+         "150", "--global_batch_size", "12", "--learning_rate", "2e-3", "--num_workers", "0", "--output_dir", run],
+        ["test_on_trained_model.py", run, "--data", data, "--device", "cpu", "--metrics", "box_iou", "--at_least", "0.9",
+         "--output_dir", str(tmp_path / "answers")],
+    ):  # fmt: skip
+        done = warm.run([sys.executable, *words])
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    first = json.loads((tmp_path / "answers" / "after.jsonl").read_text().splitlines()[1])
+    columns = {"tiny-qwen2.5-vl": 140, "tiny-qwen3-vl": 1000}[model]  # of 400; 140 x 112 pixels are 20 of 24 tokens
+    assert boxes_of(first["reference"])[0][0] == round(
+        columns * entries[0]["messages"][1]["content"][0]["bbox"][0] / 400
+    )
