@@ -1,4 +1,7 @@
-"""Boxes in pixels -> Qwen2-VL's text -> boxes in pixels, against texts and numbers written by hand."""
+"""Boxes in pixels -> Qwen2-VL's text -> boxes in pixels, against texts and numbers written by hand.
+
+Those of the other families, which write JSON, are in test_json_boxes.py.
+"""
 
 import json
 import random
@@ -42,6 +45,12 @@ def samples_of(folder, entries: list[dict], processor, **budget) -> Samples:
     file = folder / "data.json"
     file.write_text(json.dumps(entries))
     return Samples(Examples([str(file)], processor), processor, Budget(**budget))
+
+
+def marked(label: str | None, wanted: list, width: int, height: int) -> str:
+    """The text of boxes in pixels of an image of that size."""
+    scale = boxes.Scale(width, height)
+    return boxes.as_marks(label, [boxes.LabelledBox(label, scale.to_numbers(box)) for box in wanted])
 
 
 def said(samples: Samples, index: int = 0) -> list[str]:
@@ -111,7 +120,7 @@ def test_a_box_becomes_text(case, folder, processor):
 
 def test_the_marks_are_one_token_each(official_processor):
     """Ids from the published tokenizer_config.json; 220-odd digits and signs are ordinary text."""
-    written = boxes.to_text("dog", [(40, 50, 200, 200)], 400, 200)
+    written = marked("dog", [(40, 50, 200, 200)], 400, 200)
     ids = official_processor.tokenizer(written)["input_ids"]
     assert ids[:1] + ids[2:4] + ids[-1:] == [151646, 151647, 151648, 151649]
     assert official_processor.tokenizer.decode(ids[1:2]) == "dog"
@@ -256,7 +265,7 @@ def test_pixels_to_text_to_pixels_within_half_a_cell():
                 for side in (width, height)
             )
             wanted.append((min(xs), min(ys), max(xs), max(ys)))
-        read = boxes.from_text(boxes.to_text("a b", wanted, width, height), width, height)
+        read = boxes.from_text(marked("a b", wanted, width, height), boxes.Scale(width, height))
         assert [label for label, _ in read] == ["a b"] * len(wanted)
         for (_, got), box in zip(read, wanted, strict=True):
             for value, true, side in zip(got, box, (width, height) * 2, strict=True):
@@ -283,7 +292,7 @@ PARSED = [
 
 @pytest.mark.parametrize(("answer", "wanted"), PARSED)
 def test_answers_are_read_however_broken(answer, wanted):
-    read = boxes.from_text(answer, 400, 200)
+    read = boxes.from_text(answer, boxes.Scale(400, 200))
     assert [label for label, _ in read] == [label for label, _ in wanted]
     for (_, got), (_, corners) in zip(read, wanted, strict=True):
         assert got == pytest.approx(corners)
@@ -294,11 +303,11 @@ def test_no_answer_raises():
     choose, parts = random.Random(1), ["<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "(", ")", ",",
                                        "12", "-3", "99999999", "a", "\n", "٣", "<|"]  # fmt: skip
     for _ in range(3000):
-        boxes.from_text("".join(choose.choices(parts, k=choose.randint(0, 40))), choose.randint(1, 50), 7)
+        boxes.from_text("".join(choose.choices(parts, k=choose.randint(0, 40))), boxes.Scale(choose.randint(1, 50), 7))
 
 
 def test_a_perfect_answer_scores_one():
-    written = boxes.to_text("dog", [(40, 50, 200, 200), (3, 3, 90, 90)], 400, 200)
+    written = marked("dog", [(40, 50, 200, 200), (3, 3, 90, 90)], 400, 200)
     assert box_iou(written, written) == 1.0
 
 
@@ -316,18 +325,18 @@ def test_boxes_are_drawn(folder):
 def test_an_answers_boxes_are_shown_in_pixels(folder, tmp_path, capsys):
     from util.results.answer import show_boxes
 
-    show_boxes("No box.", [WIDE], tmp_path / "out")
+    show_boxes("No box.", [WIDE], Budget(), tmp_path / "out")
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "out").exists()
     seen = [{"type": "image", "image": str(folder / "sideways.jpg")}]
-    show_boxes(f"{DOG}<|box_start|>(0,0),(499,999)<|box_end|>", seen, tmp_path / "out")
+    show_boxes(f"{DOG}<|box_start|>(0,0),(499,999)<|box_end|>", seen, Budget(), tmp_path / "out")
     file = tmp_path / "out" / "boxes.png"
     assert capsys.readouterr().out == (
         f"\nboxes in pixels of {folder / 'sideways.jpg'} (100 x 300), drawn in {file}:\n"
         "      0.1      0.1     50.0    299.9  dog\n"
     )  # fmt: skip
     assert Image.open(file).size == (100, 300)
-    show_boxes("(0,0),(499,999)", seen * 2, tmp_path / "out")
+    show_boxes("(0,0),(499,999)", seen * 2, Budget(), tmp_path / "out")
     assert "does not say in which image" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["boxes.png", "boxes_0.png", "boxes_1.png"]
 
@@ -343,7 +352,7 @@ def test_show_prints_the_showcases_boxes(tmp_path):
     image = Image.open(ROOT / "train_data" / entries[number]["messages"][0]["content"][0]["image"]).convert("RGB")
     colours = {"red": (221, 41, 41), "green": (34, 160, 62), "blue": (38, 82, 224),
                "yellow": (246, 200, 0), "purple": (158, 46, 196), "black": (24, 24, 28)}  # fmt: skip
-    read = boxes.from_text(printed, *image.size)
+    read = boxes.from_text(printed, boxes.Scale(*image.size))
     assert len(read) == 3
     for label, (x1, y1, x2, y2) in read:
         wanted = colours[label.split()[0]]

@@ -55,6 +55,17 @@ def test_the_demonstration_learns(demonstration):
     assert "reached" in demonstration
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+def test_the_demonstration_of_another_family_learns(model):
+    """The same mark: at least 90 % exact match on the same held-out questions; under 10 % before."""
+    printed = command("./finetune.sh", "--model", model)
+    before, after = scores(printed)["exact match"]
+    assert before < 10
+    assert after >= 90
+    assert "reached" in printed
+
+
 def test_the_demonstration_is_scored_on_media_it_never_saw(demonstration):
     import hashlib
 

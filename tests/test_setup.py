@@ -421,12 +421,12 @@ def test_an_install_that_succeeds_is_not_repeated(machine):
 
 @pytest.fixture
 def demonstration(machine):
-    """What ./finetune.sh without arguments hands to finetune.py where there is no GPU."""
+    """What ./finetune.sh hands to finetune.py where there is no GPU: without arguments, or with those that are given."""
     machine.program("nvidia-smi", "exit 1")
     machine.program("any_python", '[ "$1" = - ] || echo "ran: $*"')
 
-    def command() -> str:
-        code, printed = machine("finetune.sh", PYTHON="any_python")
+    def command(*words: str) -> str:
+        code, printed = machine("finetune.sh", *words, PYTHON="any_python")
         assert code == 0, printed
         (ran,) = [line for line in printed.splitlines() if line.startswith("ran: finetune.py")]
         return ran.removeprefix("ran: finetune.py ")
@@ -450,6 +450,20 @@ def test_a_stopped_demonstration_goes_on(demonstration):
     make_run(demonstration.runs / "demonstration_2026-01-01_00-00-00", SAVED, MODEL)
     make_run(demonstration.runs / "demonstration_2026-01-02_00-00-00", SAVED)
     assert demonstration() == "--resume train_output/demonstration_2026-01-02_00-00-00"
+
+
+@pytest.mark.parametrize("model", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+def test_each_family_has_a_demonstration_of_its_own(model, demonstration):
+    """One of another family that was stopped is not taken for it, and the other way round."""
+    make_run(demonstration.runs / "demonstration_2026-01-01_00-00-00", SAVED)
+    words = demonstration("--model", model).split()
+    assert words[words.index("--model") + 1] == model
+    assert words[words.index("--data") + 1] == "train_data/demonstration/data.jsonl"
+    assert words[words.index("--output_dir") + 1].startswith(f"train_output/demonstration_of_{model}_20")
+    make_run(demonstration.runs / f"demonstration_of_{model}_2026-01-02_00-00-00", SAVED)
+    assert demonstration("--model", model) == f"--resume train_output/demonstration_of_{model}_2026-01-02_00-00-00"
+    assert demonstration() == "--resume train_output/demonstration_2026-01-01_00-00-00"
+    assert demonstration("--model", model, "--max_steps", "2") == f"--model {model} --max_steps 2", "not it alone"
 
 
 @pytest.mark.parametrize(

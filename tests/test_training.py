@@ -209,13 +209,9 @@ def test_bfloat16_run_trains_and_saves_bfloat16(train, tiny_path):
 @pytest.mark.parametrize(("reference", "room"), [("short", 64), ("x" * 99, 99 + 2), ("x" * 999, 256)])
 def test_answers_while_training_may_be_as_long_as_their_references(reference, room, processor):
     """tiny reads x's one by one; the end of the turn and the newline after it are two tokens more."""
-    from util.dataset import Example
     from util.results.evaluate import room_for
 
-    def question(answer: str) -> Example:
-        return Example([{"role": "assistant", "content": [{"type": "text", "text": answer}]}], "")
-
-    assert room_for([question("short"), question(reference)], processor) == room
+    assert room_for(["short", reference], processor) == room
     assert room_for([], processor) == 64
 
 

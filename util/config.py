@@ -46,7 +46,8 @@ class Config(
 
     model: str | None = setting(
         None,
-        f"checkpoint directory, hub name or `tiny`; default: {OFFICIAL_MODEL} on a GPU, tiny without one",
+        "checkpoint directory, hub name, or a small model made here: tiny, tiny-qwen2.5-vl, tiny-qwen3-vl; default: "
+        f"{OFFICIAL_MODEL} on a GPU, tiny without one",
         group="essentials",
     )
     data: list[str] = setting(

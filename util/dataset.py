@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -200,7 +201,10 @@ class Samples(Dataset):
 
     def size_of(self, example: Example, budget: vision.Budget | None = None) -> Size:
         """The same of an example whose boxes are text; `budget`: of one that is shrunk."""
-        grids = self._media(example, vision.read_grid, budget)  # first, as the text may name the times of frames
+        return self.size_with(example, self._media(example, vision.read_grid, budget))
+
+    def size_with(self, example: Example, grids: list[vision.Grid]) -> Size:
+        """The same with the grids of its media, which are known first, as the text may name the times of frames."""
         encoded = self._encode(example, grids)
         tokens = len(encoded.input_ids) + sum(grid.tokens - len(grid.places) for grid in grids)  # each is one already
         weighted = sum(weight not in (0.0, 1.0) for weight in encoded.weights)
@@ -208,24 +212,36 @@ class Samples(Dataset):
 
     def example(self, index: int) -> Example:
         """A sample with its boxes written as text."""
-        return self.with_boxes(self.examples[index])
+        return self.with_boxes(self.examples[index], self.shrunk.get(index))
 
-    def with_boxes(self, example: Example) -> Example:
-        """The same with its boxes written as text, for which the sizes of the images they lie in are read."""
-        # A box is written in thousandths of its picture, whose size has to be known first.
-        if not (images := boxes.images_of(example.messages)):
+    def with_boxes(self, example: Example, budget: vision.Budget | None = None) -> Example:
+        """The same of an example, for which the sizes of the images they lie in are read; `budget`: as in `size_of`."""
+        if not boxes.are_in(example.messages):
             return example
-        sizes = self._reading(example, self.reader.image_sizes, list(images.values()))
-        messages = boxes.with_boxes_as_text(example.messages, dict(zip(images, sizes, strict=True)), example.where)
+        budget = self._budget(example, budget)
+        scales = self._reading(example, self._box_scales, boxes.images_of(example.messages), budget)
+        messages = boxes.with_boxes_as_text(example.messages, budget.family.boxes, scales, example.where)
         return replace(example, messages=messages)
+
+    def _box_scales(self, images: dict[int, dict], budget: vision.Budget) -> dict[int, boxes.Scale]:
+        """In what boxes in each image are counted: thousandths of it, or pixels of what the budget makes of it."""
+        scales = {}
+        sizes = self.reader.image_sizes(list(images.values()))
+        for (number, item), (width, height) in zip(images.items(), sizes, strict=True):
+            scales[number] = vision.box_scale(item, width, height, budget)
+        return scales
+
+    def _budget(self, example: Example, budget: vision.Budget | None) -> vision.Budget:
+        """That of a sample; `budget`: of one that is shrunk."""
+        return budget or example.budget or self.budget
 
     def _encode(self, example: Example, grids: list[vision.Grid]) -> conversation.Encoded:
         return conversation.encode(conversation.render(example.messages, self.processor), self.processor, grids)
 
     def _media(self, example: Example, read: Callable, budget: vision.Budget | None = None) -> list:
-        return self._reading(example, self.reader.each, read, example.media, budget or example.budget or self.budget)
+        return self._reading(example, self.reader.each, read, example.media, self._budget(example, budget))
 
-    def _reading(self, example: Example, read: Callable, *arguments) -> list:
+    def _reading(self, example: Example, read: Callable, *arguments) -> Any:
         """What `read` gives, or the DataError of media that cannot be read, with the sample's name."""
         try:
             return read(*arguments)

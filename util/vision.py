@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as transforms
 
 from util.data import depth, jpeg, looks_like, whole
+from util.data.boxes import Scale
 from util.data.video_reader import VideoReader
 from util.family import FAMILIES, QWEN2_VL, Family
 
@@ -170,6 +171,14 @@ def plain_image_grid(item: dict, height: int, width: int, budget: Budget) -> Gri
 def size_of(grid: Grid, budget: Budget) -> tuple[int, int]:
     """Height and width, in pixels, of the images or frames that a grid is of."""
     return grid.h * budget.family.patch, grid.w * budget.family.patch
+
+
+def box_scale(item: dict, width: int, height: int, budget: Budget) -> Scale:
+    """In what the text counts boxes in an image item, which is that wide and high as people see it, in pixels."""
+    if budget.family.boxes != "pixels":
+        return Scale(width, height, budget.family.boxes)
+    rows, columns = size_of(named(plain_image_grid, item, height, width, budget), budget)
+    return Scale(width, height, budget.family.boxes, columns, rows)
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from util.dataset import Example, Samples
 
 FOLDER = "sizes"
 # The files whose code decides what a sample costs: after a change in any of them all sizes are found anew.
-CODE = ("conversation", "dataset", "vision", "cost/kept_sizes", "cost/measure", "cost/sizes", "data/boxes",
+CODE = ("conversation", "dataset", "family", "vision", "cost/kept_sizes", "cost/measure", "cost/sizes", "data/boxes",
         "data/depth", "data/entries", "data/fetch", "data/jpeg", "data/keys", "data/lines", "data/looks_like",
         "data/media", "data/tools", "data/video_reader", "data/weights", "data/whole")  # fmt: skip
 NO_FILE = (-2, -2)  # in place of size and time

@@ -23,6 +23,7 @@ from util.command_line import MOST_TOLD
 from util.cost.kept_sizes import KeptSizes, folder_of, media_files, state_of
 from util.cost.sizes import TOO_LONG, Finding, Problem, Sizes, Table
 from util.data import bad_samples
+from util.data.boxes import are_in
 from util.data.lines import DataError, first_of, stop_on
 from util.data.loader import Loader, usable_cpus
 from util.data.media import MediaReader
@@ -203,18 +204,18 @@ class Chunks:
     def one(self, index: int) -> Finding:
         """What can be known of a sample without decoding any pixels."""
         try:
-            example = self.samples.examples[index]
-            files = media_files(example, self.samples.examples.folder(index))
+            read = self.samples.examples[index]
+            files = media_files(read, self.samples.examples.folder(index))
             state = state_of(files)  # before they are read, so that a file that changes meanwhile is read again
-            example = self.samples.with_boxes(example)
-            finding = self.sized(example, self.quick(example))
+            example = self.samples.with_boxes(read)
+            finding = self.sized(read, self.quick(example))
             note = self.note(example) if self.note else None
             return replace(finding, files=files, state=state, unused=example.unused, note=note)
         except DataError as error:
             return Finding(problem=str(error), reason=error.reason)
 
     def sized(self, example: Example, size: Size) -> Finding:
-        """The finding for a sample that can be read. Raises DataError where it cannot be shrunk."""
+        """The finding for a sample that can be read, as it was read. Raises DataError where it cannot be shrunk."""
         if size.tokens <= self.max_tokens:
             return Finding(size)
         if self.on_long_sample == "shrink":
@@ -248,25 +249,27 @@ def as_is(value: object) -> object:
 def shrink(samples: Samples, example: Example, size: Size, max_tokens: int) -> tuple[vision.Budget, Size]:
     """The budget with which a sample that is too long fits `max_tokens`, and its size with it.
 
-    The budget caps the pixels of an image or frame, as high as the sample fits. Small ones stay as they are, no frame
-    is left out, and no visual token is cut. The cap overrules --min_pixels and the keys of items. DataError where not
-    even one token for each image and pair of frames fits.
+    `example`: as it was read, since boxes in pixels of smaller images have smaller numbers. The budget caps the pixels
+    of an image or frame, as high as the sample fits. Small ones stay as they are, no frame is left out, and no visual
+    token is cut. The cap overrules --min_pixels and the keys of items. DataError where not even one token for each
+    image and pair of frames fits.
     """
     # without the cache of frames, whose entries have the size before shrinking
     plain = Samples(samples.examples, samples.processor, samples.budget, MediaReader(samples.reader.settings))
     grids_of = plain._media(example, read_header)
     text = size.tokens - sum(grid.tokens for grid in size.grids)
+    is_text_of_budget = samples.budget.family.boxes == "pixels" and are_in(example.messages)
 
-    def with_cap(tokens: int) -> tuple[vision.Budget, list[vision.Grid]]:
+    def with_cap(tokens: int) -> tuple[vision.Budget, Size]:
         budget = replace(samples.budget, cap_pixels=tokens * samples.budget.token_pixels)
-        return budget, [grid_of(budget) for grid_of in grids_of]
-
-    def total(grids: list[vision.Grid]) -> int:
-        return text + sum(grid.tokens for grid in grids)
+        grids = [grid_of(budget) for grid_of in grids_of]
+        if is_text_of_budget:
+            return budget, plain.size_with(plain.with_boxes(example, budget), grids)
+        return budget, replace(size, tokens=text + sum(grid.tokens for grid in grids), grids=grids)
 
     low = 1  # tokens of an image or pair of frames
     high = max((grid.tokens // grid.t for grid in size.grids), default=1)
-    if (least := total(with_cap(low)[1])) > max_tokens:
+    if (least := with_cap(low)[1].tokens) > max_tokens:
         raise DataError(
             f"{example.where}: {size.tokens:,} tokens, {text:,} of them text, above --max_tokens {max_tokens:,}, and "
             f"still {least:,} with one token for each image and pair of frames; raise --max_tokens, or "
@@ -275,12 +278,11 @@ def shrink(samples: Samples, example: Example, size: Size, max_tokens: int) -> t
         )
     while high - low > 1:  # the sample fits with `low`, and does not with `high`
         middle = (low + high) // 2
-        if total(with_cap(middle)[1]) <= max_tokens:
+        if with_cap(middle)[1].tokens <= max_tokens:
             low = middle
         else:
             high = middle
-    budget, grids = with_cap(low)
-    return budget, replace(size, tokens=total(grids), grids=grids)
+    return with_cap(low)
 
 
 def read_header(item: dict, budget: vision.Budget) -> Callable[[vision.Budget], vision.Grid]:

@@ -1,20 +1,33 @@
-"""Boxes in pixels <-> Qwen2-VL's text for them, in data files and in answers.
+"""Boxes in pixels <-> the text in which a family of models writes them, in data files and in answers.
 
 A content item `{"type": "box", "label": "dog", "bbox": [x1, y1, x2, y2]}` gives two corners in pixels of an image as
-people see it (EXIF orientation applied), the origin at the top left. It becomes the text of the Qwen2-VL report (arXiv
-2409.12191, section 2.2): `<|object_ref_start|>dog<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>`, its
-coordinates in [0, 1000) of the image's width and height, so that no pixel budget changes it. `bbox` may be a list of
-boxes that share one label; without `bbox` the item is the marked label alone, without `label` the box alone.
+people see it (EXIF orientation applied), the origin at the top left. `bbox` may be a list of boxes that share one
+label; without `bbox` the item is the label alone, without `label` the box alone. `Family.boxes` says how it is written:
 
-A coordinate x is written as floor(1000 x / width), the cell it lies in (the right edge in the last one), and read back
-as the middle of its cell: the error is at most half a cell, width / 2000. The item's `image_index` says which image of
-the conversation is meant, counted from 0; without it, it is the image of the nearest message at or before the box's own
-that holds one.
+    marks        Qwen2-VL: `<|object_ref_start|>dog<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>`, with
+                 coordinates in [0, 1000) of the image's width and height (arXiv 2409.12191, section 2.2)
+    thousandths  Qwen3-VL: JSON, `[{"bbox_2d": [x1, y1, x2, y2], "label": "dog"}]`, with coordinates in [0, 1000) of the
+                 image's width and height (cookbooks/2d_grounding.ipynb of QwenLM/Qwen3-VL)
+    pixels       Qwen2.5-VL: the same JSON, with coordinates in pixels of the image as it is resized for the model, so
+                 that they depend on the pixel budget (qwen-vl-finetune/tools/process_bbox.ipynb of QwenLM/Qwen2.5-VL)
+
+In marks a coordinate is the cell it lies in, floor(1000 x / width), and is read back as the middle of the cell: the
+error is at most half a cell, width / 2000. In JSON it is the nearest whole number, but at most the last one (999, or
+the last pixel), as the released tool has it: the error is at most half a unit, at the right and lower edge a whole one.
+
+In JSON boxes that are neighbours in a message, but for white space or a comma between them, become one list. An answer
+of boxes alone is written as the released models answer, between "```json" and "```", an object in each line.
+
+The item's `image_index` says which image of the conversation is meant, counted from 0; without it, it is the image of
+the nearest message at or before the box's own that holds one.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
+from itertools import chain, groupby
 from typing import NamedTuple
 
 from util.data.lines import MOST_TEXT, DataError
@@ -22,7 +35,7 @@ from util.data.lines import MOST_TEXT, DataError
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2, all four in the same unit
 NUMBER = r"\s*(?P<{}>-?\d{{1,6}})\s*"
 CORNERS = rf"\({NUMBER.format('x1')},{NUMBER.format('y1')}\)\s*,\s*\({NUMBER.format('x2')},{NUMBER.format('y2')}\)"
-CELLS = 1000  # along each side of an image
+CELLS = 1000  # along each side of an image, unless its pixels are counted
 LABEL = "<|object_ref_start|>", "<|object_ref_end|>"
 BOX = "<|box_start|>", "<|box_end|>"
 KEYS = ("type", "label", "bbox", "image_index")
@@ -30,35 +43,60 @@ RULE = "'bbox' is [x1, y1, x2, y2] or a list of such, in pixels of the image, wi
 SOUGHT = re.compile(
     rf"<\|object_ref_start\|>(?P<label>(?:(?!<\|).)*)<\|object_ref_end\|>|{CORNERS}", re.ASCII | re.DOTALL
 )
+# What is sought in JSON, one by one: an answer may be cut off or malformed, and no parser would read it.
+DECIMAL = r"\s*-?\d{1,6}(?:\.\d{0,9})?\s*"
+IN_JSON = re.compile(
+    rf"""(?P<brace>[{{}}])|["']bbox(?:_2d)?["']\s*:\s*\[(?P<bbox>{DECIMAL},{DECIMAL},{DECIMAL},{DECIMAL})\]"""
+    r"""|["']label["']\s*:\s*(?P<label>"(?:[^"\\]|\\.){0,999}"|'(?:[^'\\]|\\.){0,999}')""",
+    re.ASCII | re.DOTALL,
+)
+SEPARATORS = " \t\n,;、，；"  # what may stand between two boxes of one list
 COLOURS = ("#e6194b", "#0082c8", "#3cb44b", "#f58231", "#911eb4", "#008080")
 
 
 class LabelledBox(NamedTuple):
-    """A box of an answer, in pixels."""
+    """A box and what it is said to hold."""
 
     label: str | None
-    bbox: Box  # x1, y1, x2, y2
+    bbox: Box  # x1, y1, x2, y2: in pixels of an image, or in the numbers of a text
 
 
-# ---- from pixels to text --------------------------------------------------------------------------------------------
+class Scale(NamedTuple):
+    """In what a text counts boxes in an image."""
+
+    width: int  # of the image as people see it, in pixels
+    height: int
+    form: str = "marks"  # Family.boxes
+    columns: int = CELLS  # of the text's units in the width
+    rows: int = CELLS
+
+    def to_numbers(self, box: Box) -> Box:
+        """The text's four whole numbers for a box in pixels that is inside of the image."""
+        x1, x2 = [self._number(x, self.width, self.columns) for x in (box[0], box[2])]
+        y1, y2 = [self._number(y, self.height, self.rows) for y in (box[1], box[3])]
+        return x1, y1, x2, y2
+
+    def to_pixels(self, numbers: Box) -> Box:
+        """A box in pixels for four numbers of a text: outside ones are moved to the edge, reversed corners turned."""
+        x1, x2 = sorted([self._pixel(x, self.width, self.columns) for x in (numbers[0], numbers[2])])
+        y1, y2 = sorted([self._pixel(y, self.height, self.rows) for y in (numbers[1], numbers[3])])
+        return x1, y1, x2, y2
+
+    def _number(self, position: float, length: int, units: int) -> int:
+        exact = units * position / length
+        return min(math.floor(exact) if self.form == "marks" else round(exact), units - 1)
+
+    def _pixel(self, number: float, length: int, units: int) -> float:
+        if self.form == "marks":  # a number is a cell: its middle
+            return (min(max(number, 0), units - 1) + 0.5) * length / units
+        return min(max(number, 0), units) * length / units
 
 
-def to_text(label: str | None, boxes: Iterable[Box], width: int, height: int) -> str:
-    """The text of boxes in pixels of an image, which are inside of it, after their label."""
-    text = "" if label is None else label.join(LABEL)
-    for x1, y1, x2, y2 in boxes:
-        corners = f"({cell(x1, width)},{cell(y1, height)}),({cell(x2, width)},{cell(y2, height)})"
-        text += corners.join(BOX)
-    return text
-
-
-def cell(position: float, length: int) -> int:
-    """Which of the 1,000 equal cells of a side a position lies in, both in pixels."""
-    return min(math.floor(CELLS * position / length), CELLS - 1)
+# ---- box items of data files ----------------------------------------------------------------------------------------
 
 
 def check_item(item: dict, where: str) -> dict:
-    """A box item with `bbox` as a list of boxes, or the text item of a label alone; or DataError."""
+    """A box item with `bbox` as a list of boxes, which a label alone has not; or DataError."""
     if unknown := sorted(set(item) - set(KEYS)):
         raise DataError(f"{where}unknown key {unknown[0]!r} in an item of type box; known are {', '.join(KEYS)}")
     label = item.get("label")
@@ -68,7 +106,7 @@ def check_item(item: dict, where: str) -> dict:
     if boxes is None:
         if label is None or "image_index" in item:
             raise DataError(f"{where}a box has no 'bbox'; {RULE}")
-        return {"type": "text", "text": to_text(label, [], 1, 1)}
+        return item
     is_list_of_boxes = isinstance(boxes, list) and boxes and isinstance(boxes[0], list)
     if not is_list_of_boxes:
         boxes = [boxes]
@@ -89,6 +127,11 @@ def is_position(value: object) -> bool:
     return is_number and abs(value) < 1e15  # False for NaN, too
 
 
+def lies_in_an_image(item: dict) -> bool:
+    """Whether a checked item is of boxes: not so a label alone."""
+    return item["type"] == "box" and "bbox" in item
+
+
 def image_items(items: list[dict]) -> list[dict]:
     return [item for item in items if item["type"] == "image"]
 
@@ -96,7 +139,7 @@ def image_items(items: list[dict]) -> list[dict]:
 def choose_images(items: list[dict], before: list[dict], where: str) -> list[dict]:
     """The items of one message, each box with the `image_index` of its image; `before`: the checked messages before.
     DataError where it could be several images or none."""
-    if not any(item["type"] == "box" for item in items):
+    if not any(map(lies_in_an_image, items)):
         return items
     images = [image_items(message["content"]) for message in before]
     images.append(image_items(items))  # by message
@@ -125,12 +168,18 @@ def choose_images(items: list[dict], before: list[dict], where: str) -> list[dic
             )
         return first
 
-    return [{**item, "image_index": choose(item)} if item["type"] == "box" else item for item in items]
+    return [{**item, "image_index": choose(item)} if lies_in_an_image(item) else item for item in items]
 
 
 def labels_of(items: list[dict]) -> list[str]:
     """The labels of box items, which are text of the data file."""
     return [item["label"] for item in items if item["type"] == "box" and "label" in item]
+
+
+def are_in(messages: list[dict]) -> bool:
+    """Whether checked messages hold box items."""
+    items = chain.from_iterable(message["content"] for message in messages)
+    return any(item["type"] == "box" for item in items)
 
 
 def images_of(messages: list[dict]) -> dict[int, dict]:
@@ -139,33 +188,27 @@ def images_of(messages: list[dict]) -> dict[int, dict]:
     images = []
     for message in messages:
         for item in message["content"]:
-            if item["type"] == "box":
+            if lies_in_an_image(item):
                 wanted.add(item["image_index"])
             elif item["type"] == "image":
                 images.append(item)
     return {number: images[number] for number in sorted(wanted)}
 
 
-def with_boxes_as_text(messages: list[dict], sizes: dict[int, tuple[int, int]], where: str) -> list[dict]:
-    """Checked messages with every box as text; `sizes`: (width, height) of the images of `images_of`. DataError for a
-    box that is not inside of its image."""
+# ---- from pixels to text --------------------------------------------------------------------------------------------
 
-    def as_text(item: dict) -> dict:
-        if item["type"] != "box":
-            return item
-        width, height = sizes[item["image_index"]]
-        for box in item["bbox"]:
-            if box[2] > width or box[3] > height:
-                raise DataError(
-                    f"{where}{item['where']}bbox {box} lies outside of image {item['image_index']}, which is {width} "
-                    f"pixels wide and {height} high as people see it; {RULE}, x2 <= width and y2 <= height"
-                )
-        return {"type": "text", "text": to_text(item.get("label"), item["bbox"], width, height)}
 
+def with_boxes_as_text(messages: list[dict], form: str, scales: dict[int, Scale], where: str) -> list[dict]:
+    """Checked messages with every box as text in a form of `Family.boxes`; `scales`: of the images of `images_of`.
+
+    DataError for a box that is not inside of its image.
+    """
     written = []
     length = 0  # characters
     for message in messages:
-        items = [as_text(item) for item in message["content"]]
+        for item in filter(lies_in_an_image, message["content"]):
+            check_inside(item, scales[item["image_index"]], where)
+        items = marked_items(message, scales) if form == "marks" else json_items(message, scales)
         length += sum(len(item.get("text", "")) for item in items)
         written.append({**message, "content": items})
     if length > MOST_TEXT:
@@ -174,15 +217,100 @@ def with_boxes_as_text(messages: list[dict], sizes: dict[int, tuple[int, int]], 
     return written
 
 
+def check_inside(item: dict, scale: Scale, where: str) -> None:
+    """DataError for a box item that is not inside of its image."""
+    for box in item["bbox"]:
+        if box[2] > scale.width or box[3] > scale.height:
+            raise DataError(
+                f"{where}{item['where']}bbox {box} lies outside of image {item['image_index']}, which is {scale.width} "
+                f"pixels wide and {scale.height} high as people see it; {RULE}, x2 <= width and y2 <= height"
+            )
+
+
+def boxes_of_item(item: dict, scales: dict[int, Scale]) -> list[LabelledBox]:
+    """The boxes of a checked item in the numbers of the text; none of a label alone."""
+    found = []
+    for box in item.get("bbox", []):
+        found.append(LabelledBox(item.get("label"), scales[item["image_index"]].to_numbers(box)))
+    return found
+
+
+def marked_items(message: dict, scales: dict[int, Scale]) -> list[dict]:
+    """The items of a message, its boxes as text with Qwen2-VL's marks."""
+    items = []
+    for item in message["content"]:
+        if item["type"] == "box":
+            item = {"type": "text", "text": as_marks(item.get("label"), boxes_of_item(item, scales))}
+        items.append(item)
+    return items
+
+
+def as_marks(label: str | None, boxes: Iterable[LabelledBox]) -> str:
+    """Boxes, whose corners are numbers of the text, after the label that they share."""
+    text = "" if label is None else label.join(LABEL)
+    for box in boxes:
+        x1, y1, x2, y2 = box.bbox
+        text += f"({x1},{y1}),({x2},{y2})".join(BOX)
+    return text
+
+
+def json_items(message: dict, scales: dict[int, Scale]) -> list[dict]:
+    """The items of a message, its boxes as JSON and a label alone as plain text."""
+    content = without_separators(message["content"])
+    is_alone = message["role"] == "assistant" and all(map(lies_in_an_image, content))
+    items: list[dict] = []
+    for are_boxes, together in groupby(content, lies_in_an_image):
+        if are_boxes:
+            found = []
+            for item in together:
+                found += boxes_of_item(item, scales)
+            items.append({"type": "text", "text": as_json(found, is_alone)})
+            continue
+        for item in together:
+            items.append({"type": "text", "text": item["label"]} if item["type"] == "box" else item)
+    return items
+
+
+def without_separators(items: list[dict]) -> list[dict]:
+    """Items without the texts that only set one box apart from the next: a list has commas of its own."""
+    kept = []
+    for number, item in enumerate(items):
+        is_between = 0 < number < len(items) - 1 and all(map(lies_in_an_image, (items[number - 1], items[number + 1])))
+        if not (is_between and item["type"] == "text" and not item["text"].strip(SEPARATORS)):
+            kept.append(item)
+    return kept
+
+
+def as_json(boxes: Iterable[LabelledBox], is_alone: bool) -> str:
+    """Boxes, whose corners are numbers of the text, as one list; `is_alone`: as an answer that is nothing else."""
+    objects = []
+    for label, corners in boxes:
+        named = {} if label is None else {"label": label}
+        objects.append(json.dumps({"bbox_2d": corners, **named}, ensure_ascii=False))
+    if is_alone:
+        lines = ",\n\t".join(objects)
+        return f"```json\n[\n\t{lines}\n]\n```"
+    return f"[{', '.join(objects)}]"
+
+
 # ---- from text to pixels --------------------------------------------------------------------------------------------
 
 
-def from_text(text: str, width: int, height: int) -> list[LabelledBox]:
+def from_text(text: str, scale: Scale) -> list[LabelledBox]:
     """The boxes of an answer in pixels of an image, in their order; [] where it has none. Never raises.
 
-    A box belongs to the label before it, unless a word stands between the two. Corners outside of the image are moved
-    to its edge, and reversed corners are put in order.
+    Corners outside of the image are moved to its edge, and reversed corners are put in order.
     """
+    return [LabelledBox(label, scale.to_pixels(numbers)) for label, numbers in boxes_in(text)]
+
+
+def boxes_in(text: str) -> list[LabelledBox]:
+    """The boxes of a text in the numbers that stand there, whichever family wrote it. Never raises."""
+    return boxes_in_json(text) or boxes_in_marks(text)
+
+
+def boxes_in_marks(text: str) -> list[LabelledBox]:
+    """Those in Qwen2-VL's form. A box belongs to the label before it, unless a word stands between the two."""
     found = []
     label = None
     end = 0  # of the match before
@@ -193,16 +321,37 @@ def from_text(text: str, width: int, height: int) -> list[LabelledBox]:
             between = re.sub(r"<\|\w+\|>", "", text[end : match.start()])  # the model's marks are no words
             if re.search(r"\w", between):
                 label = None
-            x1, x2 = sorted([middle(int(match["x1"]), width), middle(int(match["x2"]), width)])
-            y1, y2 = sorted([middle(int(match["y1"]), height), middle(int(match["y2"]), height)])
+            x1, y1, x2, y2 = [float(match[name]) for name in ("x1", "y1", "x2", "y2")]
             found.append(LabelledBox(label, (x1, y1, x2, y2)))
         end = match.end()
     return found
 
 
-def middle(number: int, length: int) -> float:
-    """The middle of a cell, in pixels; the inverse of `cell`, to half a cell."""
-    return (min(max(number, 0), CELLS - 1) + 0.5) * length / CELLS
+def boxes_in_json(text: str) -> list[LabelledBox]:
+    """Those in JSON, whole or cut off. A box has the label of the object that it stands in."""
+    found = []
+    boxes: list[Box] = []  # of the object that is being read
+    label = None
+    for match in IN_JSON.finditer(text + "}"):  # the last one may not have its own
+        if match["bbox"]:
+            x1, y1, x2, y2 = map(float, match["bbox"].split(","))
+            boxes.append((x1, y1, x2, y2))
+        elif match["label"]:
+            label = unquoted(match["label"])
+        else:
+            found += [LabelledBox(label, box) for box in boxes]
+            boxes = []
+            label = None
+    return found
+
+
+def unquoted(quoted: str) -> str | None:
+    """The text of a string of JSON; None for white space alone."""
+    text = quoted[1:-1]
+    if quoted.startswith('"'):
+        with suppress(ValueError):  # "\x", which JSON does not know
+            text = json.loads(quoted, strict=False)
+    return text.encode(errors="replace").decode().strip() or None  # half of a surrogate pair cannot be printed
 
 
 def draw_boxes(image, boxes: list[LabelledBox]):

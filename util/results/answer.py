@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from util.command_line import UserError
 from util.config import Config
@@ -20,6 +21,9 @@ from util.results.metrics import (
 from util.results.settings import metrics_problems
 from util.results.suited import Choice, choose, label_of
 from util.run_folder import BEST, LATEST, ROOT, read_settings
+
+if TYPE_CHECKING:
+    from util.vision import Budget
 
 BUDGET_FLAGS = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_tokens")
 
@@ -233,17 +237,21 @@ def answer_one(settings: Settings, model: str | None) -> None:
     budget = Budget(**settings.budget, model_type=model_type_of(path))
     answer = ask(answerer, messages, budget, settings.max_new_tokens).strip()
     print(answer)
-    show_boxes(answer, [item for item in messages[0]["content"] if item["type"] == "image"], settings.output_dir)
+    images = [item for item in messages[0]["content"] if item["type"] == "image"]
+    show_boxes(answer, images, budget, settings.output_dir)
 
 
-def show_boxes(answer: str, images: list[dict], folder: Path) -> None:
-    """Print the boxes of an answer, if it has any, in pixels of the image asked about, and draw them into `folder`."""
+def show_boxes(answer: str, images: list[dict], budget: "Budget", folder: Path) -> None:
+    """Print the boxes of an answer, if it has any, in pixels of the image asked about, and draw them into `folder`.
+
+    `budget`: with which the model was asked, since some count boxes in pixels of the image as it is resized.
+    """
     from PIL import Image
 
     from util import vision
     from util.data import boxes, fetch
 
-    if not images or not boxes.from_text(answer, 1, 1):
+    if not images or not boxes.boxes_in(answer):
         return
     if len(images) > 1:
         print("\nboxes: the answer does not say in which image they lie; in pixels of each:")
@@ -251,7 +259,7 @@ def show_boxes(answer: str, images: list[dict], folder: Path) -> None:
         (local,) = fetch.localise([item], fetch.FetchSettings())
         pixels = vision.to_tensor(vision.open_image(local["image"]), local["image"])
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())  # as the model saw it
-        found = boxes.from_text(answer, *image.size)
+        found = boxes.from_text(answer, vision.box_scale(item, *image.size, budget))
         file = folder / (f"boxes_{number}.png" if len(images) > 1 else "boxes.png")
         folder.mkdir(parents=True, exist_ok=True)
         boxes.draw_boxes(image, found).save(file)

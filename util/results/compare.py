@@ -19,6 +19,7 @@ from util.results.metrics import (
     confidence_interval,
     interval_of_changes,
     mean,
+    say_the_same,
     several_kinds,
     share_with_interval,
 )
@@ -59,6 +60,18 @@ def read_column(named: str, metric: str) -> Column:
 def question_of(line: dict) -> dict:
     """What was asked, from a line of a file of answers."""
     return {key: line[key] for key in ("question", "reference", "media", "kind")}
+
+
+def same_questions(some: list[dict], others: list[dict]) -> bool:
+    """Whether two models were asked the same, each in its own words for boxes."""
+    if len(some) != len(others):
+        return False
+    for one, other in zip(some, others, strict=True):
+        if (one["media"], one["kind"]) != (other["media"], other["kind"]):
+            return False
+        if not all(say_the_same(one[key], other[key]) for key in ("question", "reference")):
+            return False
+    return True
 
 
 def difference(scores: list[float | None], others: list[float | None]) -> str:
@@ -104,7 +117,7 @@ def read_columns(files: list[str], metric: str) -> list[Column]:
     columns = [read_column(file, metric) for file in files]
     first = columns[0]
     for column, file in zip(columns, files, strict=True):
-        if column.questions != first.questions:
+        if not same_questions(column.questions, first.questions):
             raise UserError(
                 f"{file}: answers other questions than {files[0]} ({len(column.questions):,} and "
                 f"{len(first.questions):,}); compare answers to the same data"

@@ -311,10 +311,23 @@ def chosen_questions(held_out: Samples, config: Config) -> list[Example]:
 def scoring_in_words(held_out: Samples, config: Config) -> str:
     """How many questions an evaluation answers, and by what they are scored, for the plan."""
     questions = chosen_questions(held_out, config)
-    references = [(question.kind, text_of(question.messages[-1]["content"])) for question in questions]
-    choice = choose(config.eval_metrics, references)
+    choice = choose(config.eval_metrics, references_of(questions, held_out, config.on_bad_sample))
     reason = choice.reason or f"Scored by {in_words(choice.metrics)}."
     return f"{len(questions):,} held-out questions. {reason}"
+
+
+def references_of(questions: list[Example], held_out: Samples, on_bad_sample: str) -> list[tuple[str | None, str]]:
+    """The kind and the reference answer of each question, whose boxes are text; a bad one has none, or stops."""
+    references = []
+    for question in questions:
+        try:
+            reference = held_out.with_boxes(question).messages[-1]
+        except DataError:
+            if on_bad_sample == "stop":
+                raise
+            continue
+        references.append((question.kind, text_of(reference["content"])))
+    return references
 
 
 def answer_share(
@@ -324,19 +337,20 @@ def answer_share(
     rank, size = ranks.rank_and_size()
     chosen = chosen_questions(held_out, config)
     own = QuestionSamples(chosen[rank::size], held_out.processor, held_out.budget, held_out.reader)
+    references = [reference for _, reference in references_of(chosen, held_out, config.on_bad_sample)]
     title = "answering held-out questions" if rank == 0 else None
     with whole_weights(model):
         answerer = Answerer(model, held_out.processor, device)
         return answer_all(
-            answerer, own, BATCH_SIZE, room_for(chosen, held_out.processor), title, config.on_bad_sample,
+            answerer, own, BATCH_SIZE, room_for(references, held_out.processor), title, config.on_bad_sample,
             config.num_workers, config.max_tokens, watch,
         )  # fmt: skip
 
 
-def room_for(questions: list[Example], processor) -> int:
-    """How many tokens an answer to one of these questions may have while training: as many as their references."""
-    references = [text_of(question.messages[-1]["content"]) + conversation.END_OF_TURN for question in questions]
-    encoded = processor.tokenizer(references, add_special_tokens=False)["input_ids"] if references else []
+def room_for(references: list[str], processor) -> int:
+    """How many tokens an answer may have while training: as many as the longest of these references."""
+    ended = [reference + conversation.END_OF_TURN for reference in references]
+    encoded = processor.tokenizer(ended, add_special_tokens=False)["input_ids"] if ended else []
     return min(MOST_NEW_TOKENS, max(USUAL_NEW_TOKENS, *map(len, encoded), 0))
 
 

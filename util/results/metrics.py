@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from util.data.boxes import CORNERS, Box
+from util.data.boxes import Box, boxes_in
 from util.data.tools import MalformedCall, calls_of, same_json
 
 
@@ -141,8 +141,14 @@ def box_iou(answer: str, reference: str) -> float | None:
 
 
 def boxes_of(text: str) -> list[Box]:
-    """The boxes that Qwen2-VL writes: (x1,y1),(x2,y2), in thousandths of the image's width and height."""
-    return [tuple(map(float, corners)) for corners in re.findall(CORNERS, text, re.ASCII)]
+    """The boxes that a text holds, in the numbers that stand there: overlaps of two are the same in every unit."""
+    return [box.bbox for box in boxes_in(text)]
+
+
+def say_the_same(one: str, other: str) -> bool:
+    """Whether texts that two models were given for one of a data file are of the same one: boxes in it each model reads
+    in the form of its family, and some count them by its budget."""
+    return one == other or bool(boxes_of(one) and boxes_of(other))
 
 
 def iou(one: Box, other: Box) -> float:

@@ -25,6 +25,7 @@ from util import vision
 from util.command_line import UserError, command_parser
 from util.config import Config
 from util.data import fetch
+from util.data.boxes import CELLS, Box
 from util.data.fetch import FetchSettings
 from util.data.lines import shortened
 from util.results.answer_files import Answer, read_file
@@ -38,6 +39,7 @@ from util.results.metrics import (
     interval_of_changes,
     mean,
     right_of_kind,
+    say_the_same,
     share,
 )
 from util.results.settings import metrics_problems
@@ -77,14 +79,17 @@ def write_report(files: list[Path], output: Path, metrics: list[str], run: str |
     media = {}
     for answer in first:
         media |= {key_of(item): item for item in answer.media}
-    budget = Budget(**next(reversed(made_from.values())).get("budget", {}))
+    budgets = [Budget(**known.get("budget", {})) for known in made_from.values()]
     room = (MOST_BYTES - len(as_json(facts))) * 3 // 4  # base64 writes 3 bytes as 4 characters
     bytes_each = max(1000, room // max(1, len(media)))
-    pictures = Pictures(draw_all(list(media.values()), budget, bytes_each))
+    pictures = Pictures(draw_all(list(media.values()), budgets[-1], bytes_each))
     number = dict(zip(media, pictures.numbers, strict=True))
     for row, answer in zip(facts["rows"], first, strict=True):
         row["media"] = [number[key_of(item)] for item in answer.media]
         row["names"] = [name_of(item) for item in answer.media]
+        if "boxes" in row:
+            drawn_on = [pictures.facts[place] for place in row["media"]]
+            row["boxes"] = in_thousandths(row["boxes"], answer.media, drawn_on, budgets)
     facts["pictures"] = pictures.facts
     facts["note"] = pictures.note()
     return write_page(output, facts, pictures.pixels)
@@ -119,7 +124,7 @@ def check_same_questions(columns: dict[str, list[Answer]]) -> None:
     name, first = next(iter(columns.items()))
     for other, answers in columns.items():
         for number, (one, two) in enumerate(zip(first, answers, strict=False)):
-            if (one.where, one.reference) != (two.where, two.reference):
+            if one.where != two.where or not say_the_same(one.reference, two.reference):
                 raise UserError(
                     f"answer {number} of {name} is to {one.where} ({one.reference!r:.40}), that of {other} to "
                     f"{two.where} ({two.reference!r:.40}); answer the same --data with both"
@@ -224,6 +229,24 @@ def row_of(answers: tuple[Answer, ...], metrics: list[str]) -> dict:
     return row
 
 
+def in_thousandths(
+    texts: list[list[Box]], media: list[dict], pictures: list[dict], budgets: list[Budget]
+) -> list[list[Box]]:
+    """Boxes in the numbers of a question's reference and answers -> thousandths of its image, as the page draws them.
+
+    `pictures`: the facts of its media; where it has several, or its image is lost, the page draws no box. `budgets`:
+    those of the columns; the reference is the first one's.
+    """
+    if len(pictures) != 1 or "size" not in pictures[0]:
+        return texts
+    found = []
+    for boxes, budget in zip(texts, [budgets[0], *budgets], strict=True):
+        scale = vision.box_scale(media[0], *pictures[0]["size"], budget)
+        across, down = CELLS / scale.columns, CELLS / scale.rows
+        found.append([(x1 * across, y1 * down, x2 * across, y2 * down) for x1, y1, x2, y2 in boxes])
+    return found
+
+
 # ---- the run --------------------------------------------------------------------------------------------------------
 
 
@@ -303,23 +326,26 @@ def draw_picture(item: dict, budget: Budget, most_bytes: int) -> dict:
     kind = item["type"]
     try:
         (there,) = fetch.localise([item], FetchSettings())
-        image, caption = draw_image(there) if kind == "image" else draw_video(there, budget)
-        small, pixels = compress(image, most_bytes)
+        facts = {"type": kind}
+        if kind == "image":
+            image, facts["size"] = draw_image(there)
+            facts["caption"] = "{} × {}".format(*facts["size"])
+        else:
+            image, facts["caption"] = draw_video(there, budget)
+        (facts["width"], facts["height"]), facts["pixels"] = compress(image, most_bytes)
     except Exception as error:  # a picture is an illustration: whatever is wrong with it, the answers can be shown
         return {"type": kind, "problem": shortened(plain(str(error) or type(error).__name__), 200)}
-    width, height = small
-    facts = {"type": kind, "caption": caption, "width": width, "height": height, "pixels": pixels}
-    if max(small) < min(SIDES[0], max(image.size)):
+    if max(facts["width"], facts["height"]) < min(SIDES[0], max(image.size)):
         facts["reduced"] = True
     return facts
 
 
-def draw_image(item: dict) -> tuple[Image.Image, str]:
-    """The image upright and on white, and its size in words."""
+def draw_image(item: dict) -> tuple[Image.Image, tuple[int, int]]:
+    """The image upright and on white, and its own width and height."""
     image = vision.open_image(item["image"])
     pixels = vision.to_tensor(image, item["image"])
     height, width = pixels.shape[1:]
-    return as_image(pixels, SIDES[0]), f"{width} × {height}"
+    return as_image(pixels, SIDES[0]), (width, height)
 
 
 def draw_video(item: dict, budget: Budget) -> tuple[Image.Image, str]:

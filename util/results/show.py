@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     made = command_parser("show", __doc__)
     made.add_argument("data", nargs="?", help="a .json or .jsonl data file")
     made.add_argument("--sample", type=int, help="its number, counted from 0; default: 0")
-    made.add_argument("--model", help="whose processor: checkpoint directory, hub name or tiny; default: tiny")
+    made.add_argument("--model", help="whose processor: checkpoint directory, hub name or a tiny model; default: tiny")
     for name in SIZES:
         made.add_argument(f"--{name}", type=float if name == "video_fps" else int, help="as in finetune.py")
     made.add_argument("--new_tokens", metavar="FILE", help="as in finetune.py")
