@@ -29,13 +29,28 @@ class Family:
     boxes: str = "marks"  # how a box is written: data/boxes.py
     default_system: str = "You are a helpful assistant."  # what the template writes where there is no system message
     counts_all_frames: bool = False  # whether the released video budget is one of all frames together
+    # Patches of a picture at which the released tower's attention costs as much as its matrix products, which work is
+    # dealt by. 7,680 is 6 times the width of a tower whose MLP is 4 times as wide.
+    even_patches: int = 7700
 
 
 FAMILIES = {
     "qwen2_vl": Family("Qwen2-VL"),
-    "qwen2_5_vl": Family("Qwen2.5-VL", tokens_per_second=2.0, window=4, boxes="pixels"),
+    "qwen2_5_vl": Family(
+        "Qwen2.5-VL",
+        tokens_per_second=2.0,
+        window=4,
+        boxes="pixels",
+        even_patches=62_000,  # 4 of 32 blocks see whole pictures
+    ),
     "qwen3_vl": Family(
-        "Qwen3-VL", patch=16, timestamps=True, boxes="thousandths", default_system="", counts_all_frames=True
+        "Qwen3-VL",
+        patch=16,
+        timestamps=True,
+        boxes="thousandths",
+        default_system="",
+        counts_all_frames=True,
+        even_patches=6400,  # widths of 1024 (2B, 4B) and 1152 (8B)
     ),
 }
 QWEN2_VL = "qwen2_vl"
