@@ -50,11 +50,19 @@ SPLIT = {
     "stages": {"pipeline_parallel_size": 2},
 }
 TWO = {**{name: {**SPARSE, **changes} for name, changes in SHARDED.items()}, **SPLIT}
+EVALUATED = {"eval_data": "mixed", "eval_every": 2, "final": "last"}
 SLOW_TWO = {
-    "rows, recomputed": {"context_parallel_size": 2, "activation_checkpointing": "selective", "micro_batch_size": 1},
+    "rows, recomputed": {
+        **EVALUATED,
+        "eval_samples": 3,
+        "context_parallel_size": 2,
+        "activation_checkpointing": "selective",
+        "micro_batch_size": 1,
+    },
     "rows of texts": {**SPARSE, "context_parallel_size": 2, "sharding": "optimizer"},
     "matrices, texts": {**SPARSE, "tensor_parallel_size": 2, "activation_checkpointing": "full"},
     "matrices and rows between, recomputed": {
+        **EVALUATED,
         "tensor_parallel_size": 2,
         "sequence_parallel": True,
         "activation_checkpointing": "selective",
@@ -65,7 +73,7 @@ SLOW_TWO = {
         "sequence_parallel": True,
         "freeze": ["language_model"],
     },
-    "stages, texts": {**SPARSE, "pipeline_parallel_size": 2, "sharding": "optimizer"},
+    "stages, texts": {**SPARSE, **EVALUATED, "pipeline_parallel_size": 2, "sharding": "optimizer"},
     "stages, frozen tower": {"pipeline_parallel_size": 2, "freeze": ["vision", "merger"], "micro_batch_size": 1},
     "frozen tower": {"freeze": ["vision"], "sharding": "gradients"},
 }
@@ -196,6 +204,8 @@ def equal(run: Path, one: Path) -> None:
     same(run, one)
     # AdamW hardly changes where all gradients are larger by one factor; their norm tells of it.
     assert metrics(run, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), rel=1e-11)
+    for key in ("eval_loss", "eval_token_accuracy", "eval_token_f1"):
+        assert metrics(run, key) == pytest.approx(metrics(one, key), abs=1e-12), key
 
 
 def of_each(cases: dict) -> list[tuple[str, str]]:
