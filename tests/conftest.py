@@ -26,6 +26,7 @@ def pytest_collection_modifyitems(config, items):
         "test_pipeline_parallel",
         "test_tensor_parallel",
         "test_together",
+        "test_family_parallel",
         "test_faults",
         "test_matrix",
         "test_survival",

@@ -70,14 +70,14 @@ def position_of_the_row_before(decode):
     """Later stages turn queries and keys by the positions of the row before."""
     before = {}
 
-    def decode_wrongly(self, batch, embeddings):
+    def decode_wrongly(self, batch, *embeddings):
         own = batch.position_ids
         if not self.pipe.is_first:
             others = before.get("row", own)
             count = min(own.shape[1], others.shape[1])
             batch.position_ids = torch.cat([others[:, :count], own[:, count:]], 1)
         before["row"] = own
-        return decode(self, batch, embeddings)
+        return decode(self, batch, *embeddings)
 
     return decode_wrongly
 

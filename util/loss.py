@@ -5,6 +5,7 @@ are given visual tokens of their own (Qwen3-VL's deepstack: 3; else 0).
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from util.packed_layers import rms_norm
 # three such tensors are there at the loss. Compiled, one in bf16 is left: four times as many rows take less.
 LOGIT_ROWS = 4096
 COMPILED_LOGIT_ROWS = 16384
+
+Change = Callable[[torch.Tensor], torch.Tensor]  # of rows (T, D) between two layers
 
 
 def most_logit_rows(asked: int | None, is_compiled: bool) -> int:
@@ -102,11 +105,10 @@ class PackedLoss(nn.Module):
         cos, sin = language_model.rotary_emb(hidden, batch.position_ids[:, None])  # (1, T, width of a head) each
         # transformers' own model would build a mask of T x T; these layers take where each sample begins and ends.
         layers = language_model.layers
-
-        def add_deeper(number: int, hidden: torch.Tensor) -> torch.Tensor:
-            return hidden.index_add(0, batch.visual_index, deeper[:, number]) if number < deeper.shape[1] else hidden
-
-        return self.run_layers(layers, hidden, (cos[0], sin[0]), [batch.segments] * len(layers), add_deeper)
+        after: dict[int, Change] = {}
+        for number, visual in enumerate(deeper.unbind(1)):
+            after[number] = partial(add_visual, visual, batch.visual_index)
+        return self.run_layers(layers, hidden, (cos[0], sin[0]), [batch.segments] * len(layers), after)
 
     def embed(self, batch: Batch, visual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The row's embeddings (T, D), visual tokens in their places, and what is added to these later (V, K, D).
@@ -163,12 +165,12 @@ class PackedLoss(nn.Module):
         segments = [batch.vision_segments if number in whole else batch.window_segments for number in blocks]
         taken = []
 
-        def take(number: int, hidden: torch.Tensor) -> torch.Tensor:
-            if number in getattr(visual, "deepstack_visual_indexes", ()):
-                taken.append(hidden)
+        def take(hidden: torch.Tensor) -> torch.Tensor:
+            taken.append(hidden)
             return hidden
 
-        hidden = self.run_layers(visual.blocks, hidden, (angles.cos(), angles.sin()), segments, take)
+        after: dict[int, Change] = dict.fromkeys(getattr(visual, "deepstack_visual_indexes", ()), take)
+        hidden = self.run_layers(visual.blocks, hidden, (angles.cos(), angles.sin()), segments, after)
         return [*taken, hidden]
 
     def run_layers(
@@ -177,12 +179,15 @@ class PackedLoss(nn.Module):
         hidden: torch.Tensor,
         rotation: Any,
         segments: Sequence[Segments],
-        after: Callable[[int, torch.Tensor], torch.Tensor],
+        after: dict[int, Change],
     ) -> torch.Tensor:
         """Rows (T, D) -> (T, D), through the tower's blocks or the language model's layers. `rotation`: cos and sin of
-        each row's angles; `segments`: of each layer; `after`: what is done with the rows after each, by its number."""
+        each row's angles; `segments`: of each layer; `after`: what is done with the rows after some, by their
+        numbers."""
         for number, layer in enumerate(repeated):
-            hidden = after(number, layer(hidden, position_embeddings=rotation, segments=segments[number]))
+            hidden = layer(hidden, position_embeddings=rotation, segments=segments[number])
+            if number in after:
+                hidden = after[number](hidden)
         return hidden
 
     def embed_patches(self, image_patches: torch.Tensor, video_patches: torch.Tensor) -> torch.Tensor:
@@ -218,6 +223,11 @@ class PackedLoss(nn.Module):
         """(S, D) -> (S, vocabulary), in fp32 at least: in bf16 a loss has three digits."""
         logits = self.model.lm_head(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def add_visual(visual: torch.Tensor, rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states (T, D) with visual tokens (V, D) added to those that stand in these rows (V,)."""
+    return hidden.index_add(0, rows, visual)
 
 
 def chunks(hidden: torch.Tensor, target_ids: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

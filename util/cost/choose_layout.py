@@ -15,7 +15,7 @@ from util import compilation
 from util.command_line import UserError, choices_of
 from util.config import Config
 from util.cost.flops import part_factors
-from util.cost.layouts import Shape, Weights, cut_stages, stage_forecast
+from util.cost.layouts import Shape, Weights, cut_stages, layers_with_the_tower, stage_forecast
 from util.cost.links import Hardware
 from util.cost.memory import GIB, Forecast, parts_in_words
 from util.cost.step_time import Course, StepTime, step_seconds
@@ -112,7 +112,10 @@ class Search:
         return [size for size in divisors(common) if self.hardware.machine % size == 0]
 
     def most_stages(self) -> int:
-        return 1 if self.has_adapters() else min(MOST_STAGES, self.model_config.text_config.num_hidden_layers)
+        if self.has_adapters():
+            return 1
+        depth = self.model_config.text_config.num_hidden_layers
+        return max(1, min(MOST_STAGES, depth - layers_with_the_tower(self.model_config) + 1))
 
     def has_adapters(self) -> bool:
         """Whether adapters are trained beside whole or 4-bit weights, which neither stages nor tensor ranks cut."""
@@ -141,7 +144,8 @@ class Search:
         of_parts = {part: factors[part] * float(flops.sum()) for part, flops in self.work.forward.items()}
         layers = self.weights.layers
         before = of_parts["vision"] + of_parts["merger"]
-        return cut_stages(layers, stages, before, of_parts["language_model"] / layers, of_parts["head"])
+        of_first = layers_with_the_tower(self.model_config)
+        return cut_stages(layers, stages, before, of_parts["language_model"] / layers, of_parts["head"], of_first)
 
     def needs(self, shape: Shape) -> Candidate:
         """A layout with the forecast of the stage that needs most."""

@@ -198,20 +198,30 @@ def units_of(model_config, frozen: tuple[str, ...] = ()) -> tuple[Unit, ...]:
     return Weights.of(model_config).stage(0, (model_config.text_config.num_hidden_layers,)).units(frozen)
 
 
-def cut_stages(layer_count: int, stages: int, before: float, layer: float, after: float) -> tuple[int, ...]:
+def layers_with_the_tower(model_config) -> int:
+    """How many layers the first stage must have: Qwen3-VL adds visual tokens after each of its first layers, which the
+    other stages do not have."""
+    return max(1, len(getattr(model_config.vision_config, "deepstack_visual_indexes", ())))
+
+
+def cut_stages(
+    layer_count: int, stages: int, before: float, layer: float, after: float, of_first: int = 1
+) -> tuple[int, ...]:
     """How many layers each stage gets, at least one, so that the costliest stage costs least.
 
     `before`: the cost of the tower and the merger, which the first stage has too; `layer`: of one layer; `after`: of
-    the head, on the last stage. Of equals the last one gets a layer, as earlier stages hold more rows at a time. Raises
-    ValueError where there are fewer layers than stages.
+    the head, on the last stage; `of_first`: the fewest layers of the first one. Of equals the last one gets a layer, as
+    earlier stages hold more rows at a time. Raises ValueError where there are too few layers.
     """
-    if stages > layer_count:
-        raise ValueError(f"{layer_count} layers cannot be cut into {stages} stages")
-    counts = [1] * stages
-    costs = [layer] * stages
+    if stages == 1:
+        return (layer_count,)
+    counts = [of_first] + [1] * (stages - 1)
+    if sum(counts) > layer_count:
+        raise ValueError(f"{layer_count} layers cannot be cut into {stages} stages, the first of at least {of_first}")
+    costs = [count * layer for count in counts]
     costs[0] += before
     costs[-1] += after
-    for _ in range(layer_count - stages):
+    for _ in range(layer_count - sum(counts)):
         least = min(reversed(range(stages)), key=costs.__getitem__)
         counts[least] += 1
         costs[least] += layer

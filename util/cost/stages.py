@@ -26,15 +26,16 @@ class Stage:
 def stages_of(model_config, config: Config, sizes: Sizes) -> list[Stage]:
     """The stages of `--pipeline_parallel_size`, the first one first. The same on every rank.
 
-    Raises UserError where there are fewer layers than stages.
+    Raises UserError where there are too few layers.
     """
     stages = config.pipeline_parallel_size
     depth = model_config.text_config.num_hidden_layers
-    refuse_too_few_layers(depth, stages)
+    refuse_too_few_layers(model_config, stages)
     work = flops.epoch_work(model_config, sizes, sizes.usable, config)
     a_layer = work["language_model"] / depth
     before = work["vision"] + work["merger"]
-    counts = layouts.cut_stages(depth, stages, before, a_layer, work["head"])
+    of_first = layouts.layers_with_the_tower(model_config)
+    counts = layouts.cut_stages(depth, stages, before, a_layer, work["head"], of_first)
     loads = [count * a_layer for count in counts]
     loads[0] += before
     loads[-1] += work["head"]
@@ -81,12 +82,22 @@ def forecast(
     return layouts.run_forecast(model_config, config, dtype, shape, cut, loads, device, largest)[1]
 
 
-def refuse_too_few_layers(depth: int, stages: int) -> None:
-    if depth < stages:
-        raise UserError(
-            f"--pipeline_parallel_size {stages}: the language model has {depth} layers, and each stage needs one; give "
-            f"at most --pipeline_parallel_size {depth}"
+def refuse_too_few_layers(model_config, stages: int) -> None:
+    depth = model_config.text_config.num_hidden_layers
+    of_first = layouts.layers_with_the_tower(model_config)
+    most = max(1, depth - of_first + 1)
+    if stages <= most:
+        return
+    needed = "each stage needs one"
+    if of_first > 1:
+        needed = (
+            f"the first stage needs {of_first}, since the tower's visual tokens are added after each of these "
+            "(deepstack), and every other stage one"
         )
+    raise UserError(
+        f"--pipeline_parallel_size {stages}: the language model has {depth} layers, and {needed}; give at most "
+        f"--pipeline_parallel_size {most}"
+    )
 
 
 def bubble_of(stages: int, rows: float) -> float:
@@ -136,7 +147,8 @@ def waiting_in_words(stages: list[Stage], rows: float) -> str:
 def what_cannot_pay(model_config, config: Config, sizes: Sizes, stages: list[Stage]) -> list[str]:
     """A text where the vision tower, which is not cut, is more than its stage's part: how many layers it is worth."""
     is_even = stages[0].share * len(stages) < UNEVEN
-    if is_even or len(stages[0].layers) > 1:  # what is more than its part then is a layer that cannot be cut, either
+    # what is more than its part beside a layer that could be another stage's is this layer, which cannot be cut, either
+    if is_even or len(stages[0].layers) > layouts.layers_with_the_tower(model_config):
         return []
     work = flops.epoch_work(model_config, sizes, sizes.usable, config)
     depth = model_config.text_config.num_hidden_layers

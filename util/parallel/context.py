@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from util.attention import BACKENDS, Segments
 from util.collator import Batch, pieces_of
 from util.command_line import UserError
+from util.family import FAMILIES, QWEN2_VL, Family
 from util.loss import PackedLoss
 from util.packed_layers import Kind
 from util.vision import MERGE, Grid
@@ -72,8 +73,8 @@ class Unit:
     grid: Grid
 
 
-def parts_of(batch: Batch, ranks: int) -> list[Batch]:
-    """Of a batch what each rank of a context group gets."""
+def parts_of(batch: Batch, ranks: int, family: Family = FAMILIES[QWEN2_VL]) -> list[Batch]:
+    """Of a batch what each rank of a context group gets. `family`: of the model, whose tower's work is dealt."""
     if ranks == 1:
         return [batch]
     length = len(batch.input_ids)
@@ -87,7 +88,7 @@ def parts_of(batch: Batch, ranks: int) -> list[Batch]:
         segments=RowSegments.of(lengths),
     )
     units = units_of(batch)
-    hands = deal_units([unit.grid for unit in units], ranks)
+    hands = deal_units([unit.grid for unit in units], ranks, family)
     dealt: list[list[Unit]] = [[] for _ in range(ranks)]
     for unit, hand in zip(units, hands, strict=True):
         dealt[hand].append(unit)
@@ -115,15 +116,15 @@ def units_of(batch: Batch) -> list[Unit]:
     return units
 
 
-def deal_units(grids: list[Grid], ranks: int) -> list[int]:
+def deal_units(grids: list[Grid], ranks: int, family: Family = FAMILIES[QWEN2_VL]) -> list[int]:
     """A rank for each unit (their grids), so that the tower's work is even: the largest first, each to the rank with
     least so far.
 
     A patch costs what its matrix products do, and some for each patch that it sees; the two are equal at about 7,700
-    patches in a picture (docs/figures.md: 1.2613 GF, and 163,840 for each).
+    patches in a picture (docs/figures.md: 1.2613 GF, and 163,840 for each), or where the family has it.
     """
     patches = np.array([grid.h * grid.w for grid in grids], dtype=np.float64)
-    costs = patches * (1 + patches / 7700)
+    costs = patches * (1 + patches / family.even_patches)
     loads = np.zeros(ranks)
     hands = [0] * len(grids)
     for number in np.argsort(-costs, kind="stable").tolist():

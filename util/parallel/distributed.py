@@ -205,7 +205,7 @@ def check_model(model_config, world: World) -> None:
         context.check_sizes(model_config, world.layout.context, world.layout.tensor)
     if world.layout.tensor > 1:
         tensor.check_sizes(model_config, world.layout.tensor)
-    stages.refuse_too_few_layers(model_config.text_config.num_hidden_layers, world.layout.pipeline)
+    stages.refuse_too_few_layers(model_config, world.layout.pipeline)
 
 
 # ---- which rank trains which sample ---------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Pipeline parallelism: each rank has some of the layers, its stage, and every row of samples passes through all.
 
-    stage 0     vision tower, merger, embedding, the first layers    reads pixels
+    stage 0     vision tower, mergers, embedding, the first layers   reads pixels
     stage 1     as much of the layers as makes its work equal
     the last    the last layers, norm, head                          knows the loss
 
@@ -284,7 +284,9 @@ def cut(packed: StageLoss, pipe: Pipe, layers: range) -> None:
             del language_model.layers._modules[str(number)]
     if not pipe.is_first:
         tower.blocks = nn.ModuleList()
-        tower.patch_embed = tower.merger = None
+        for name in ("patch_embed", "pos_embed", "merger", "deepstack_merger_list"):
+            if hasattr(tower, name):
+                setattr(tower, name, None)
     is_tied = model.config.tie_word_embeddings
     if not pipe.is_first and not (pipe.is_last and is_tied):  # a tied embedding is the head, too
         language_model.embed_tokens = None

@@ -19,6 +19,7 @@ from util.attention import Segments
 from util.collator import Batch, Collator, patch_positions
 from util.data import loader
 from util.dataset import Sample
+from util.family import FAMILIES, QWEN2_VL, Family
 from util.guard import unread_batch
 from util.parallel import context
 from util.vision import MERGE, Grid
@@ -63,6 +64,7 @@ class SharedBatches:
 
     def __init__(self, samples, micro_batches: Iterable[list[int]], config, world) -> None:
         self.world = world
+        self.family = samples.budget.family
         self.readers = [rank for rank in world.row_ranks if world.layout.place(rank).pipeline == 0]
         # Two of the same list: one that the loader reads ahead of time, one that says how many batches there are.
         self.planned, ahead = tee(micro_batches)
@@ -96,7 +98,7 @@ class SharedBatches:
         failure = None
         if reader == self.world.rank:
             try:
-                shares = shares_of(next(own), self.world)
+                shares = shares_of(next(own), self.world, self.family)
             except Exception as error:  # of whatever kind: the others wait for this rank and must be told
                 failure = error
                 shares = [unread_batch()] * len(self.world.row_ranks)
@@ -115,9 +117,9 @@ class SharedBatches:
         return own
 
 
-def shares_of(batch: Batch, world) -> list[Batch]:
+def shares_of(batch: Batch, world, family: Family = FAMILIES[QWEN2_VL]) -> list[Batch]:
     """Of a batch what each rank of a row group gets; what the log counts is counted by the first one alone."""
-    shares = context.parts_of(batch, world.layout.context)
+    shares = context.parts_of(batch, world.layout.context, family)
     uncounted = {name: type(number)(0) for name, number in batch.counts.items()}  # World.sum goes by their types
     found = []
     for place in map(world.layout.place, world.row_ranks):

@@ -13,18 +13,21 @@ adds up the gradients in the backward pass. So a layer has two in each pass. Wit
 (arXiv 2205.05198) a rank keeps only its part of the rows between the halves, where there are norms and sums alone:
 `enter` then gathers the rows and `leave` hands each rank the sum of its own.
 
-    held by every rank of a tensor group    norms, patch embedding, the tower's qkv, biases that are added after a sum
-    in parts, by columns (rows of weights)  q, k, v, gate, up; the tower's fc1; the merger's first; embedding and head
-    in parts, by rows (columns of weights)  o, down; the tower's proj and fc2; the merger's second
+    held by every rank of a tensor group    norms, patch embedding, learned positions, the tower's qkv, biases that are
+                                            added after a sum
+    in parts, by columns (rows of weights)  q, k, v, gate, up; the tower's fc1; a merger's first; embedding and head
+    in parts, by rows (columns of weights)  o, down; the tower's proj and fc2; a merger's second
 
 The tower's fused qkv stays whole under its name: its rows are those of q, then k, then v, and a rank uses of each the
-rows of its own heads. Its gradient is then in parts, which are added up once a step (`agree`).
+rows of its own heads. Its gradient is then in parts, which are added up once a step (`agree`). So are the gradients of
+Qwen3-VL's norms of queries and keys.
 
 Letters in shapes: T rows (tokens, or patches of the tower), D the width, S supervised tokens, R ranks of a group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +37,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from util.attention import Segments
 from util.collator import Batch
 from util.command_line import UserError
-from util.loss import PackedLoss
+from util.loss import Change, PackedLoss
 from util.tensors import run_parameters
 
 AXIS = "tensor"  # of the mesh
@@ -212,10 +216,25 @@ class TensorLoss(PackedLoss):
 
     sharing: Sharing
 
-    def run_layers(self, repeated: nn.ModuleList, hidden: torch.Tensor, *others: Any) -> torch.Tensor:
+    def run_layers(
+        self,
+        repeated: nn.ModuleList,
+        hidden: torch.Tensor,
+        rotation: Any,
+        segments: Sequence[Segments],
+        after: dict[int, Change],
+    ) -> torch.Tensor:
         count = len(hidden)
-        hidden = super().run_layers(repeated, self.sharing.before_layers(hidden), *others)
+        hidden = self.sharing.before_layers(hidden)
+        on_all: dict[int, Change] = {}
+        for number, change in after.items():
+            on_all[number] = partial(self.on_all_rows, change, count)
+        hidden = super().run_layers(repeated, hidden, rotation, segments, on_all)
         return self.sharing.after_layers(hidden, count)
+
+    def on_all_rows(self, change: Change, count: int, rows: torch.Tensor) -> torch.Tensor:
+        """Rows between two layers, of which this rank may have a part, changed by what wants all `count` of them."""
+        return self.sharing.before_layers(change(self.sharing.after_layers(rows, count)))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(S, D) -> those of this rank's part of the vocabulary (S, vocabulary / R)."""
@@ -251,17 +270,28 @@ class TensorLoss(PackedLoss):
         return found if self.sharing.group.rank() == 0 else torch.zeros_like(found)
 
 
-BLOCK: Kinds = {"attn.qkv": OwnHeads, "attn.proj": ByRows, "mlp.fc1": ByColumns, "mlp.fc2": ByRows}
-LAYER: Kinds = {
-    "self_attn.q_proj": ByColumns,
-    "self_attn.k_proj": ByColumns,
-    "self_attn.v_proj": ByColumns,
-    "self_attn.o_proj": ByRows,
-    "mlp.gate_proj": ByColumns,
-    "mlp.up_proj": ByColumns,
-    "mlp.down_proj": ByRows,
+# What becomes of a linear layer of the tower's blocks and of the language model's layers, by the end of its name, which
+# each family chooses by itself. One that is not named here is an error, as its gradients would be counted wrongly.
+KINDS: Kinds = {
+    "qkv": OwnHeads,
+    "proj": ByRows,
+    "fc1": ByColumns,
+    "fc2": ByRows,
+    "linear_fc1": ByColumns,
+    "linear_fc2": ByRows,
+    "q_proj": ByColumns,
+    "k_proj": ByColumns,
+    "v_proj": ByColumns,
+    "o_proj": ByRows,
+    "gate_proj": ByColumns,
+    "up_proj": ByColumns,
+    "down_proj": ByRows,
 }
-MERGER: Kinds = {"mlp.0": ByColumns, "mlp.2": ByRowsOfAll}
+
+
+def products(parent: nn.Module) -> list[str]:
+    """The names of a module's linear layers, in the order in which it has them."""
+    return [name for name, module in parent.named_modules() if isinstance(module, nn.Linear)]
 
 
 def split(packed: TensorLoss, mesh: DeviceMesh, splits_rows: bool) -> None:
@@ -272,14 +302,16 @@ def split(packed: TensorLoss, mesh: DeviceMesh, splits_rows: bool) -> None:
     sharing = packed.sharing = Sharing(mesh.get_group(), splits_rows)
     tower = packed.model.model.visual
     language_model = packed.model.model.language_model
-    for repeated, kinds in ((tower.blocks, BLOCK), (language_model.layers, LAYER)):
-        for layer in repeated:
-            layer.sharing = sharing
-            become(kinds, layer, sharing, mesh)
+    for layer in [*tower.blocks, *language_model.layers]:
+        layer.sharing = sharing
+        kinds = {name: KINDS[name.rpartition(".")[2]] for name in products(layer)}
+        become(kinds, layer, sharing, mesh)
     for block in tower.blocks:
         block.attn.num_heads //= mesh.size()
-    become(MERGER, tower.merger, sharing, mesh)
-    tower.merger.mlp[0].register_forward_pre_hook(lambda module, inputs: (sharing.copied(inputs[0]),))
+    for merger in [tower.merger, *getattr(tower, "deepstack_merger_list", ())]:
+        first, second = products(merger)
+        become({first: ByColumns, second: ByRowsOfAll}, merger, sharing, mesh)
+        merger.get_submodule(first).register_forward_pre_hook(lambda module, inputs: (sharing.copied(inputs[0]),))
     is_tied = packed.model.lm_head.weight is language_model.embed_tokens.weight
     become({"embed_tokens": OwnVocabulary}, language_model, sharing, mesh)
     become({"lm_head": ByColumns}, packed.model, sharing, mesh)
@@ -314,12 +346,13 @@ def check_sizes(model_config, ranks: int) -> None:
     """Raise UserError where the model cannot be cut into as many equal parts."""
     text = model_config.text_config
     tower = model_config.vision_config
+    inner = getattr(tower, "intermediate_size", None) or int(tower.embed_dim * tower.mlp_ratio)
     sizes = {
         "key-value heads": text.num_key_value_heads,
         "attention heads": text.num_attention_heads,
         "heads in the vision tower": tower.num_heads,
         "columns in the MLP": text.intermediate_size,
-        "columns in the vision tower's MLP": int(tower.embed_dim * tower.mlp_ratio),
+        "columns in the vision tower's MLP": inner,
         "rows in the embedding": text.vocab_size,
     }
     if fits(sizes, ranks):
@@ -370,4 +403,5 @@ def agree(packed: TensorLoss) -> None:
 
 def has_partial_gradient(name: str, splits_rows: bool) -> bool:
     """Whether a rank's gradient of a weight that it has whole is a part of a sum over the ranks."""
-    return ".qkv." in name or (splits_rows and (".blocks." in name or ".layers." in name))
+    of_own_heads = any(part in name for part in (".qkv.", ".q_norm.", ".k_norm."))
+    return of_own_heads or (splits_rows and (".blocks." in name or ".layers." in name))
