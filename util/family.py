@@ -30,6 +30,11 @@ class Family:
     default_system: str = "You are a helpful assistant."  # what the template writes where there is no system message
     counts_all_frames: bool = False  # whether the released video budget is one of all frames together
 
+    @property
+    def has_clock(self) -> bool:
+        """Whether the model is told when a video's frames were taken, and not only in which order."""
+        return bool(self.tokens_per_second or self.timestamps)
+
 
 FAMILIES = {
     "qwen2_vl": Family("Qwen2-VL"),
