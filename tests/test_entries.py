@@ -15,8 +15,10 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tests.samples import assistant, entry, text, user
-from util.dataset import DataError, load_examples
+from util.cost.measure import measure
+from util.dataset import DataError, Examples, Samples, load_examples
 from util.formats.convert import convert
+from util.vision import Budget
 
 PICTURE = {"type": "image", "image": "a.png"}
 QUESTION = user("What is it?")
@@ -132,15 +134,46 @@ def test_both_take(name, folder, processor):
 
 
 def test_a_list_of_frames_with_fps_is_that_of_the_readme_of_qwen2_vl(folder, processor):
-    item = {"type": "video", "video": ["a.png", "b.png"], "fps": 1.0, "sample_fps": 2}
+    """`fps` has no effect; `sample_fps` says when they were taken, which a model with a clock is told (test_families)."""
+    item = {"type": "video", "video": ["a.png", "b.png"], "fps": 1.0, "sample_fps": "2"}
     file = write(folder, [entry(user([item, text("What?")]), ANSWER)])
     (example,), _ = loaded(file, processor)
     (again,), _ = converted(file, processor)
     for one in (example, again):
         (video,) = one.media
-        assert video.keys() == {"type", "video"}
+        assert video.keys() == {"type", "video", "sample_fps"}
+        assert video["sample_fps"] == 2
         assert [os.path.basename(path) for path in video["video"]] == ["a.png", "b.png"]
-    assert example.unused == {"content[].fps", "content[].sample_fps"}
+    assert example.unused == {"content[].fps"}
+
+
+def test_a_clock_that_the_model_does_not_read_is_said(folder, processor):
+    """Of Qwen2-VL it is counted with what has no effect; the other families read it."""
+    clip = {"type": "video", "video": ["a.png", "b.png"], "sample_fps": 2, "raw_fps": 24.0}
+    file = write(folder, [entry(user([clip, text("What?")]), ANSWER)])
+    examples = Examples([file], processor)
+    for model_type, unread in (("qwen2_vl", 1), ("qwen2_5_vl", 0), ("qwen3_vl", 0)):
+        found = measure(Samples(examples, processor, Budget(model_type=model_type)), 10_000).unused
+        assert found == {f"content[].{key}": 1 for key in ("sample_fps", "raw_fps") if unread}
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"video": "clip.mp4", "sample_fps": 2}, "sample_fps is of a list or a folder of frames; take it out"),
+        ({"video": ["clip.mp4"], "raw_fps": 2}, "raw_fps is of a list or a folder of frames; take it out"),
+        ({"video": ["a.png", "b.png"], "sample_fps": 0}, "sample_fps must be above 0, is 0"),
+        ({"video": ["a.png", "b.png"], "raw_fps": "quick"}, "raw_fps must be a number, is 'quick'"),
+        ({"image": "a.png", "sample_fps": 2}, "unknown key 'sample_fps' in an item of type image"),
+    ],
+    ids=str,
+)
+def test_a_clock_where_there_is_none_is_refused_by_name(item, message, folder, processor):
+    (folder / "clip.mp4").write_bytes(b"never read")
+    kind = "video" if "video" in item else "image"
+    sample = entry(user([{"type": kind, **item}, text("What?")]), ANSWER)
+    for said in (loaded(write(folder, [sample]), processor)[1], converted(write(folder, [sample]), processor)[1]):
+        assert message in said
 
 
 # ---- refused by both -------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
 
 import finetune
 from tests.runs import log, metrics, settings, weights
@@ -32,6 +33,7 @@ from util.data.media import MediaReader
 from util.dataset import Examples, Sample, Samples, Size
 from util.loss import PackedLoss
 from util.model import build_model, load_config, load_processor
+from util.tiny_model import make_tiny_model
 from util.vision import Budget, Grid, Medium
 
 BUDGET = Budget()
@@ -208,29 +210,39 @@ def built(tiny_path: Path, folder: Path, **changes):
     return model, reader, config, processor
 
 
-@pytest.mark.parametrize("name", FROZEN)
-def test_any_part_of_a_batch_may_be_kept(name, data, tiny_path, tmp_path):
+@pytest.fixture(scope="module")
+def path_of(tiny_path, tmp_path_factory):
+    """A function model_type -> the tiny model of that family."""
+    with_windows = make_tiny_model(tmp_path_factory.mktemp("windows") / "model", model_type="qwen2_5_vl")
+    return {"qwen2_vl": tiny_path, "qwen2_5_vl": with_windows}.__getitem__
+
+
+WITH_WINDOWS = [("tower", "qwen2_5_vl"), ("tower and merger", "qwen2_5_vl")]
+
+
+@pytest.mark.parametrize(("name", "model_type"), [*[(name, "qwen2_vl") for name in FROZEN], *WITH_WINDOWS])
+def test_any_part_of_a_batch_may_be_kept(name, model_type, data, path_of, tmp_path):
     """Loss and gradients are the same whichever of the media are kept; with other features they are not."""
-    model, reader, config, processor = built(tiny_path, tmp_path, **FROZEN[name][0])
-    samples = Samples(Examples([str(data)], processor), processor, Budget.of(config, "qwen2_vl"), reader)
+    larger = {"min_pixels": 60 * 784} if model_type == "qwen2_5_vl" else {}  # so that there are several windows
+    model, reader, config, processor = built(path_of(model_type), tmp_path, **larger, **FROZEN[name][0])
+    samples = Samples(Examples([str(data)], processor), processor, Budget.of(config, model_type), reader)
     computed = [samples[number] for number in range(6)]
     assert {medium.features for sample in computed for medium in sample.media} == {None}
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    loss, gradients = backward(model, computed, trained)
+    loss, gradients = backward(model, computed, trained, model_type)
     model.kept.wait()
     kept = [samples[number] for number in range(6)]
     assert [len(medium.patches) for sample in kept for medium in sample.media] == [0] * 8
     chance = random.Random(0)
     for share in (1.0, 0.5, 0.5, 0.3, 0.7):
         mixed = partly_kept(computed, kept, share, chance)
-        found, found_gradients = backward(model, mixed, trained)
+        found, found_gradients = backward(model, mixed, trained, model_type)
         assert found == pytest.approx(loss, abs=1e-12)
         for weight, gradient in gradients.items():
             torch.testing.assert_close(found_gradients[weight], gradient, atol=1e-12, rtol=1e-9)
     stale = dataclasses.replace(kept[0].media[0], features=kept[0].media[0].features.flip(1))
-    assert backward(model, [dataclasses.replace(kept[0], media=[stale]), *kept[1:]], trained)[0] != pytest.approx(
-        loss, abs=1e-9
-    )
+    others = [dataclasses.replace(kept[0], media=[stale]), *kept[1:]]
+    assert backward(model, others, trained, model_type)[0] != pytest.approx(loss, abs=1e-9)
 
 
 def partly_kept(computed: list[Sample], kept: list[Sample], share: float, chance: random.Random) -> list[Sample]:
@@ -242,8 +254,8 @@ def partly_kept(computed: list[Sample], kept: list[Sample], share: float, chance
     return mixed
 
 
-def backward(model, samples: list, trained: dict) -> tuple[float, dict]:
-    return backward_of(model, [Collator()(samples)], trained)
+def backward(model, samples: list, trained: dict, model_type: str = "qwen2_vl") -> tuple[float, dict]:
+    return backward_of(model, [Collator(model_type)(samples)], trained)
 
 
 def backward_of(model, batches: list[Batch], trained: dict) -> tuple[float, dict]:
@@ -401,8 +413,12 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path):
     ],
 )
 def test_what_is_kept_is_what_is_not_trained(changes, parts):
-    assert frozen.kept_part(Config(cache_dir="cache", **changes)) == parts
-    assert frozen.kept_part(Config(**changes)) == []
+    for model_type in ("qwen2_vl", "qwen2_5_vl"):
+        model = CONFIG_MAPPING[model_type]()
+        assert frozen.kept_part(Config(cache_dir="cache", **changes), model) == parts
+        assert frozen.kept_part(Config(**changes), model) == []
+    # Its layers take what four of the tower's blocks give.
+    assert frozen.kept_part(Config(cache_dir="cache", **changes), CONFIG_MAPPING["qwen3_vl"]()) == []
 
 
 # ---- a disk, and processes that die ---------------------------------------------------------------------------------

@@ -5,13 +5,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, Qwen2VLModel
+from transformers import AutoConfig, Qwen2VLModel, Qwen3VLProcessor
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
 from util.collator import Batch, Collator, expand, mrope_positions, patch_positions
 from util.conversation import Encoded
 from util.dataset import Sample
-from util.vision import Grid, Medium, patchify
+from util.family import FAMILIES
+from util.vision import Grid, Medium, in_time, patchify
 
 IMAGE, VIDEO = 7, 8  # placeholder ids of the samples made here
 
@@ -124,6 +125,62 @@ def test_what_follows_a_medium_continues_after_its_longest_axis(grid, following)
     start = 5
     positions = positions_of([1] * start + [VIDEO, 1, 1], grid)
     assert positions[:, -2:].tolist() == [[start + following, start + following + 1]] * 3
+
+
+def test_text_after_a_clip_of_qwen2_5_vl_goes_on_after_its_time():
+    """10 seconds at 2 frames a second are 10 pairs, a second or 2 steps apart: the last one is at 7 + 18, and text goes
+    on at 26. So `get_rope_index` of the released model (transformers 4.49); that of 5.24 goes on at 17, in the middle
+    of the clip."""
+    positions = positions_of([1] * 7 + [VIDEO] + [1] * 3, Grid(10, 20, 20, step=2.0))
+    assert positions[:, 7 : 7 + 1000 : 100].tolist() == [[*range(7, 26, 2)], [7] * 10, [7] * 10]
+    assert positions[:, -3:].tolist() == [[26, 27, 28]] * 3
+
+
+def test_fractions_of_seconds_count():
+    """4/3 of a second a pair are 8/3 steps, whose multiples are cut: 0, 2.67, 5.33, 8, 10.67. transformers before 5.23
+    cut the seconds first, and made 0, 2, 4, 6, 8 of them."""
+    positions = positions_of([1, VIDEO, 1], Grid(5, 2, 2, step=2 * 4 / 3))
+    assert positions[0].tolist() == [0, 1, 3, 6, 9, 11, 12]
+    assert positions[1].tolist() == [0, 1, 1, 1, 1, 1, 12]
+    dense = positions_of([1, VIDEO, 1], Grid(5, 2, 2, step=2 * 0.25))
+    assert dense[0].tolist() == [0, 1, 1, 2, 2, 3, 4], "half a second is a step, also in the middle of a pair"
+
+
+def test_steps_of_time_are_those_of_the_release():
+    """Of many clips and choices of frames, bit for bit as transformers 4.49 multiplies: float32, seconds of a pair by
+    qwen-vl-utils' `sample_fps`."""
+    compared = 0
+    family = FAMILIES["qwen2_5_vl"]
+    for rate in (2.0, 5.0, 10.0, 12.5, 24.0, 25.0, 30.0, 60.0, 23.976, 30000 / 1001):
+        for total in range(4, 1200, 53):
+            for frames in {4, 6, 20, 50, total // 2 * 2, int(total / rate * 2) // 2 * 2} & {*range(2, total + 1)}:
+                moments = torch.linspace(0, total - 1, frames).round().long().tolist()
+                grid = in_time(Grid(frames // 2, 2, 2), moments, total / rate, rate, family)
+                seconds = torch.tensor(2 / (frames / total * rate))
+                released = (torch.arange(frames // 2) * seconds * 2).long()
+                assert positions_of([VIDEO], grid)[0].tolist() == released.tolist(), (rate, total, frames)
+                compared += 1
+    assert compared > 800
+
+
+def test_times_of_qwen3_vl_are_rounded_as_in_the_release():
+    """Frames 6 and 21 of 30 a second: 0.2 and 0.7 make 0.44999999999999996, written as 0.4. (6 + 21) / 2 / 30 is 0.45,
+    which would be 0.5. Source: `_calculate_timestamps` of Qwen3-VL's processor."""
+    grid = in_time(Grid(2, 2, 2), [6, 21, 31, 32], 1.0, 30.0, FAMILIES["qwen3_vl"])
+    assert [f"{seconds:.1f}" for seconds in grid.times] == ["0.4", "1.1"]
+    assert grid.step == 1.0
+    assert [place.tokens for place in grid.places] == [1, 1]
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_times_of_random_clips_are_those_of_qwen3_vls_processor(is_list):
+    rng = random.Random(4)
+    for _ in range(300):
+        rate = rng.choice([1.0, 2.0, 10.0, 24.0, 25.0, 29.97, 30.0, 60.0])
+        frames = 2 * rng.randint(1, 30)
+        moments = [*range(frames)] if is_list else sorted(rng.randrange(2000) for _ in range(frames))
+        theirs = Qwen3VLProcessor._calculate_timestamps(None, list(moments), rate)
+        assert list(in_time(Grid(frames // 2, 2, 2), moments, 1.0, rate, FAMILIES["qwen3_vl"]).times) == theirs
 
 
 def test_every_position_of_a_long_video_and_an_image():

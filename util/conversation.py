@@ -60,8 +60,7 @@ def render(messages: list[dict], processor) -> list[Piece]:
     # The template runs once, with a mark in place of each answer: what stands between the marks is exactly what the
     # template puts around answers, whatever it is.
     masked = [{**m, "content": MARK} if m["role"] == "assistant" else m for m in messages]
-    rendered = processor.tokenizer.apply_chat_template(masked, chat_template=processor.chat_template, tokenize=False)
-    prompt, *rest = rendered.split(MARK)
+    prompt, *rest = of_template(masked, processor).split(MARK)
     answers = [message for message in messages if message["role"] == "assistant"]
     if len(rest) != len(answers) or not all(text.startswith(END_OF_TURN) for text in rest):
         raise ValueError("the processor's chat template does not end every assistant turn with <|im_end|> and newline")
@@ -73,6 +72,37 @@ def render(messages: list[dict], processor) -> list[Piece]:
         if following != END_OF_TURN:
             pieces.append(Piece(following[len(END_OF_TURN) :], False))
     return pieces
+
+
+def default_system(processor) -> str:
+    """What the processor's chat template says as the system where a conversation has no system message; "" for nothing
+    (Qwen3-VL)."""
+    before = of_template([{"role": "user", "content": MARK}], processor).partition(MARK)[0]
+    begin, _, turn = before.partition("<|im_start|>system\n")
+    return turn.partition(END_OF_TURN)[0] if not begin else ""
+
+
+def problem_of_template(processor) -> str:
+    """What a chat template has that this loop cannot train, as the end of a sentence; "" for none.
+
+    A Thinking model's begins an answer with `<think>` when it asks for one, and writes answers that are there in
+    another way: what is trained would not be what is generated.
+    """
+    question = {"role": "user", "content": "?"}
+    asked = of_template([question], processor, add_generation_prompt=True)
+    trained = of_template([question, {"role": "assistant", "content": MARK}], processor).partition(MARK)[0]
+    if asked == trained:
+        return ""
+    return (
+        f"has a chat template that asks for an answer by {asked[-40:]!r} and writes one that is there after "
+        f"{trained[-40:]!r}, as Thinking models do, whose thoughts this project does not train; take the Instruct model"
+    )
+
+
+def of_template(messages: list[dict], processor, **settings) -> str:
+    """A conversation as the processor's own chat template writes it."""
+    template = processor.chat_template
+    return processor.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **settings)
 
 
 def render_prompt(messages: list[dict], processor) -> list[Piece]:

@@ -87,6 +87,7 @@ class Examples(Sequence):
     def __init__(self, files: list[str], processor, train_on: str = "all") -> None:
         self.train_on = train_on  # which answers of a conversation are learned: "all", or the "last" one alone
         self.forbidden = conversation.control_tokens(processor)
+        self.default_system = conversation.default_system(processor)
         self.files: list[str] = []
         self.weights: list[float] = []  # how often an epoch takes each sample of a file
         self.entries: list[Sequence] = []
@@ -113,7 +114,8 @@ class Examples(Sequence):
         where = f"{name}, sample {row}"
         unused: set[str] = set()
         try:
-            messages = entries.check_messages(entry, self.forbidden, Path(name).parent, unused)
+            folder = Path(name).parent
+            messages = entries.check_messages(entry, self.forbidden, folder, unused, self.default_system)
             if self.train_on == "last":
                 messages = weights.last_alone(messages)
         except DataError as error:

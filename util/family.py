@@ -34,6 +34,11 @@ class Family:
     # dealt by. 7,680 is 6 times the width of a tower whose MLP is 4 times as wide.
     even_patches: int = 7700
 
+    @property
+    def has_clock(self) -> bool:
+        """Whether the model is told when a video's frames were taken, and not only in which order."""
+        return bool(self.tokens_per_second or self.timestamps)
+
 
 FAMILIES = {
     "qwen2_vl": Family("Qwen2-VL", "Qwen2VLProcessor"),

@@ -30,17 +30,28 @@ from util.vision import MERGE
 VERSION = 1  # raise it when the code of the tower in loss.py gives other rows for the same weights
 
 
-def kept_part(config: Config) -> list[str]:
+def kept_part(config: Config, model_config) -> list[str]:
     """The frozen parts that need not run again: vision, or vision and merger; [] where nothing is kept."""
     untrained = untrained_parts(config)
-    if not config.cache_dir or config.keep_features == "off" or "vision" not in untrained:
+    if not is_asked_for(config) or has_deepstack(model_config):
         return []
     return [part for part in ("vision", "merger") if part in untrained]
 
 
+def is_asked_for(config: Config) -> bool:
+    """Whether what a tower gives is to be kept, and is the same in every epoch."""
+    return bool(config.cache_dir) and config.keep_features != "off" and "vision" in untrained_parts(config)
+
+
+def has_deepstack(model_config) -> bool:
+    """Whether layers of the language model take what several blocks of the tower give (Qwen3-VL). That is several times
+    as much as what one gives, and it is not kept."""
+    return number_of_deeper(model_config) > 0
+
+
 def keep_features(model: PackedLoss, reader: MediaReader, config: Config) -> None:
     """From now on what a frozen tower gives is kept in `--cache_dir`, and taken from there. All ranks must call."""
-    if not (parts := kept_part(config)):
+    if not (parts := kept_part(config, model.model.config)):
         return
     assert reader.features is not None
     reader.features.open(identity(model, parts))
@@ -80,16 +91,21 @@ def feature_bytes(model_config, sizes: Iterable[Sizes], parts: list[str], dtype:
     numbers = patches * shapes_of(model_config).block.width
     if "merger" in parts:
         numbers = patches // MERGE**2 * model_config.text_config.hidden_size
-    # of Qwen3-VL also what the mergers of deepstack take or give
-    return (1 + number_of_deeper(model_config)) * numbers * dtype.itemsize
+    return numbers * dtype.itemsize
 
 
 def features_in_words(
     reader: MediaReader, path: str, config: Config, dtype: torch.dtype, sizes: Iterable[Sizes]
 ) -> dict[str, str]:
     """A line of the plan: what is kept of a frozen tower, and whether there is room for it."""
-    parts = kept_part(config)
-    needed = feature_bytes(load_config(path, config), sizes, parts, dtype) if parts else 0
+    if not is_asked_for(config):
+        return {}
+    model_config = load_config(path, config)
+    if has_deepstack(model_config):
+        return {"features": "the output of the frozen tower is not kept, as layers of this model take that of several "
+                "of its blocks: it is computed in every epoch"}  # fmt: skip
+    parts = kept_part(config, model_config)
+    needed = feature_bytes(model_config, sizes, parts, dtype)
     if not needed:
         return {}
     folder = reader.features

@@ -1,5 +1,6 @@
 """Load model and processor, choose device and precision, freeze parts, set attention and checkpointing."""
 
+import math
 import os
 from collections.abc import Collection
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from util import attention, compilation, family, ranks, recompute, vision
+from util import attention, compilation, conversation, family, ranks, recompute, vision
 from util.adapters import lora, new_tokens
 from util.command_line import UserError
 from util.config import OFFICIAL_MODEL, Config
@@ -162,6 +163,8 @@ def load_processor(path: str, settings: Config | None = None):
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"--model {path}: its processor cannot be loaded ({first_line})") from None
+    if processor.chat_template and (problem := conversation.problem_of_template(processor)):
+        raise UserError(f"--model {path} {problem}")
     if settings and (found := new_tokens.of(settings, path)):
         new_tokens.add(processor.tokenizer, found.texts)
     return processor
@@ -368,11 +371,30 @@ def freeze(model: nn.Module, parts: Collection[str]) -> None:
 
 
 def set_budget(processor, budget: vision.Budget) -> None:
-    """Write the budget into a processor, so that who loads the saved model gets the pixels it was trained on."""
+    """Write the budget into a processor, so that who loads the saved model gets the pixels it was trained on.
+
+    They are other ones where a processor cannot be told: docs/data.md says where.
+    """
     image, video = processor.image_processor, processor.video_processor
     for part, default in ((image, vision.IMAGE_TOKENS), (video, vision.FRAME_TOKENS)):
         least, most = budget.pixels(default)
         part.size = {"shortest_edge": least, "longest_edge": most}
+    video.cap_pixels_per_frame = True  # by what the frames of a video may cost together
     if budget.family.counts_all_frames:
-        most = budget.video_max_tokens * budget.token_pixels * vision.TEMPORAL
-        video.size = {"shortest_edge": min(budget.token_pixels, most), "longest_edge": most}
+        count_all_frames(video, budget)
+    else:
+        # Of which Qwen2VLVideoProcessor takes nine tenths.
+        video.max_video_tokens = math.ceil(budget.video_max_tokens / 0.9)
+
+
+def count_all_frames(video_processor, budget: vision.Budget) -> None:
+    """The same for Qwen3VLVideoProcessor, whose size is that of all frames together, and which chooses frames itself.
+
+    Only it has no fewest pixels of a frame: where --min_pixels enlarges frames, it leaves them small.
+    """
+    most = budget.video_max_tokens * budget.token_pixels * vision.TEMPORAL
+    # Its shortest edge, times 1.05, is also what no cap of a frame goes below: larger, and long videos would cost more.
+    video_processor.size = {"shortest_edge": budget.token_pixels, "longest_edge": max(budget.token_pixels, most)}
+    video_processor.max_video_tokens = budget.pixels(vision.FRAME_TOKENS)[1] // budget.token_pixels  # of a frame
+    video_processor.fps = budget.video_fps
+    video_processor.max_frames = budget.video_max_frames

@@ -233,18 +233,21 @@ def resized_pixels(budget: Budget) -> tuple[int, int]:
 
 def frame_size(item: dict, height: int, width: int, frames: int, budget: Budget) -> tuple[tuple[int, int], bool]:
     """The size of a video's frames, and whether --video_max_tokens made it smaller. `frames` is even."""
+    asked = height, width
     if "resized_height" in item:
-        limits = resized_pixels(budget)
-        height, width = smart_resize(item["resized_height"], item["resized_width"], budget.factor, *limits)
+        asked = item["resized_height"], item["resized_width"]
+        height, width = smart_resize(*asked, budget.factor, *resized_pixels(budget))
     else:
         least, most = frame_limits(item, frames, budget)
-        height, width = smart_resize(height, width, budget.factor, min(least, most), most)
+        height, width = smart_resize(*asked, budget.factor, min(least, most), most)
     # All pairs of frames together may cost `video_max_tokens`; this cap beats whatever was asked for.
     cap = budget.video_max_tokens * budget.token_pixels * TEMPORAL // frames
     is_capped = height * width > cap
     cap = min(cap, budget.cap_pixels)
     if height * width > cap:
-        height, width = smart_resize(height, width, budget.factor, 0, cap)
+        # Qwen3-VL's processor resizes once, and a size that is rounded twice would often be another one.
+        asked = asked if budget.family.counts_all_frames else (height, width)
+        height, width = smart_resize(*asked, budget.factor, 0, cap)
     return (height, width), is_capped
 
 
@@ -287,7 +290,8 @@ def plan_video(item: dict, video, budget: Budget) -> tuple[list[int], Grid]:
     # The last one of an odd list stands for the one after it, as qwen-vl-utils has it.
     moments = list(range(frames)) if is_list and frames <= most_frames else indices
     span = max(last - first + 1, taken)  # a single frame is taken twice
-    return indices, in_time(grid, moments, span / video.average_fps, video.average_fps, budget.family)
+    clock = item.get("raw_fps", video.average_fps)  # `raw_fps` stands beside a list of frames alone
+    return indices, in_time(grid, moments, span / video.average_fps, clock, budget.family)
 
 
 def in_time(grid: Grid, moments: list[int], seconds: float, fps: float, family: Family) -> Grid:
@@ -302,7 +306,9 @@ def in_time(grid: Grid, moments: list[int], seconds: float, fps: float, family: 
         return grid._replace(step=family.tokens_per_second * seconds * TEMPORAL / len(moments))
     if family.timestamps:
         pairs = zip(moments[::TEMPORAL], moments[1::TEMPORAL], strict=True)
-        return grid._replace(times=tuple([(one + other) / 2 / fps for one, other in pairs]))
+        # Each divided by itself, as the release does: times are written with one digit, and halves of it would be
+        # rounded otherwise.
+        return grid._replace(times=tuple([(one / fps + other / fps) / 2 for one, other in pairs]))
     return grid
 
 
@@ -436,17 +442,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def open_video(item: dict):
     """A VideoReader for a file, or the same interface for a list of frame images."""
     frames = item["video"]
-    return nullcontext(FrameList(frames)) if isinstance(frames, list) else VideoReader(frames, "video")
+    if isinstance(frames, list):
+        return nullcontext(FrameList(frames, item.get("sample_fps", FrameList.average_fps)))
+    return VideoReader(frames, "video")
 
 
 class FrameList:
     """A video given as a list of images; frames are as large as the first one."""
 
-    average_fps = 2.0
+    average_fps = 2.0  # where the item has no `sample_fps`
     missing = ""
 
-    def __init__(self, paths: list[str]) -> None:
+    def __init__(self, paths: list[str], average_fps: float = 2.0) -> None:
         self.paths = paths
+        self.average_fps = average_fps
         first = open_image(paths[0])
         self.width, self.height = first.size
         self.is_deep = bool(first.info["depth"])

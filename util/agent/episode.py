@@ -107,12 +107,14 @@ class Episode:
         """The messages so far as training reads them. Raises DataError."""
         # The check asks for an answer, too; "?" stands in its place and is not shown to the model.
         waiting = {"tools": self.environment.tools, "messages": [*self.messages, {"role": "assistant", "content": "?"}]}
-        return entries.check_messages(waiting, self.forbidden, self.log.folder)[:-1]
+        default = conversation.default_system(self.processor)
+        return entries.check_messages(waiting, self.forbidden, self.log.folder, default_system=default)[:-1]
 
     def prompt(self) -> Sample:
         """What the model reads before its next answer."""
         pieces = conversation.render_prompt(self.checked(), self.processor)
-        return Sample(conversation.encode(pieces, self.processor), list(self.media), f"episode {self.number}")
+        encoded = conversation.encode(pieces, self.processor, [medium.grid for medium in self.media])
+        return Sample(encoded, list(self.media), f"episode {self.number}")
 
     # ---- what it answers ----------------------------------------------------------------------------------------
 

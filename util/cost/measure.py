@@ -22,7 +22,7 @@ from util import conversation, ranks, vision
 from util.command_line import MOST_TOLD
 from util.cost.kept_sizes import KeptSizes, folder_of, media_files, state_of
 from util.cost.sizes import TOO_LONG, Finding, Problem, Sizes, Table
-from util.data import bad_samples
+from util.data import bad_samples, keys
 from util.data.boxes import are_in
 from util.data.lines import DataError, first_of, stop_on
 from util.data.loader import Loader, usable_cpus
@@ -210,7 +210,9 @@ class Chunks:
             example = self.samples.with_boxes(read)
             finding = self.sized(read, self.quick(example))
             note = self.note(example) if self.note else None
-            return replace(finding, files=files, state=state, unused=example.unused, note=note)
+            clocks = frozenset() if self.samples.budget.family.has_clock else keys.clocks_of(example.media)
+            unused = example.unused | clocks
+            return replace(finding, files=files, state=state, unused=unused, note=note)
         except DataError as error:
             return Finding(problem=str(error), reason=error.reason)
 

@@ -22,12 +22,17 @@ BASE64 = re.compile(r"[A-Za-z0-9+/\s]{200}")
 
 
 def check_messages(
-    entry: object, forbidden: Collection[str], folder: Path | None, unused: set[str] | None = None
+    entry: object,
+    forbidden: Collection[str],
+    folder: Path | None,
+    unused: set[str] | None = None,
+    default_system: str = "",
 ) -> list[dict]:
     """The messages of one entry in one form (content a list of items, media paths resolved), or DataError.
 
     `forbidden`: tokens that no text may contain. `folder`: of the data file; None: media files are not looked for.
-    `unused`: a set to which the names of keys that have no effect are added.
+    `unused`: a set to which the names of keys that have no effect are added. `default_system`: what the model's
+    template says before tools where the sample has no system message (conversation.default_system).
     """
     messages = entry.get("messages") if isinstance(entry, dict) else None
     if not isinstance(messages, list) or not messages:
@@ -38,7 +43,7 @@ def check_messages(
     kinds = set()  # of all content items
     length = 0  # characters of text
     sample_weight = weights.weight_of(entry, ("weight",), ": ")
-    for where, message in tools.turns(entry):
+    for where, message in tools.turns(entry, default_system):
         before = checked[-1]["role"] if checked else None
         check_turn(message, before, where)
         role = message["role"]
@@ -140,10 +145,7 @@ def check_item(item: dict, role: str, folder: Path | None, where: str, unused: s
         return item
     if role != "user":
         raise DataError(f"{where}only a user message can hold an image or a video; move the {kind} into one")
-    try:
-        check_keys(item)
-    except ValueError as error:
-        raise DataError(f"{where}{error}") from None
+    refused_with(where, check_keys, item)
     if folder is None:
         return item
     paths = item[kind] if isinstance(item[kind], list) else [item[kind]]
@@ -151,6 +153,8 @@ def check_item(item: dict, role: str, folder: Path | None, where: str, unused: s
     resolved = [resolve_path(path, folder, where, is_found) for path in paths]
     if len(paths) == 1 and not fetch.is_remote(resolved[0]) and os.path.isdir(resolved[0]):
         return with_frames(item, resolved[0], where, unused)
+    if not isinstance(item[kind], list):
+        refused_with(where, check_clock, item)
     return {**item, kind: resolved if isinstance(item[kind], list) else resolved[0]}
 
 
@@ -167,17 +171,22 @@ def with_frames(item: dict, folder: str, where: str, unused: set[str]) -> dict:
         {**item, "video": paths}
     )  # beside frames other keys have no effect than beside a file
     unused.update(silent)
+    refused_with(where, check_keys, item)
+    return item
+
+
+def refused_with(where: str, check: Callable[[dict], None], item: dict) -> None:
+    """Call `check`; its ValueError becomes a DataError that says where the item stands."""
     try:
-        check_keys(item)
+        check(item)
     except ValueError as error:
         raise DataError(f"{where}{error}") from None
-    return item
 
 
 def check_keys(item: dict) -> None:
     """Refuse keys of an image or video item that are unknown or not numbers above 0."""
     kind = item["type"]
-    numbers = keys.NUMBER_KEYS + (keys.VIDEO_KEYS if kind == "video" else ())
+    numbers = keys.NUMBER_KEYS + (keys.VIDEO_KEYS + keys.CLOCK_KEYS if kind == "video" else ())
     known = {"type", kind, *numbers}
     if unknown := sorted(set(item) - known):
         raise ValueError(f"unknown key {unknown[0]!r} in an item of type {kind}; known are {', '.join(sorted(known))}")
@@ -197,6 +206,14 @@ def check_keys(item: dict) -> None:
             raise ValueError("a video given as a list of frames needs at least one frame")
         if chosen := sorted(set(item) & set(keys.SAMPLING_KEYS)):
             raise ValueError(f"{chosen[0]} has no use with a list of frames: every frame given is taken")
+    elif keys.is_video_file(item[kind]):
+        check_clock(item)
+
+
+def check_clock(item: dict) -> None:
+    """Refuse keys that say when frames of a list were taken beside a file, which says so by itself."""
+    if chosen := sorted(item.keys() & set(keys.CLOCK_KEYS)):
+        raise ValueError(f"{chosen[0]} is of a list or a folder of frames; take it out, as a video file says its rate")
 
 
 def cut(pattern: re.Pattern, text: str) -> Iterator[tuple[str, str | None]]:

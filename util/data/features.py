@@ -91,6 +91,7 @@ class FeatureCache(Folder):
 
     def store(self, medium: Unkept, rows: torch.Tensor) -> bool:
         """Whether the entry of a medium is there now; rows (P, width) or (V, D) on the CPU."""
+        assert not medium.grid.times, "an entry has no room for them; towers of models that need them are not kept"
         path = self.path(medium.key)
         is_stored = self.try_to_write(path, lambda: self._write(path, medium, rows))
         self.uses.add("stored" if is_stored else "not_stored")

@@ -25,8 +25,8 @@ SILENT_IN_MESSAGE = frozenset((
     "model", "lang", "language", "metadata", "meta",
 ))  # fmt: skip
 SILENT_IN_ITEM = frozenset(("detail", "cache_control", "id", "uuid", "mime_type", "metadata", "meta"))
-# All frames of a list are taken, and the model has no clock: the README of Qwen2-VL itself gives `fps` beside a list.
-SILENT_WITH_FRAMES = frozenset(("fps", "sample_fps", "raw_fps"))
+# All frames of a list are taken: the README of Qwen2-VL itself gives `fps` beside a list.
+SILENT_WITH_FRAMES = frozenset(("fps",))
 
 # Keys that change what is trained, with the rule and the fix.
 TOOL_KEYS = ("tools", "functions", "tool_calls", "tool_call_id", "function_call")
@@ -61,7 +61,10 @@ REFUSED_BESIDE_MESSAGES |= {
 NUMBER_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 SAMPLING_KEYS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
 VIDEO_KEYS = (*SAMPLING_KEYS, "total_pixels")
-NUMBER_KEYS_OF_ANY = frozenset((*NUMBER_KEYS, *VIDEO_KEYS))
+# Of a list of frames: how many of them are a second, and how many of what they were taken from. They decide the time
+# that a model with a clock is told (Qwen2.5-VL the first, Qwen3-VL the second); Qwen2-VL has none.
+CLOCK_KEYS = ("sample_fps", "raw_fps")
+NUMBER_KEYS_OF_ANY = frozenset((*NUMBER_KEYS, *VIDEO_KEYS, *CLOCK_KEYS))
 NUMBER = re.compile(r"\d{1,15}(\.\d{1,15})?", re.ASCII)
 VIDEO_FILE = re.compile(r"(?i)data:video/|\S.*\.(mp4|mov|mkv|webm|avi|m4v|mpe?g|ts|flv|wmv|3gp)([?#].*)?\Z")
 MEDIA_FILE = re.compile(
@@ -158,6 +161,12 @@ def plain_item(item: dict) -> tuple[dict, list[str]]:
         if isinstance(plain[key], str) and NUMBER.fullmatch(plain[key]):
             plain[key] = float(plain[key]) if "." in plain[key] else int(plain[key])
     return plain, unused
+
+
+def clocks_of(items: list[dict]) -> frozenset[str]:
+    """The names of the keys of images and videos that say when frames were taken: without effect on a model that has no
+    clock."""
+    return frozenset(f"content[].{key}" for item in items for key in CLOCK_KEYS if key in item)
 
 
 def is_video_file(value: object) -> bool:

@@ -18,7 +18,6 @@ from typing import NoReturn
 
 from util.data.lines import DataError
 
-DEFAULT_SYSTEM = "You are a helpful assistant."  # what Qwen2-VL's chat template writes where there is no system message
 CALL = "<tool_call>\n", "\n</tool_call>"
 RESPONSE = "<tool_response>\n", "\n</tool_response>"
 # Models of the family were trained with these words, and servers send them: every character counts.
@@ -41,18 +40,20 @@ A_TOOL = "'tools' is a list of {'type': 'function', 'function': {'name': ..., 'p
 A_CALL = "a tool call is {'type': 'function', 'function': {'name': ..., 'arguments': {...}}}"
 
 
-def turns(entry: dict) -> Iterator[tuple[str, dict]]:
+def turns(entry: dict, default_system: str = "") -> Iterator[tuple[str, dict]]:
     """The messages of an entry as plain ones, each as (the words that name it in an error, `, message 3: `; message).
 
     Messages of role `tool` in a row become one user message. Only what concerns tools is checked here: DataError for
-    tools, calls and results that break a rule.
+    tools, calls and results that break a rule. `default_system`: stands before the tools where the entry has no system
+    message, as the model's own template has it.
     """
     tools = read_tools(entry.get("tools"))
     messages = entry["messages"]
     names = {tool["function"]["name"] for tool in tools}
     system = SYSTEM.format(tools="\n".join(dumps(tool, ": ") for tool in tools)) if tools else ""
     if tools and role_of(messages[0]) != "system":
-        yield ", tools: ", {"role": "system", "content": f"{DEFAULT_SYSTEM}\n\n{system}"}
+        said = f"{default_system}\n\n" if default_system else ""
+        yield ", tools: ", {"role": "system", "content": said + system}
     before: dict = {}
     for from_tools, group in groupby(enumerate(messages), lambda pair: role_of(pair[1]) == "tool"):
         group = list(group)

@@ -46,8 +46,8 @@ def describe(samples, index: int) -> str:
     token = 0
     while token < len(ids):
         if token in media_at:
-            end, (t, h, w, *_), is_video = media_at[token]
-            text = f"<video {t}x{h}x{w}>" if is_video else f"<image {h}x{w}>"
+            end, grid, is_video = media_at[token]
+            text = medium_in_words(grid, is_video)
         else:
             end = token + 1
             while end < len(ids) and end not in media_at and weights[end] == weights[token]:
@@ -56,6 +56,14 @@ def describe(samples, index: int) -> str:
         lines.append(one_piece(text, weights[token].item(), positions[:, token].tolist()))
         token = end
     return "\n".join(lines)
+
+
+def medium_in_words(grid, is_video: bool) -> str:
+    """`<image 24x36>`, `<video 4x24x36>`, and of a video whose time axis goes on in other steps than 1 their size."""
+    if not is_video:
+        return f"<image {grid.h}x{grid.w}>"
+    step = "" if grid.step == 1 else f", {grid.step:.2f} steps of time a pair of frames"
+    return f"<video {grid.t}x{grid.h}x{grid.w}{step}>"
 
 
 def media_in_words(item: dict) -> str:
