@@ -578,8 +578,8 @@ CLIPS = [(4, 480, 640), (6, 360, 640), (2, 720, 1280), (12, 480, 360)]
 @pytest.mark.parametrize("limits", BUDGETS.values(), ids=BUDGETS)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_plain_transformers_resizes_as_training_did(model_type, limits, tokenizer, tmp_path):
-    """By the processors of a saved folder. Not equal, and said in docs/data.md: frames that are enlarged to the fewest
-    pixels (Qwen3-VL's processor has none of a frame), and videos that --video_max_tokens cuts (Qwen2-VL, Qwen2.5-VL)."""
+    """By the processors of a saved folder. Not equal, and said in docs/data.md: videos that --video_max_tokens cuts
+    (Qwen2-VL, Qwen2.5-VL), and frames that are enlarged (Qwen3-VL), of which there is none here."""
     budget = Budget(**limits, model_type=model_type)
     processor = families.processor_of(model_type, tokenizer)
     set_budget(processor, budget)
@@ -590,17 +590,18 @@ def test_plain_transformers_resizes_as_training_did(model_type, limits, tokenize
         image = Image.new("RGB", (width, height))
         theirs = saved.image_processor([image], return_tensors="pt", **RESIZED)["image_grid_thw"][0].tolist()
         assert theirs == list(plain_image_grid({}, height, width, budget)[:3]), (height, width)
-    compared = 0
+    fewest = budget.pixels(FRAME_TOKENS)[0]
     for frames, height, width in CLIPS:
         (new_height, new_width), is_cut = frame_size({}, height, width, frames, budget)
-        is_enlarged = height * width < budget.pixels(FRAME_TOKENS)[0]
-        if is_enlarged if model_type == "qwen3_vl" else is_cut:
-            continue
         video = torch.zeros(1, 3, height, width, dtype=torch.uint8).expand(frames, -1, -1, -1)
         theirs = saved.video_processor([video], return_tensors="pt", do_sample_frames=False, **RESIZED)
-        assert theirs["video_grid_thw"][0].tolist() == [frames // 2, new_height // patch, new_width // patch]
-        compared += 1
-    assert compared > 1
+        t, h, w = theirs["video_grid_thw"][0].tolist()
+        gap = max(abs(h - new_height // patch), abs(w - new_width // patch)) // 2  # in tokens
+        assert t == frames // 2
+        if model_type == "qwen3_vl" or not is_cut:
+            assert gap == 0, (frames, height, width)
+        elif budget.video_max_tokens * budget.token_pixels * 2 // frames >= 1.05 * fewest:
+            assert gap <= 3, (frames, height, width)
 
 
 def test_qwen3_vls_processor_chooses_as_many_frames_as_training_did(tokenizer, tmp_path):

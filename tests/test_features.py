@@ -223,7 +223,9 @@ WITH_WINDOWS = [("tower", "qwen2_5_vl"), ("tower and merger", "qwen2_5_vl")]
 @pytest.mark.parametrize(("name", "model_type"), [*[(name, "qwen2_vl") for name in FROZEN], *WITH_WINDOWS])
 def test_any_part_of_a_batch_may_be_kept(name, model_type, data, path_of, tmp_path):
     """Loss and gradients are the same whichever of the media are kept; with other features they are not."""
-    larger = {"min_pixels": 60 * 784} if model_type == "qwen2_5_vl" else {}  # so that there are several windows
+    larger = (
+        {"min_pixels": 60 * 784, "max_pixels": 100 * 784} if model_type == "qwen2_5_vl" else {}
+    )  # so that there are several windows
     model, reader, config, processor = built(path_of(model_type), tmp_path, **larger, **FROZEN[name][0])
     samples = Samples(Examples([str(data)], processor), processor, Budget.of(config, model_type), reader)
     computed = [samples[number] for number in range(6)]
