@@ -74,6 +74,7 @@ def data(tmp_path_factory, picture, write_video) -> Path:
 
 
 MEDIA = 6  # different ones in it
+HEADER = 68  # bytes of an entry before its rows
 BOTH = {"freeze": ["vision", "merger"]}
 
 
@@ -153,7 +154,7 @@ def test_from_the_second_epoch_on_the_tower_does_not_run(name, data, tiny_path, 
     config = load_config(str(tiny_path))
     width = config.text_config.hidden_size if are_tokens else config.vision_config.embed_dim * 4
     once = patches_of_epoch // 4 - 12 - 10  # tokens without the second look at images 0 and 1
-    assert sum(path.stat().st_size - 64 for path in files) == once * width * 8
+    assert sum(path.stat().st_size - HEADER for path in files) == once * width * 8
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -223,7 +224,9 @@ WITH_WINDOWS = [("tower", "qwen2_5_vl"), ("tower and merger", "qwen2_5_vl")]
 @pytest.mark.parametrize(("name", "model_type"), [*[(name, "qwen2_vl") for name in FROZEN], *WITH_WINDOWS])
 def test_any_part_of_a_batch_may_be_kept(name, model_type, data, path_of, tmp_path):
     """Loss and gradients are the same whichever of the media are kept; with other features they are not."""
-    larger = {"min_pixels": 60 * 784} if model_type == "qwen2_5_vl" else {}  # so that there are several windows
+    larger = (
+        {"min_pixels": 60 * 784, "max_pixels": 100 * 784} if model_type == "qwen2_5_vl" else {}
+    )  # so that there are several windows
     model, reader, config, processor = built(path_of(model_type), tmp_path, **larger, **FROZEN[name][0])
     samples = Samples(Examples([str(data)], processor), processor, Budget.of(config, model_type), reader)
     computed = [samples[number] for number in range(6)]
@@ -341,7 +344,7 @@ def test_features_that_are_not_those_of_the_model_are_seen(first_run, cache, dat
     """A planted fault: zeros under the names of the right entries. What compares runs above would find it."""
     for path in entries(cache):
         content = bytearray(path.read_bytes())
-        content[64:] = bytes(len(content) - 64)
+        content[HEADER:] = bytes(len(content) - HEADER)
         put_right(path, content)
     stale = run(tiny_path, data, tmp_path / "run", cache_dir=str(cache), **BOTH)
     with pytest.raises(AssertionError):
@@ -350,8 +353,8 @@ def test_features_that_are_not_those_of_the_model_are_seen(first_run, cache, dat
 
 def put_right(path: Path, content: bytearray) -> None:
     """Write an entry with its checksums made anew: of the rows in bytes 56 to 59, of the header in the first four."""
-    content[56:60] = zlib.crc32(content[64:]).to_bytes(4, "little")
-    content[:4] = zlib.crc32(content[4:64] + path.stem.encode()).to_bytes(4, "little")
+    content[56:60] = zlib.crc32(content[HEADER:]).to_bytes(4, "little")
+    content[:4] = zlib.crc32(content[4:HEADER] + path.stem.encode()).to_bytes(4, "little")
     path.write_bytes(content)
 
 
@@ -481,7 +484,7 @@ def test_rows_come_back_as_they_were(dtype, tmp_path):
 def test_a_damaged_entry_is_said_and_made_anew(first_run, cache, data, tiny_path, tmp_path):
     for number, path in enumerate(entries(cache)):
         content = bytearray(path.read_bytes())
-        content[(5, 40, 64, -1, 300, 63)[number]] ^= 1
+        content[(5, 40, HEADER, -1, 300, HEADER - 1)[number]] ^= 1
         path.write_bytes(content[: len(content) - number // 4])
     with pytest.warns(RuntimeWarning, match="damaged entry.*goes on and computes what is not kept"):
         kept = run(tiny_path, data, tmp_path / "run", cache_dir=str(cache), **BOTH)
@@ -503,7 +506,7 @@ def test_without_room_training_goes_on(first_run, data, tiny_path, tmp_path):
 
 def test_what_this_run_uses_is_not_pushed_out(tmp_path):
     """Of a folder that holds ten, five are of an earlier run: they go, and then as many stay as there is room for."""
-    size = (400 * 64 * 4 + 64) * 10.01 / 2**30
+    size = (400 * 64 * 4 + HEADER) * 10.01 / 2**30
     take(opened(tmp_path, size), range(5))
     for path in entries(tmp_path):
         os.utime(path, (0, 0))

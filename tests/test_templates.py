@@ -146,7 +146,7 @@ def test_words_that_are_added_and_not_special_are_text(any_processor, folder):
     assert conversation.control_tokens(processor) == conversation.control_tokens(any_processor)
     samples = samples_of(folder, EPISODES["two calls"], processor, "qwen3_vl")
     ids = samples[0].encoded.input_ids
-    assert ids.count(processor.tokenizer.convert_tokens_to_ids("<tool_call>")) == 3, "one in the system's words"
+    assert ids.count(processor.tokenizer.convert_tokens_to_ids("<tool_call>")) == 4, "two in the system's words"
 
 
 # ---- templates that ask otherwise than they write --------------------------------------------------------------------

@@ -57,14 +57,19 @@ def check_messages(
             checked[-1] |= weights.of_answer(message, sample_weight, where)
         kinds.update(item["type"] for item in items)
         length += len(text_of(items))
+    check_whole(checked, length)
+    if len(entry) > 1 and kinds.isdisjoint(KINDS):
+        keys.check_no_media_beside(entry)
+    return checked
+
+
+def check_whole(checked: list[dict], length: int) -> None:
+    """DataError for a conversation of which nothing is learned, or with too many characters of text (`length`)."""
     if checked[-1]["role"] != "assistant":
         raise DataError(f": ends with a {checked[-1]['role']} message, so nothing is supervised; add the answer")
     weights.check_any_learned(checked)
     if length > MOST_TEXT:
         raise DataError(f": {length:,} characters of text, above {MOST_TEXT:,}; make several samples of it", "too long")
-    if len(entry) > 1 and kinds.isdisjoint(KINDS):
-        keys.check_no_media_beside(entry)
-    return checked
 
 
 def check_keys_of(entry: dict, unused: set[str]) -> None:

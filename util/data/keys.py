@@ -166,7 +166,10 @@ def plain_item(item: dict) -> tuple[dict, list[str]]:
 def clocks_of(items: list[dict]) -> frozenset[str]:
     """The names of the keys of images and videos that say when frames were taken: without effect on a model that has no
     clock."""
-    return frozenset(f"content[].{key}" for item in items for key in CLOCK_KEYS if key in item)
+    found: set[str] = set()
+    for item in items:
+        found |= {f"content[].{key}" for key in CLOCK_KEYS if key in item}
+    return frozenset(found)
 
 
 def is_video_file(value: object) -> bool:
