@@ -25,6 +25,7 @@ from util.dataset import load_examples
 from util.family import FAMILIES, new_model
 from util.model import load_config, load_processor, load_weights
 from util.publish.export import export
+from util.publish.hub_files import family_tag
 from util.publish.merge_lora import merge_run
 from util.publish.published_files import published_config
 from util.results import evaluate
@@ -301,6 +302,7 @@ def test_the_small_files_are_those_of_the_published_repository(run, base, model_
     names = {path.name for path in run.iterdir()}
     assert {"chat_template.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt"} <= names
     assert ("video_preprocessor_config.json" in names) == (model_type == "qwen3_vl")
+    assert family_tag(run) == model_type, "by it the hub finds what can run the model"
     if model_type == "qwen2_5_vl":
         assert image["processor_class"] == "Qwen2_5_VLProcessor"
         assert config["rope_scaling"] == {"type": "mrope", "mrope_section": [4, 6, 6]}
