@@ -5,28 +5,36 @@ tensors, and the parameters that the hub tells of the published models.
 """
 
 import copy
+import json
+import re
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import finetune
+from tests import runs
 from tests.official import official_config
 from tests.test_memory import kept_for_backward
+from util import log
+from util.__main__ import main as command
 from util.collator import Collator
 from util.config import Config
 from util.conversation import Encoded
 from util.cost import fastest, flops, layouts
 from util.cost.activations import kept_by
 from util.cost.sizes import Finding, Sizes
-from util.dataset import Sample, Size
+from util.dataset import Sample, Samples, Size, load_examples
 from util.family import FAMILIES, new_model, window_squares
 from util.frozen import feature_bytes
 from util.model import load_config, load_processor, prepare_model
 from util.tiny_model import make_tiny_model
-from util.vision import Grid, Medium
+from util.vision import Budget, Grid, Medium
 
 CPU = torch.device("cpu")
 IMAGE = Grid(1, 10, 28)  # 5 x 14 tokens: windows of 4 x 4 are cut at both edges
@@ -77,29 +85,44 @@ def sample_of(model_type: str, grids: list[tuple[Grid, bool]]) -> tuple[Sample, 
 MEDIA = {"text": [], "image": [(IMAGE, False)], "video": [(VIDEO, True)]}
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_work_is_what_torch_counts(model_type, tiny):
-    """Every product of a forward pass. torch counts causal attention as if each token saw all: twice what is counted
-    here. Of an image's patches one frame is multiplied, where a video's two are counted for both."""
-    path = str(tiny(model_type))
-    config = load_config(path)
+def counted_and_forecast(model_type: str, path: str) -> dict[str, tuple[int, float]]:
+    """Operations of a forward pass over each of MEDIA, as torch counts them and as cost/flops.py does.
+
+    torch counts causal attention as if each token saw all: twice what is counted here. Of an image's patches one frame
+    is multiplied, where a video's two are counted for both.
+    """
     processor = load_processor(path)
-    model = prepare_model(new_model(config), Config(device="cpu", dtype="float32"), processor, CPU).eval()
-    collate = Collator(model_type)
-    wrong = {}
+    settings = Config(device="cpu", dtype="float32")
+    model = prepare_model(new_model(load_config(path)), settings, processor, CPU).eval()
+    config = load_config(path)
+    width = config.vision_config.embed_dim if model_type == "qwen2_vl" else config.vision_config.hidden_size
+    found = {}
     for name, media in MEDIA.items():
         sample, size = sample_of(model_type, media)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(collate([sample]))
-        work = flops.forward_flops(config, size)
-        expected = sum(work.values()) + flops.attention_flops(config, size)
+        # of a CPU's own attention torch counts nothing, of the one that is written out its two products
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(Collator(model_type)([sample]))
+        work = sum(flops.forward_flops(config, size).values()) + flops.attention_flops(config, size)
         if name == "image":
-            tower = config.vision_config
-            width = tower.embed_dim if model_type == "qwen2_vl" else tower.hidden_size
-            expected -= 2 * 3 * tower.patch_size**2 * width * IMAGE.patches
-        if counter.get_total_flops() != expected:
-            wrong[name] = (counter.get_total_flops(), expected)
+            work -= 2 * 3 * config.vision_config.patch_size**2 * width * IMAGE.patches
+        found[name] = (counter.get_total_flops(), work)
+    return found
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_work_is_what_torch_counts(model_type, tiny):
+    """Every product of text alone, of an image and of a video, windows that are cut at both edges included."""
+    found = counted_and_forecast(model_type, str(tiny(model_type)))
+    wrong = {name: pair for name, pair in found.items() if pair[0] != pair[1]}
     assert not wrong, "(counted by torch, by cost/flops.py)"
+
+
+def test_blocks_that_are_said_to_see_more_than_their_windows_would_be_seen(tiny, monkeypatch):
+    monkeypatch.setattr(flops, "whole_blocks", lambda tower: tower.depth)
+    found = counted_and_forecast("qwen2_5_vl", str(tiny("qwen2_5_vl")))
+    assert found["text"][0] == found["text"][1]
+    assert found["image"][0] < found["image"][1]
+    assert found["video"][0] < found["video"][1]
 
 
 def test_work_of_the_published_ones_by_hand():
@@ -194,3 +217,48 @@ def test_windows_choose_a_kernel_of_their_own():
         "language model",
     ]
     assert fastest.parts_of(official_config("qwen3_4b"), Config())[1].width == 128
+
+
+# ---- through the command line ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_picture(tmp_path_factory) -> str:
+    """A data file with one sample of one image, 10 x 14 tokens of any family after resizing."""
+    folder = tmp_path_factory.mktemp("data")
+    Image.new("RGB", (14 * 32, 10 * 32), "red").save(folder / "red.png")
+    content = [{"type": "image", "image": "red.png", "resized_height": 320, "resized_width": 448}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "a red square"}]
+    (folder / "data.json").write_text(json.dumps([{"messages": messages}]))
+    return str(folder / "data.json")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_run_says_and_logs_the_work_of_its_parts(model_type, tiny, one_picture, tmp_path, capsys, monkeypatch):
+    """Four times the same sample in each step: its work is known, and what part of the time it took, too."""
+    monkeypatch.setattr(log.flops, "peak_flops", lambda device: 1e9)
+    path = str(tiny(model_type))
+    own = {"data": [f"{one_picture}*8"], "max_steps": 2, "global_batch_size": 4, "max_pixels": None}
+    config = Config(**runs.settings(path, tmp_path / "run", memory_budget="4GiB", **own))
+    finetune.train(config)
+    said = capsys.readouterr().out
+    budget = Budget.of(config, model_type)
+    samples = Samples(load_examples([one_picture], load_processor(path)), load_processor(path), budget)
+    forward = flops.forward_flops(load_config(path), samples.size(0))
+    total = sum(forward.values())
+    (told,) = re.findall(r"^ *work  (.*)$", said, re.MULTILINE)
+    assert f"{100 * forward['merger'] / total:.0f} % merger" in told
+    for line in runs.log(tmp_path / "run"):
+        if "loss" not in line:
+            continue
+        for part in forward:
+            assert line[f"flops_{part}"] == pytest.approx(forward[part] / total, abs=1e-3), part
+        assert line["mfu"] == pytest.approx(4 * 3 * total / line["step_seconds"] / 1e9, rel=0.02)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
+def test_check_forecasts_and_lays_out(model_type, tiny, one_picture, capsys):
+    command(["check", f"{one_picture}*8", "--model", str(tiny(model_type)), "--gpus", "2", "--global_batch_size", "8"])
+    said = capsys.readouterr().out
+    assert "training data" in said
+    assert re.search(r"^  layout +\w+ 2, ", said, re.MULTILINE), said

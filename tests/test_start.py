@@ -185,7 +185,7 @@ def test_columns_are_taken_and_joined_as_lists_are():
     assert list(Sizes(Table.joined([table, table.take(np.array([3]))]))) == [*sizes, sizes[3]]
     columns = Sizes(table).columns()
     for number, size in enumerate(sizes):
-        of_one = (size.tokens, size.supervised, size.patches, size.squares)
+        of_one = (size.tokens, size.supervised, size.patches, size.squares, size.window_squares)
         assert tuple(column[number] for column in columns) == of_one
 
 

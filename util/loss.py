@@ -152,8 +152,8 @@ class PackedLoss(nn.Module):
         visual = self.model.model.visual
         hidden = self.embed_patches(batch.image_patches, batch.video_patches)  # (P, tower's width)
         if hasattr(visual, "pos_embed"):  # Qwen3-VL has learned positions, too
-            pictures = batch.grid_thw.prod(1)
-            sizes = batch.grid_thw[:, 1:].repeat_interleave(pictures, dim=0, output_size=len(hidden))
+            t, h, w = batch.grid_thw.unbind(1)  # for `prod` CUDA would compile a kernel at run time
+            sizes = batch.grid_thw[:, 1:].repeat_interleave(t * h * w, dim=0, output_size=len(hidden))
             learned = family.stretched(visual.pos_embed, batch.vision_position_ids, sizes)
             hidden = hidden + learned.to(hidden.dtype)
         # 2D rotary embedding: half of the angles from the patch's row, half from its column

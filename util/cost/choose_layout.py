@@ -18,6 +18,7 @@ from util.cost.flops import part_factors
 from util.cost.layouts import Shape, Weights, cut_stages, layers_with_the_tower, stage_forecast
 from util.cost.links import Hardware
 from util.cost.memory import GIB, Forecast, parts_in_words
+from util.cost.shapes import shapes_of
 from util.cost.step_time import Course, StepTime, step_seconds
 from util.cost.work import Workload
 
@@ -101,14 +102,15 @@ class Search:
         return [size for size in possible if size == getattr(self.config, name)]
 
     def tensor_sizes(self) -> list[int]:
-        """Those that leave every rank whole heads, its key-value heads among them, and stay within a machine."""
+        """Those that leave every rank whole heads, key-value heads among them, and equal parts of the MLPs, and stay
+        within a machine."""
         text, tower = self.model_config.text_config, self.model_config.vision_config
         if self.has_adapters():
             return [1]
         # whatever divides all of these, and the GPUs: their greatest common divisor's divisors
-        common = math.gcd(
-            text.num_key_value_heads, text.num_attention_heads, tower.num_heads, text.intermediate_size, self.gpus
-        )
+        shapes = shapes_of(self.model_config)
+        heads = math.gcd(text.num_key_value_heads, text.num_attention_heads, tower.num_heads)
+        common = math.gcd(heads, shapes.layer.inner, shapes.block.inner, self.gpus)
         return [size for size in divisors(common) if self.hardware.machine % size == 0]
 
     def most_stages(self) -> int:

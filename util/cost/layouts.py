@@ -285,11 +285,16 @@ def in_flight(stage: int, stages: int, rows: int) -> int:
 def config_of_stage(model_config, layer_count: int, is_last: bool, tensor: int):
     """What the forecast asks of a config, for what one rank of a stage has of the model: so many layers, and a part of
     the head's vocabulary, or none."""
-    own = copy.copy(model_config)
-    own.text_config = text = copy.copy(model_config.text_config)
-    text.num_hidden_layers = layer_count
-    text.vocab_size = -(-text.vocab_size // tensor) if is_last else 0
-    return own
+    vocabulary = -(-model_config.text_config.vocab_size // tensor) if is_last else 0
+    text = changed_copy(model_config.text_config, num_hidden_layers=layer_count, vocab_size=vocabulary)
+    return changed_copy(model_config, text_config=text)
+
+
+def changed_copy(config, **changes):
+    """A config of transformers with some values changed, and none of them checked: thousands are made."""
+    made = object.__new__(type(config))
+    vars(made).update(vars(config) | changes)
+    return made
 
 
 def stage_forecast(

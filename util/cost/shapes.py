@@ -16,6 +16,7 @@ from util.family import new_model
 from util.packed_layers import LAYER, Kind, kind_of_block
 
 KNOWN: dict[tuple, "Shapes"] = {}  # by all that they follow from: see key_of
+UNASKED = ("num_hidden_layers", "depth", "vocab_size")  # what a stage of a pipeline has of its own (layouts.py)
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,21 @@ class Shapes:
 def shapes_of(model_config: Any) -> Shapes:
     key = key_of(model_config)
     if key not in KNOWN:
-        KNOWN[key] = looked_at(one_of_each(model_config))
+        text = copy.copy(model_config.text_config)
+        text.vocab_size, text.pad_token_id = 1, None  # of what is asked here nothing depends on it
+        asked = copy.copy(model_config)
+        asked.text_config = text
+        KNOWN[key] = looked_at(one_of_each(asked))
     return KNOWN[key]
 
 
 def key_of(model_config: Any) -> tuple:
-    """All numbers of a config. The config itself cannot be a key: it may change, and has no hash."""
-    found: list[object] = [model_config.model_type]
+    """All of a config that shapes follow from. The config itself cannot be a key: it may change, and has no hash."""
+    found: list[object] = [model_config.model_type, number_of_deeper(model_config)]
     for part in (model_config.text_config, model_config.vision_config):
-        found += [value for value in vars(part).values() if isinstance(value, int | float | str)]
-    return *found, number_of_deeper(model_config)
+        facts = vars(part).items()
+        found += [value for name, value in facts if isinstance(value, int | float | str) and name not in UNASKED]
+    return tuple(found)
 
 
 def number_of_deeper(model_config: Any) -> int:
@@ -84,6 +90,8 @@ def one_of_each(model_config: Any) -> Any:
     small.text_config.num_hidden_layers = small.vision_config.depth = 1
     if hasattr(small.text_config, "layer_types"):
         small.text_config.layer_types = small.text_config.layer_types[:1]
+    for part in (small, small.text_config, small.vision_config):
+        part._attn_implementation = "sdpa"  # that of a model in training is known to its layers alone
     with torch.device("meta"):
         return new_model(small)
 
@@ -93,14 +101,16 @@ def looked_at(model: Any) -> Shapes:
     block = tower.blocks[0]
     layer = model.model.language_model.layers[0]
     mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
-    merging = [matrices_of(merger).values() for merger in mergers]
+    merging: list[tuple[int, int]] = []
+    for merger in mergers:
+        merging += matrices_of(merger).values()
     attention = layer.self_attn
     return Shapes(
         block=repeated(block, kind_of_block(block), block.attn.proj.in_features, block.attn.proj.in_features),
         layer=repeated(layer, LAYER, attention.q_proj.out_features, attention.k_proj.out_features),
         pixels=math.prod(tower.patch_embed.proj.weight.shape[1:]),
         mergers=len(mergers),
-        merger_weights=sum(inputs * outputs for matrices in merging for inputs, outputs in matrices),
+        merger_weights=sum(inputs * outputs for inputs, outputs in merging),
     )
 
 
