@@ -28,6 +28,7 @@ from util.publish.export import export
 from util.publish.hub_files import family_tag
 from util.publish.merge_lora import merge_run
 from util.publish.published_files import published_config
+from util.publish.save_model import write_published
 from util.results import evaluate
 from util.results.evaluate import Answerer, QuestionSamples, questions_of
 from util.tiny_model import make_tiny_model
@@ -331,6 +332,16 @@ def test_the_small_files_are_those_of_the_published_repository(run, base, model_
     assert {key: rope[key] for key in theirs["text_config"]["rope_parameters"]} == theirs["text_config"][
         "rope_parameters"
     ]
+
+
+def test_what_is_written_is_still_there(base, tmp_path):
+    """A save that fails is tried again with the same weights. An exported model was made here and not opened:
+    transformers then takes what it has written out of what it is given."""
+    model = new_model(load_config(str(base)))
+    weights = dict(model.named_parameters())
+    names = set(weights)
+    write_published(model, weights, load_processor(str(base)), tmp_path)
+    assert set(weights) == names
 
 
 # ---- adapters -------------------------------------------------------------------------------------------------------
