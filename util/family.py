@@ -9,6 +9,7 @@ tower and the layers do with them, their own modules say (loss.py, packed_layers
     Qwen3-VL     patches of 16 pixels; each pair of frames has its time in words before it        arXiv 2511.21631
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,10 +118,17 @@ def problem_of(config: Any) -> str:
 
 
 def new_model(config: Any) -> Any:
-    """A model of a config, its weights random; under `torch.device("meta")` without memory for them."""
+    """A model of a config, its weights random; under `torch.device("meta")` without memory for them.
+
+    It has a config of its own. `config` may be that of a model which is prepared for training, whose attention
+    (util/attention.py) transformers would look for on the hub.
+    """
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # takes seconds, which data workers need not spend
 
-    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
+    own = copy.deepcopy(config)
+    for part in (own, own.text_config, own.vision_config):
+        part._attn_implementation = "sdpa"
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(own)](own)
 
 
 def window_order(t: int, h: int, w: int, side: int) -> tuple[torch.Tensor, list[int]]:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -351,6 +352,25 @@ def whole_weights(packed: PackedLoss):
             unit.reshard()
             is_root = isinstance(unit, PackedLoss)
             unit.set_reshard_after_forward(packed.reshard_after_forward and not is_root, recurse=False)
+        forget_forward_passes(packed)
+
+
+def forget_forward_passes(packed: nn.Module) -> None:
+    """Let the next backward pass gather weights ahead by its own forward pass alone.
+
+    FSDP2 notes the order in which layers run, to gather the one before while one has its backward pass, and forgets it
+    when a backward pass is through. Forward passes that have none, as those of an evaluation, stay noted. Where they
+    differ between ranks, as the answers do that each one writes, the ranks would then gather different layers at the
+    same time and wait for each other without end. Torch has no function for it (2.11 to 2.14).
+    """
+    for unit in packed.modules():
+        if not isinstance(unit, FSDPModule):
+            continue
+        state: Any = unit._get_fsdp_state()
+        state._comm_ctx.post_forward_order.clear()
+        groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+        for group in filter(None, groups):
+            group._post_forward_indices.clear()
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -20,7 +20,6 @@ receive. A row travels while the one before it is worked on.
 Letters in shapes: T tokens of a row, D the hidden size, S supervised tokens.
 """
 
-import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from torch import nn
 
 from util import ranks
 from util.collator import Batch
+from util.family import new_model
 from util.loss import PackedLoss
 from util.optimizer import total_norm
 from util.parallel.layout import Layout
@@ -256,11 +256,8 @@ class StageLoss(PackedLoss):
 
     def whole_form(self) -> Any:
         """The modules of all stages, without memory for weights."""
-        config = copy.deepcopy(self.model.config)
-        for part in (config, config.text_config, config.vision_config):
-            part._attn_implementation = "sdpa"  # transformers would look for the packed one on the hub
         with torch.device("meta"):
-            whole = type(self.model)(config)
+            whole = new_model(self.model.config)
         whole.generation_config = self.model.generation_config
         return whole
 

@@ -27,7 +27,7 @@ from util.data.media import MediaReader
 from util.dataset import Example, Examples, Sample, Samples
 from util.guard import Stopped, StopSignal
 from util.loss import PackedLoss
-from util.model import choose_attention, load_weights, pack_layers, set_attention, whole_weights
+from util.model import choose_attention, forget_forward_passes, load_weights, pack_layers, set_attention, whole_weights
 from util.passes import batch_halves, in_halves, in_parts
 from util.results.answer_files import Answer
 from util.results.metrics import several_kinds, summarise
@@ -60,6 +60,7 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch], device: torch.devi
                 sums += of_part
             counts.update(batch.counts)
     model.train()
+    forget_forward_passes(model)
     return {"loss_sum": sums[0].item(), "likeliest_tokens": round(sums[1].item()), **counts}
 
 
