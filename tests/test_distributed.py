@@ -93,6 +93,8 @@ CASES = {
         "eval_every": 2,
         "eval_samples": 2,
     },
+    # One question: one rank answers, and the other has other forward passes behind it when training goes on.
+    "an answer of one rank": {"data": "texts", "eval_data": "texts", "eval_every": 2, "eval_samples": 1},
     "evaluation": {"eval_data": [str(ROOT / "test_data" / "data.json")], "eval_every": 2, "eval_samples": 7},
     "evaluation of the loss, saved": {
         "eval_data": [str(ROOT / "test_data" / "data.json")],
