@@ -448,7 +448,7 @@ def test_the_model_answers_as_plain_transformers(tiny_path, toy):
     model = Qwen2VLForConditionalGeneration.from_pretrained(tiny_path, dtype=torch.float32).eval()
     from util.data.entries import check_messages
 
-    messages = check_messages(sample, [], folder)[:2]
+    messages = check_messages(sample, [], folder, default_system="You are a helpful assistant.")[:2]
     prompt = processor.tokenizer.apply_chat_template(
         messages, chat_template=processor.chat_template, tokenize=False, add_generation_prompt=True
     )

@@ -74,7 +74,7 @@ def data(tmp_path_factory, picture, write_video) -> Path:
 
 
 MEDIA = 6  # different ones in it
-HEADER = 68  # bytes of an entry before its rows
+HEADER = 64  # bytes of an entry before its rows
 BOTH = {"freeze": ["vision", "merger"]}
 
 

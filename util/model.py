@@ -396,9 +396,11 @@ def set_budget(processor, budget: vision.Budget) -> None:
     They are other ones where a processor cannot be told: docs/data.md says where.
     """
     image, video = processor.image_processor, processor.video_processor
-    for part, default in ((image, vision.IMAGE_TOKENS), (video, vision.FRAME_TOKENS)):
-        least, most = budget.pixels(default)
-        part.size = {"shortest_edge": least, "longest_edge": most}
+    least, most = budget.pixels(vision.IMAGE_TOKENS)
+    image.size = {"shortest_edge": least, "longest_edge": most}
+    least, most = budget.pixels(vision.FRAME_TOKENS)
+    # Its cap of a frame is 1.05 times the fewest pixels at least, which must not be above the most.
+    video.size = {"shortest_edge": min(least, math.floor(most / 1.05)), "longest_edge": most}
     video.cap_pixels_per_frame = True  # by what the frames of a video may cost together
     if budget.family.counts_all_frames:
         count_all_frames(video, budget)
