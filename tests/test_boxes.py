@@ -33,8 +33,14 @@ def box(*bbox, **keys) -> dict:
 
 @pytest.fixture
 def folder(tmp_path):
+    return with_images(tmp_path)
+
+
+def with_images(tmp_path):
+    """A folder, in which there are now images of several shapes."""
     Image.new("RGB", (400, 200), "white").save(tmp_path / "wide.png")
     Image.new("RGB", (100, 300), "white").save(tmp_path / "tall.png")
+    Image.new("RGB", (2000, 1000), "white").save(tmp_path / "large.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees to be seen
     Image.new("RGB", (300, 100), "white").save(tmp_path / "sideways.jpg", exif=exif)

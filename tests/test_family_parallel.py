@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 import finetune
 from tests import runs, samples
+from tests.official import official_config
 from tests.runs import metrics, weights
 from tests.test_distributed import gap, same, torchrun
 from util.collator import Collator
@@ -297,14 +298,10 @@ def test_stages_that_leave_too_few_layers_with_the_tower_are_refused_by_name(two
     assert not (two_ranks / "too deep" / "metrics.jsonl").exists()
 
 
-def sizes(depth: int, deepstack: list[int] | None, **text) -> SimpleNamespace:
-    """What a config says of a model's size."""
-    tower = {"num_heads": 16, "intermediate_size": text.pop("inner", 4096)}
-    if deepstack is not None:
-        tower["deepstack_visual_indexes"] = deepstack
-    return SimpleNamespace(
-        text_config=SimpleNamespace(num_hidden_layers=depth, **text), vision_config=SimpleNamespace(**tower)
-    )
+def sizes(depth: int, deepstack: list[int] | None) -> SimpleNamespace:
+    """What a config says of a model's depth."""
+    tower = {} if deepstack is None else {"deepstack_visual_indexes": deepstack}
+    return SimpleNamespace(text_config=SimpleNamespace(num_hidden_layers=depth), vision_config=SimpleNamespace(**tower))
 
 
 def test_the_first_stage_keeps_the_layers_that_visual_tokens_are_added_to():
@@ -321,19 +318,21 @@ def test_the_first_stage_keeps_the_layers_that_visual_tokens_are_added_to():
 
 
 @pytest.mark.parametrize(
-    ("name", "heads", "most", "inner", "of_tower", "vocabulary"),
+    ("size", "heads", "most", "inner", "of_tower", "vocabulary"),
     [
-        ("Qwen2.5-VL 3B", 16, 2, 11008, 3420, 151936),
-        ("Qwen2.5-VL 7B", 28, 4, 18944, 3420, 152064),
-        ("Qwen3-VL 2B", 16, 8, 6144, 4096, 151936),
-        ("Qwen3-VL 4B", 32, 8, 9728, 4096, 151936),
-        ("Qwen3-VL 8B", 32, 8, 12288, 4304, 151936),
+        ("qwen2.5_3b", 16, 2, 11008, 3420, 151936),
+        ("qwen2.5_7b", 28, 4, 18944, 3420, 152064),
+        ("qwen3_2b", 16, 8, 6144, 4096, 151936),
+        ("qwen3_4b", 32, 8, 9728, 4096, 151936),
+        ("qwen3_8b", 32, 8, 12288, 4304, 151936),
     ],
 )
-def test_published_models_are_cut_as_far_as_their_key_value_heads(name, heads, most, inner, of_tower, vocabulary):
+def test_published_models_are_cut_as_far_as_their_key_value_heads(size, heads, most, inner, of_tower, vocabulary):
     """Numbers of their config.json."""
-    text = {"num_attention_heads": heads, "num_key_value_heads": most, "intermediate_size": inner}
-    published = sizes(28, None, **text, vocab_size=vocabulary, inner=of_tower)
+    published = official_config(size)
+    text = published.text_config
+    assert (text.num_attention_heads, text.num_key_value_heads, text.intermediate_size) == (heads, most, inner)
+    assert (published.vision_config.intermediate_size, text.vocab_size) == (of_tower, vocabulary)
     tensor.check_sizes(published, most)
     with pytest.raises(UserError, match=f"--tensor_parallel_size {2 * most} .* {most} key-value heads"):
         tensor.check_sizes(published, 2 * most)

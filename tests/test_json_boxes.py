@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 import finetune
 from tests import runs, warm
 from tests.samples import assistant, entry, text, user
+from tests.test_boxes import SIDEWAYS, TALL, WIDE, box, with_images
 from util.collator import Collator
 from util.command_line import UserError
 from util.config import Config
@@ -29,15 +30,9 @@ from util.results.suited import kind_of_answer
 from util.tiny_model import make_tiny_model
 from util.vision import Budget, box_scale
 
-WIDE = {"type": "image", "image": "wide.png"}  # 400 x 200; Qwen2.5-VL sees 392 x 196
-TALL = {"type": "image", "image": "tall.png"}  # 100 x 300; Qwen2.5-VL sees 112 x 308
-SIDEWAYS = {"type": "image", "image": "sideways.jpg"}  # stored 300 x 100, seen 100 x 300
+# Of the images of test_boxes.py Qwen2.5-VL sees WIDE as 392 x 196 and TALL as 112 x 308.
 LARGE = {"type": "image", "image": "large.png"}  # 2000 x 1000
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-
-
-def box(*bbox, **keys) -> dict:
-    return {"type": "box", "bbox": list(bbox), **keys}
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +49,7 @@ def processors(models):
 
 @pytest.fixture
 def folder(tmp_path):
-    Image.new("RGB", (400, 200), "white").save(tmp_path / "wide.png")
-    Image.new("RGB", (100, 300), "white").save(tmp_path / "tall.png")
-    Image.new("RGB", (2000, 1000), "white").save(tmp_path / "large.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees to be seen
-    Image.new("RGB", (300, 100), "white").save(tmp_path / "sideways.jpg", exif=exif)
-    return tmp_path
+    return with_images(tmp_path)
 
 
 @pytest.fixture

@@ -64,6 +64,7 @@ FAMILIES = {
     ),
 }
 QWEN2_VL = "qwen2_vl"
+KNOWN: dict[str, Any] = {}  # by what they are made from: see known_model
 WINDOW = max(family.window for family in FAMILIES.values())  # of those that have windows all are of one side
 
 # What people may try instead, and why it is not trained here.
@@ -118,7 +119,7 @@ def problem_of(config: Any) -> str:
 
 
 def new_model(config: Any) -> Any:
-    """A model of a config, its weights random; under `torch.device("meta")` without memory for them.
+    """A model of a config, its weights random.
 
     It has a config of its own. `config` may be that of a model which is prepared for training, whose attention
     (util/attention.py) transformers would look for on the hub.
@@ -129,6 +130,22 @@ def new_model(config: Any) -> Any:
     for part in (own, own.text_config, own.vision_config):
         part._attn_implementation = "sdpa"
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(own)](own)
+
+
+def bare_model(config: Any) -> Any:
+    """The same without memory for weights."""
+    with torch.device("meta"):
+        return new_model(config)
+
+
+def known_model(config: Any) -> Any:
+    """The same, made once for all who only look at it: its modules and parameters are not to be changed."""
+    # All that its modules are made from. A config cannot be a key: it has no hash, and may change.
+    parts = config.text_config, config.vision_config
+    key = f"{config.model_type} {config.tie_word_embeddings} {[vars(part) for part in parts]}"
+    if key not in KNOWN:
+        KNOWN[key] = bare_model(config)
+    return KNOWN[key]
 
 
 def window_order(t: int, h: int, w: int, side: int) -> tuple[torch.Tensor, list[int]]:

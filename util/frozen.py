@@ -51,9 +51,8 @@ def has_deepstack(model_config) -> bool:
 
 def keep_features(model: PackedLoss, reader: MediaReader, config: Config) -> None:
     """From now on what a frozen tower gives is kept in `--cache_dir`, and taken from there. All ranks must call."""
-    if not is_asked_for(config) or not (parts := kept_part(config, model.model.config)):
+    if reader.features is None or not (parts := kept_part(config, model.model.config)):
         return
-    assert reader.features is not None
     reader.features.open(identity(model, parts))
     model.kept = FeatureWriter(reader.features, after_merger="merger" in parts)
 

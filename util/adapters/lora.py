@@ -22,7 +22,6 @@ NF4_GROUP = 256  # scales that share a scale of their own, as the scales are qua
 # How the names of a part's linear layers begin, and how they may end. The mergers' begin as the blocks' beside them do.
 PLACES = {"vision": "model.visual.blocks.", "merger": "model.visual.", "language_model": "model.language_model.layers."}
 ENDS: dict[str, tuple[str, ...]] = {**VISION_TARGETS, "language_model": Target.__args__}
-KNOWN: dict[str, list["Linear"]] = {}  # by what a model's modules are made from: see linear_modules_of
 
 
 # ---- counting -------------------------------------------------------------------------------------------------------
@@ -52,25 +51,13 @@ def linear_modules(model) -> list[Linear]:
     return found
 
 
-def linear_modules_of(model_config) -> list[Linear]:
-    """The same of a model that is not loaded: of its modules without memory for weights, which are made once."""
-    import torch
-
-    # All that its modules are made from. A config cannot be a key: it has no hash, and may change.
-    key = f"{model_config.model_type} {vars(model_config.text_config)} {vars(model_config.vision_config)}"
-    if key not in KNOWN:
-        with torch.device("meta"):
-            KNOWN[key] = linear_modules(family.new_model(model_config))
-    return KNOWN[key]
-
-
 def linear_layers(model_config) -> dict[str, dict[str, tuple[int, int, int]]]:
     """(inputs, outputs, how many) of the linear layers that can have adapters, by part and by the end of their names.
 
     Layers of one end in one part have one shape: of Qwen3-VL's mergers there are several.
     """
     found: dict[str, dict[str, tuple[int, int, int]]] = {part: {} for part in PLACES}
-    for linear in linear_modules_of(model_config):
+    for linear in linear_modules(family.known_model(model_config)):
         _, _, before = found[linear.part].get(linear.end, (0, 0, 0))
         found[linear.part][linear.end] = (linear.inputs, linear.outputs, before + 1)
     return found

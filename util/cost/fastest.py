@@ -23,16 +23,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from util import ranks
+from util import collator, ranks
 from util.config import Config
 from util.cost import kept_sizes
 from util.cost.shapes import head_width, shapes_of, whole_blocks
 from util.cost.sizes import Sizes
-from util.family import WINDOW, window_order
+from util.family import FAMILIES, Family
 from util.kernels import packed, rule
 from util.model import choose_attention
 from util.steps import Steps
-from util.vision import MERGE
 
 FOLDER = "attention"
 SECONDS = 3.0  # that measuring may take, about; kinds of lengths that are left then go by the rule
@@ -133,9 +132,10 @@ def parts_of(model_config, config: Config) -> list[Part]:
     of_tower = {"heads": heads, "shared": heads, "causal": False}
     of_tower["width"] = shapes_of(model_config).block.queries // tower.num_heads
     whole = whole_blocks(tower)
+    family = FAMILIES[model_config.model_type]
     parts = [
         Part("tower", whole, lengths=patches_of, **of_tower),
-        Part("tower's windows", tower.depth - whole, lengths=windows_of, **of_tower),
+        Part("tower's windows", tower.depth - whole, lengths=partial(windows_of, family), **of_tower),
         Part("language model", text.num_hidden_layers, own, shared, head_width(text), causal=True, lengths=tokens_of),
     ]
     return [part for part in parts if part.layers]
@@ -171,13 +171,12 @@ def patches_of(sizes: Sizes, micro_batch: list[int]) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def windows_of(sizes: Sizes, micro_batch: list[int]) -> tuple[int, ...]:
+def windows_of(family: Family, sizes: Sizes, micro_batch: list[int]) -> tuple[int, ...]:
     """Those of its blocks that see windows."""
     lengths: list[int] = []
     for sample in micro_batch:
         for grid in sizes.table.size(sample).grids:
-            _, tokens = window_order(grid.t, grid.h // MERGE, grid.w // MERGE, WINDOW)
-            lengths += [MERGE**2 * number for number in tokens]
+            lengths += collator.windows_of(grid, family)[1]
     return tuple(lengths)
 
 

@@ -30,7 +30,7 @@ from util.config import Config
 from util.cost import memory
 from util.cost.activations import Divided, kept_by
 from util.cost.links import GATHER, REDUCE, SCATTER
-from util.cost.shapes import one_of_each
+from util.cost.shapes import number_of_deeper, one_of_each
 from util.cost.work import Rows
 from util.model import layers
 from util.steps import heaviest
@@ -201,7 +201,7 @@ def units_of(model_config, frozen: tuple[str, ...] = ()) -> tuple[Unit, ...]:
 def layers_with_the_tower(model_config) -> int:
     """How many layers the first stage must have: Qwen3-VL adds visual tokens after each of its first layers, which the
     other stages do not have."""
-    return max(1, len(getattr(model_config.vision_config, "deepstack_visual_indexes", ())))
+    return max(1, number_of_deeper(model_config))
 
 
 def cut_stages(

@@ -22,7 +22,7 @@ from util.cost.activations import FP32, Divided, kept_by
 from util.cost.moments import Gradients, Units, moments, moments_among_several
 from util.cost.settings import GIB, budget_in_bytes
 from util.cost.shapes import shapes_of
-from util.family import new_model
+from util.family import known_model
 from util.model import layers
 from util.steps import Load, Survey
 from util.tensors import PARTS, part_of
@@ -34,8 +34,7 @@ def count_parameters(model_config, config: Config) -> dict:
 
     Besides the parts: those of one "block" of the tower, of one "layer" of the language model, and of "all_layers".
     """
-    with torch.device("meta"):
-        model = new_model(model_config)
+    model = known_model(model_config)
     counts = dict.fromkeys(PARTS, 0)
     counts["adapters"] = lora.count_trained(model_config, config)
     for name, parameter in model.named_parameters():

@@ -9,10 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from util.family import new_model
+from util.family import bare_model
 from util.packed_layers import LAYER, Kind, kind_of_block
 
 KNOWN: dict[tuple, "Shapes"] = {}  # by all that they follow from: see key_of
@@ -90,8 +89,7 @@ def one_of_each(model_config: Any) -> Any:
     small.text_config.num_hidden_layers = small.vision_config.depth = 1
     if hasattr(small.text_config, "layer_types"):
         small.text_config.layer_types = small.text_config.layer_types[:1]
-    with torch.device("meta"):
-        return new_model(small)
+    return bare_model(small)
 
 
 def looked_at(model: Any) -> Shapes:

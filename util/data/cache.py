@@ -325,8 +325,8 @@ class FrameCache(Folder):
         if grid.times:
             pixels = torch.cat([pixels, torch.tensor(grid.times, dtype=torch.float64).view(torch.uint8)])
         content = pixels.numpy()
-        fields = MAGIC, *grid.numbers, medium.patches.shape[1], zlib.crc32(content), grid.step, len(grid.times)
-        fields += (medium.is_video,)
+        in_time = grid.step, len(grid.times), medium.is_video
+        fields = MAGIC, *grid.numbers, medium.patches.shape[1], zlib.crc32(content), *in_time
         rest = HEADER.pack(0, *fields)[4:]  # the header without its own checksum
         header = HEADER.pack(zlib.crc32(rest + key.encode()), *fields)
         self.write(self._path(key), header, content)

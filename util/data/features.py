@@ -105,9 +105,8 @@ class FeatureCache(Folder):
     def _write(self, path: Path, medium: Unkept, rows: torch.Tensor) -> None:
         content = rows.contiguous().view(torch.uint8).flatten().numpy()
         facts = *medium.grid.numbers, medium.is_video, *rows.shape, DTYPES.index(rows.dtype)
-        rest = HEADER.pack(0, MAGIC, *facts, zlib.crc32(content), medium.grid.step)[
-            4:
-        ]  # the header without its own checksum
+        fields = MAGIC, *facts, zlib.crc32(content), medium.grid.step
+        rest = HEADER.pack(0, *fields)[4:]  # the header without its own checksum
         header = zlib.crc32(rest + path.stem.encode()).to_bytes(4, "little") + rest
         # What this run has used stays: epoch by epoch everything is asked for once, and if each new entry pushed out
         # the oldest one, none would be there when its turn comes. So as many are kept as there is room for.

@@ -33,7 +33,7 @@ from torch import nn
 
 from util import ranks
 from util.collator import Batch
-from util.family import new_model
+from util.family import bare_model
 from util.loss import PackedLoss
 from util.optimizer import total_norm
 from util.parallel.layout import Layout
@@ -256,8 +256,7 @@ class StageLoss(PackedLoss):
 
     def whole_form(self) -> Any:
         """The modules of all stages, without memory for weights."""
-        with torch.device("meta"):
-            whole = new_model(self.model.config)
+        whole = bare_model(self.model.config)
         whole.generation_config = self.model.generation_config
         return whole
 

@@ -40,6 +40,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from util.attention import Segments
 from util.collator import Batch
 from util.command_line import UserError
+from util.cost.shapes import shapes_of
 from util.loss import Change, PackedLoss
 from util.tensors import run_parameters
 
@@ -346,13 +347,12 @@ def check_sizes(model_config, ranks: int) -> None:
     """Raise UserError where the model cannot be cut into as many equal parts."""
     text = model_config.text_config
     tower = model_config.vision_config
-    inner = getattr(tower, "intermediate_size", None) or int(tower.embed_dim * tower.mlp_ratio)
     sizes = {
         "key-value heads": text.num_key_value_heads,
         "attention heads": text.num_attention_heads,
         "heads in the vision tower": tower.num_heads,
         "columns in the MLP": text.intermediate_size,
-        "columns in the vision tower's MLP": inner,
+        "columns in the vision tower's MLP": shapes_of(model_config).block.inner,
         "rows in the embedding": text.vocab_size,
     }
     if fits(sizes, ranks):

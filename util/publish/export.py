@@ -97,8 +97,7 @@ def empty_model(path: str, tokens: NewTokens | None) -> PreTrainedModel:
     config = load_config(path)
     if tokens:
         config.text_config.vocab_size = tokens.rows
-    with torch.device("meta"):
-        model = family.new_model(config)
+    model = family.bare_model(config)
     model.config.use_cache = False
     with suppress(OSError):  # not every model has a generation config
         model.generation_config = GenerationConfig.from_pretrained(path)
