@@ -3,7 +3,6 @@
 import json
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
 import finetune
 from tests import runs, samples
+from tests.official import official_config
 from tests.runs import metrics, weights
 from tests.test_distributed import gap, same, torchrun
 from util.command_line import UserError
@@ -301,13 +301,8 @@ def test_what_cannot_be_is_refused_by_name(flags, said):
 
 def test_published_models_are_cut_as_far_as_their_key_value_heads():
     """2B has 2, 7B has 4 and 72B has 8 of them (their config.json), a tower of 16 heads, and MLPs that 8 divides."""
-    sizes = {2: (12, 8960, 151936), 4: (28, 18944, 152064), 8: (64, 29568, 152064)}
-    for most, (heads, inner, vocabulary) in sizes.items():
-        text = {"num_key_value_heads": most, "num_attention_heads": heads, "intermediate_size": inner}
-        tower = {"num_heads": 16, "embed_dim": 1280, "mlp_ratio": 4}
-        published = SimpleNamespace(
-            text_config=SimpleNamespace(**text, vocab_size=vocabulary), vision_config=SimpleNamespace(**tower)
-        )
+    for size, most in {"2b": 2, "7b": 4, "72b": 8}.items():
+        published = official_config(size)
         tensor.check_sizes(published, most)
         with pytest.raises(UserError, match=f"--tensor_parallel_size {2 * most} .* {most} key-value heads"):
             tensor.check_sizes(published, 2 * most)
