@@ -218,10 +218,15 @@ def read_media(messages: list[dict], processor, model_type: str, rates: dict[str
                 SimpleNamespace(kind="image", grid=images[-1]["image_grid_thw"][0].tolist(), step=1.0, times=[])
             )
         elif item["type"] == "video":
-            frames = decode_all(item["video"])
-            rate = rates[item["video"]]
-            chosen = {key: value for key, value in item.items() if key == "fps"}
-            count = vision_process.smart_nframes(chosen, len(frames), rate)
+            if isinstance(item["video"], list):
+                frames = np.stack([np.asarray(Image.open(frame)) for frame in item["video"]])
+                rate = 2.0  # that of fetch_video in qwen-vl-utils where nothing else is said
+                count = len(frames)
+            else:
+                frames = decode_all(item["video"])
+                rate = rates[item["video"]]
+                chosen = {key: value for key, value in item.items() if key == "fps"}
+                count = vision_process.smart_nframes(chosen, len(frames), rate)
             indices = np.linspace(0, len(frames) - 1, count).round().astype(int)
             pixels = torch.from_numpy(frames[indices]).permute(0, 3, 1, 2)
             keywords = {"return_tensors": "pt", "do_resize": False, "do_sample_frames": False}

@@ -25,8 +25,10 @@ from util.agent.play import Play
 from util.command_line import UserError
 from util.data.tools import MalformedCall, calls_of
 from util.dataset import Examples, Samples
+from util.family import model_type_of_processor
 from util.results.evaluate import QuestionSamples, questions_of
 from util.results.metrics import tool_call
+from util.tiny_model import make_tiny_model
 from util.vision import Budget
 
 # Its screen is a colour; `paint` sets it. What else it can do are the ways in which an environment can fail.
@@ -116,7 +118,8 @@ class Played:
             return [waiting[int(prompt.where.split()[1])].pop(0) for prompt in prompts]
 
         def begin(number, environment):
-            episode = Episode(number, environment, self.log, processor, Budget(min_pixels=3136))
+            model_type = model_type_of_processor(type(processor).__name__)
+            episode = Episode(number, environment, self.log, processor, Budget(3136, model_type=model_type))
             episode.begin(None, None, None)
             return episode
 
@@ -172,11 +175,28 @@ def test_an_episode_that_reaches_its_goal(painter, processor):
     assert sample["episode"]["failures"] == {}
 
 
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def processor_of_a_family(request, tmp_path_factory):
+    from transformers import AutoProcessor
+
+    folder = tmp_path_factory.mktemp("family") / "model"
+    return AutoProcessor.from_pretrained(make_tiny_model(folder, model_type=request.param))
+
+
 def test_the_prompts_are_those_that_training_reads(painter, any_processor):
     """At every step, whatever white space, order of keys or mistakes the model wrote: the same ids, the same pixels."""
+    check_prompts(painter, any_processor)
+
+
+def test_the_prompts_of_each_family_are_those_that_training_reads(painter, processor_of_a_family):
+    """With patches of another size, windows, and a template that has no system message."""
+    check_prompts(painter, processor_of_a_family)
+
+
+def check_prompts(painter: Path, processor) -> None:
     odd = '  Hm. \n\n<tool_call>{"arguments":{"how" : "flat","red":  3},"name":"paint"}</tool_call>  '
     answers = [odd, do("text"), "<tool_call>oh</tool_call>", do("both"), do("raise"), paint(4) + paint(5), "Done. "]
-    played = Played(painter, any_processor, answers).run()
+    played = Played(painter, processor, answers).run()
     assert played.episode.end == "answered"
     (row,) = [json.loads(line) for line in played.log.file.read_text().splitlines()]
     marked = [
@@ -184,10 +204,10 @@ def test_the_prompts_are_those_that_training_reads(painter, any_processor):
     ]
     assert len(marked) == 3, "no JSON, an exception, two calls: their answers are not to be learned"
     played.log.file.write_text(json.dumps(row) + "\n")
-    examples = Examples([str(played.log.file)], any_processor)
-    budget = Budget(min_pixels=3136)
-    questions = QuestionSamples(questions_of(examples), any_processor, budget)
-    whole = Samples(examples, any_processor, budget)[0]
+    examples = Examples([str(played.log.file)], processor)
+    budget = Budget(3136, model_type=model_type_of_processor(type(processor).__name__))
+    questions = QuestionSamples(questions_of(examples), processor, budget)
+    whole = Samples(examples, processor, budget)[0]
     assert len(played.prompts) == len(questions) == 7
     for number, prompt in enumerate(played.prompts):
         trained, _ = questions[number]
@@ -198,7 +218,7 @@ def test_the_prompts_are_those_that_training_reads(painter, any_processor):
         for medium, other in zip(prompt.media, whole.media, strict=False):
             assert medium.grid == other.grid
             assert (medium.patches == other.patches).all()
-    assert any_processor.tokenizer.decode(ids).count("<tool_response>") == 6
+    assert processor.tokenizer.decode(ids).count("<tool_response>") == 6
 
 
 def test_observations_of_every_kind(painter, processor):

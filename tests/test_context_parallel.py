@@ -501,6 +501,9 @@ def test_parts_make_the_whole(name, ranks):
         lengths = part.segments.lengths
         assert lengths[: len(whole.segments.lengths)] == whole.segments.lengths
         assert sum(lengths) == size * ranks, "what is short of a multiple is a segment of its own"
+        for field, value in vars(whole).items():
+            if isinstance(value, torch.Tensor):
+                assert getattr(part, field).dtype == value.dtype, f"{field} of a part without any"
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 7])

@@ -39,6 +39,9 @@ SHORT = [
 # The same with what ranks that work on the same samples share.
 SHORT += [{**BF16, "ranks": 2, "split": split, "evaluation": "loss", "saves": "steps", "stopped": "alone"}
           for split in ("rows", "matrices", "layers")]  # fmt: skip
+# And the other families on the same road.
+SHORT += [{**BF16, "family": family, "ranks": 2, "evaluation": "answers", "saves": "steps", "stopped": "alone"}
+          for family in ("qwen2_5_vl", "qwen3_vl")]  # fmt: skip
 # Beside the pairs: an optimizer of another package, and a sample that breaks while the run is stopped.
 BESIDE = [
     {**BF16, "optimizer": "adamw_8bit", "no_number": True},
@@ -79,9 +82,9 @@ def in_short(number: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def workshop(tiny_path, tmp_path_factory, request) -> Workshop:
+def workshop(tmp_path_factory, request) -> Workshop:
     """All runs of this file, trained together, as starting the processes takes longer than most."""
-    made = Workshop(tiny_path, tmp_path_factory.mktemp("matrix"))
+    made = Workshop(tmp_path_factory.mktemp("matrix"))
     slow = request.config.getoption("--slow")
     numbers = [number for number in FAULTS if slow or in_short(number)]
     without = [FAULTS[number][1] for number in numbers]
@@ -136,9 +139,9 @@ def test_every_pair(workshop, capsys):
     assert not problems, "\n\n".join(f"{name}\n{problem}" for name, problem in problems.items())
 
 
-def test_the_workshop_tells_of_a_run_that_ends_its_processes(tiny_path, tmp_path, monkeypatch):
+def test_the_workshop_tells_of_a_run_that_ends_its_processes(tmp_path, monkeypatch):
     """The runs after it are trained all the same."""
-    shop, calls = Workshop(tiny_path, tmp_path), []
+    shop, calls = Workshop(tmp_path), []
 
     def start(jobs: list[dict], ranks: int, folder: Path) -> tuple[int, str]:
         calls.append([job["name"] for job in jobs])

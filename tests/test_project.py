@@ -103,6 +103,8 @@ def test_every_file_of_tests_is_described():
     page = (ROOT / "tests" / "README.md").read_text()
     named = set(re.findall(r"`(test_\w+\.py)`", page))
     assert named == {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    rows = re.findall(r"^\| `(test_\w+\.py)`", page, re.MULTILINE)
+    assert len(rows) == len(set(rows)), f"twice in the table: {sorted({row for row in rows if rows.count(row) > 1})}"
 
 
 # ---- the Dockerfile -------------------------------------------------------------------------------------------------

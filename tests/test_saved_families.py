@@ -463,6 +463,37 @@ def test_plain_peft_opens_adapters(trained, base, kind):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_new_tokens_beside_adapters(trained, base, tmp_path):
+    """The rows of two new tokens, in unused rows of the vocabulary, are trained and saved as peft opens them."""
+    (tmp_path / "tokens.txt").write_text("<move_left>\n<move_right>\n")
+    samples = [
+        {"messages": [{"role": "user", "content": f"Go {way}."}, {"role": "assistant", "content": f"<move_{way}>"}]}
+        for way in ("left", "right")
+    ]
+    (tmp_path / "moves.json").write_text(json.dumps(samples))
+    data = {"data": [str(tmp_path / "moves.json")], "new_tokens": str(tmp_path / "tokens.txt")}
+    run = trained("new tokens", learning_rate=1e-2, lora_rank=4, **data)
+    tokenizer = AutoProcessor.from_pretrained(run).tokenizer
+    inputs = tokenizer("Go <move_left>, then <move_right>!", return_tensors="pt")
+    (row,) = tokenizer("<move_left>").input_ids
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    pieces = AutoProcessor.from_pretrained(base).tokenizer("<move_left>").input_ids
+    began = model.get_input_embeddings().weight[pieces].mean(0)
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(model, str(run)).eval()(**inputs).logits
+        ours = load_weights(str(run), torch.float32, CPU)
+        torch.testing.assert_close(ours.eval()(**inputs).logits, theirs, rtol=1e-4, atol=1e-4)
+        trained_row = load_file(run / "adapter_model.safetensors")
+    (rows,) = (tensor for name, tensor in trained_row.items() if ".lora_" not in name)
+    assert rows.shape == (2, began.shape[0])
+    assert (rows[0] - began).abs().max() > 1e-3, "it was trained"
+    merge_run(str(run), tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(merged.get_input_embeddings().weight[row], rows[0])
+    with torch.no_grad():
+        torch.testing.assert_close(merged.eval()(**inputs).logits, theirs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["dora", QLORA])
 def test_merged_and_adapters_compute_the_same(trained, kind, tmp_path):
     """And plain transformers opens what was merged."""

@@ -190,7 +190,7 @@ def pictures_of(whole: Batch, units: list[Unit]) -> dict[str, Any]:
         "vision_position_ids": torch.cat([*positions, whole.vision_position_ids[:0]]),
         "vision_segments": pieces_of(whole.vision_segments, seen),
         "window_segments": pieces_of(whole.window_segments, seen),
-        "grid_thw": torch.tensor([grid[:3] for grid in grids]).reshape(-1, 3),
+        "grid_thw": torch.tensor([grid[:3] for grid in grids], dtype=torch.int64).reshape(-1, 3),
     }
 
 
