@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,37 +347,41 @@ class Said:
             self.heard += 1
 
 
-@torch.library.custom_op("simulation::fused_norm", mutates_args=())
-def fused_norm(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The shapes of RMSNorm in one kernel: (T, D) -> (T, D), and a number of each row in fp32 for the backward pass."""
-    raise NotImplementedError("it has no numbers")
+@cache
+def norm_of_shapes() -> Callable:
+    """RMSNorm in one kernel, of shapes alone: (T, D) -> (T, D), and a number of each row in fp32 for the backward pass.
 
+    Made when it is first needed: where this file is read a second time, as a script beside the module, an operator of
+    the same name takes the place of the first one, and a call of that one ends the process.
+    """
 
-@torch.library.custom_op("simulation::fused_norm_backward", mutates_args=())
-def fused_norm_backward(
-    gradient: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, of_rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    raise NotImplementedError("it has no numbers")
+    @torch.library.custom_op("simulation::fused_norm", mutates_args=())
+    def fused_norm(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("it has no numbers")
 
+    @torch.library.custom_op("simulation::fused_norm_backward", mutates_args=())
+    def fused_norm_backward(
+        gradient: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, of_rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("it has no numbers")
 
-@fused_norm.register_fake
-def _(hidden, weight):
-    return torch.empty_like(hidden), hidden.new_empty(len(hidden), 1, dtype=torch.float32)
+    @fused_norm.register_fake
+    def _(hidden, weight):
+        return torch.empty_like(hidden), hidden.new_empty(len(hidden), 1, dtype=torch.float32)
 
+    @fused_norm_backward.register_fake
+    def _(gradient, hidden, weight, of_rows):
+        return torch.empty_like(hidden), torch.empty_like(weight)
 
-@fused_norm_backward.register_fake
-def _(gradient, hidden, weight, of_rows):
-    return torch.empty_like(hidden), torch.empty_like(weight)
+    def keep_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.set_materialize_grads(False)  # what was kept of the rows has no gradient
 
+    def backward(ctx: Any, gradient: torch.Tensor, unused: None) -> tuple[torch.Tensor, torch.Tensor]:
+        return fused_norm_backward(gradient, *ctx.saved_tensors)
 
-def keep_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.set_materialize_grads(False)  # what was kept of the rows has no gradient
-
-
-fused_norm.register_autograd(
-    lambda ctx, gradient, unused: fused_norm_backward(gradient, *ctx.saved_tensors), setup_context=keep_for_backward
-)
+    fused_norm.register_autograd(backward, setup_context=keep_for_backward)
+    return fused_norm
 
 
 @contextmanager
@@ -393,6 +398,7 @@ def simulated_world(case: Case, rank: int, model_config, mode: FakeTensorMode, s
       RMSNorm a stand-in for a GPU's kernel: on a CPU torch writes it out, and keeps four tensors in fp32.
     """
     made = dist.new_subgroups_by_enumeration
+    norm = norm_of_shapes()
 
     def load_shapes(config: Config, path: str, device: torch.device) -> Qwen2VLForConditionalGeneration:
         with torch.device("meta"):
@@ -412,7 +418,7 @@ def simulated_world(case: Case, rank: int, model_config, mode: FakeTensorMode, s
         changes = [
             (dist, "new_subgroups_by_enumeration", lambda groups, *timeout, **backend: made(groups)),
             (dist, "broadcast_object_list", said.broadcast),
-            (torch.nn.functional, "rms_norm", lambda hidden, shape, weight, epsilon: fused_norm(hidden, weight)[0]),
+            (torch.nn.functional, "rms_norm", lambda hidden, shape, weight, epsilon: norm(hidden, weight)[0]),
             (distributed, "load_trainable", load_shapes),
             (distributed, "choose_attention", lambda *asked: rule.AUTO),
             (model_module, "choose_attention", lambda *asked: rule.AUTO),

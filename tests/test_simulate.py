@@ -1,8 +1,10 @@
 """benchmarks/simulate.py: what one simulated rank holds and sends against numbers by hand, the formulas, and torch's own
 memory tracker; and that a formula which forgets something is caught."""
 
+import contextlib
 import json
 import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,6 +159,18 @@ def test_the_peak_is_that_of_torchs_own_tracker(monkeypatch):
     found, _ = simulate.observe(few_layers("2b_8_full", 1))
     by_torch = trackers[0].get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     assert found["peak_bytes"] == pytest.approx(by_torch, rel=1e-3)
+
+
+def test_the_file_may_be_read_again_as_a_script(monkeypatch):
+    """As tests/test_pages.py does for its flags. An operator made then takes the place of this module's, whose calls go to
+    whatever lies in its memory by then: another operator, or the end of the process."""
+    made = []
+    monkeypatch.setattr(
+        torch.library, "custom_op", lambda name, **rest: made.append(name) or (lambda function: function)
+    )
+    with contextlib.suppress(AttributeError):  # what stands here for an operator is a plain function
+        runpy.run_path(str(ROOT / "benchmarks" / "simulate.py"), run_name="read again")
+    assert not made, f"made while the file is read: {made}"
 
 
 def test_nothing_is_left_of_a_simulated_world(sharded, monkeypatch):
