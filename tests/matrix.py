@@ -97,8 +97,7 @@ def config_of(run: dict) -> dict:
         "global_batch_size": 4,
         "learning_rate": 1e-3 if run["trains"] == "everything" else 2e-3,
         "max_steps": STEPS,
-        "min_pixels": 4 * side(run["family"]) ** 2,
-        "max_pixels": 16 * side(run["family"]) ** 2,
+        **pixels_of(run["family"]),
         **ADAPTERS[run["trains"]],
         **({} if run["split"] == "nothing" else {SPLITS[run["split"]]: run["ranks"]}),
     }
@@ -177,9 +176,10 @@ def unstopped(run: dict) -> dict:
 # ---- model and data -------------------------------------------------------------------------------------------------
 
 
-def side(family: str) -> int:
-    """Of a visual token, in pixels."""
-    return 2 * families.PATCH[family]
+def pixels_of(family: str) -> dict[str, int]:
+    """The limits of a picture, 4 and 16 visual tokens, as Config fields."""
+    token = (2 * families.PATCH[family]) ** 2
+    return {"min_pixels": 4 * token, "max_pixels": 16 * token}
 
 
 def picture(path: Path, rows: int, columns: int, seed: int, patch: int) -> str:
@@ -314,9 +314,8 @@ class Workshop:
         weights are in bf16, as the published ones are, so that no run begins by rounding them."""
         tiny, data = self.tiny(family), self.data(family)
         kinds = ("packed video", "images", "text")
-        pixels = {name: value for name, value in config_of({"family": family}).items() if name.endswith("_pixels")}
         config = runs.settings(tiny, self.model(family), data=[str(data / f"{kind}.json") for kind in kinds],
-                               dtype="bfloat16", max_steps=LEARNING_STEPS, learning_rate=2e-3, **pixels)  # fmt: skip
+                               dtype="bfloat16", max_steps=LEARNING_STEPS, learning_rate=2e-3, **pixels_of(family))  # fmt: skip
         name = f"{family} learning"
         return {"name": name, "directory": str(self.folder / name), "ranks": 1, "config": config,
                 "stop": None, **BESIDE}  # fmt: skip
